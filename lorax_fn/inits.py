@@ -1,0 +1,124 @@
+"""Where training starts: the first values of A and B.
+
+An init is ``init(key, w, layout, rank, scale, dtype) -> (a, b, w)``: the factors, and the weight to freeze.
+It returns the very ``w`` it was given unless it moves a part of W into the factors (a residual). Ranks that
+differ along a stack come as a tuple; the factors are then as wide as the largest; `split` zeroes the pads.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lorax_fn.types import Layout
+
+
+def kaiming(key, w, layout: Layout, rank, scale, dtype):
+    """``A ~ U(-1/sqrt(n), 1/sqrt(n))``, ``B = 0``: the adapted function starts as the base function.
+
+    The reference implementation's ``kaiming_uniform_(a=sqrt(5))``; Hu et al. (https://arxiv.org/abs/2106.09685).
+
+    Args:
+      key: one PRNG key for the whole leaf; stack entries draw independent values.
+      w: the weight, of which only the shape is read.
+      layout: its axes; ``n`` is the product of the input axes of one stack entry.
+      rank: ``r``, or one int a stack entry.
+      scale: unused.
+      dtype: dtype of A and B; values are drawn in float32.
+
+    Returns:
+      ``(a [*s, *n, r], b [*s, r, *m], w)``.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lorax_fn as lx
+      >>> from lorax_fn.inits import kaiming
+      >>> layout = lx.Layout(inputs=(0,), outputs=(1,))
+      >>> a, b, _ = kaiming(jax.random.key(0), jnp.ones((64, 8)), layout, 4, 2.0, jnp.float32)
+      >>> bool(abs(a).max() <= 1 / 8), float(abs(b).max())
+      (True, 0.0)
+    """
+    del scale
+    shape_a, shape_b = factor_shapes(w.shape, layout, rank)
+    bound = 1.0 / math.sqrt(math.prod(layout.shapes(w.shape)[1]))
+    a = jax.random.uniform(key, shape_a, jnp.float32, -bound, bound)
+    return a.astype(dtype), jnp.zeros(shape_b, dtype), w
+
+
+def gaussian(key, w, layout: Layout, rank, scale, dtype):
+    """``A ~ N(0, 1/r^2)``, ``B = 0``, as PEFT's ``init_lora_weights="gaussian"``.
+
+    Args:
+      key: one PRNG key for the whole leaf.
+      w: the weight, of which only the shape is read.
+      layout: its axes.
+      rank: ``r``, or one int a stack entry, which then gives each entry its own deviation.
+      scale: unused.
+      dtype: dtype of A and B; values are drawn in float32.
+
+    Returns:
+      ``(a [*s, *n, r], b [*s, r, *m], w)``.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lorax_fn as lx
+      >>> from lorax_fn.inits import gaussian
+      >>> layout = lx.Layout(inputs=(0,), outputs=(1,))
+      >>> a, _, _ = gaussian(jax.random.key(0), jnp.ones((4096, 8)), layout, 4, 2.0, jnp.float32)
+      >>> bool(abs(a.std() - 1 / 4) < 0.01)
+      True
+    """
+    del scale
+    shape_a, shape_b = factor_shapes(w.shape, layout, rank)
+    a = jax.random.normal(key, shape_a, jnp.float32) / _rank_of_each_entry(
+        rank, layout, w.shape, len(shape_a)
+    )
+    return a.astype(dtype), jnp.zeros(shape_b, dtype), w
+
+
+def zero_a(key, w, layout: Layout, rank, scale, dtype):
+    """``A = 0``, ``B ~ U(-1/sqrt(r), 1/sqrt(r))``: `kaiming` with the factors' parts exchanged.
+
+    B's fan-in is the rank. The adapted function starts as the base function here too.
+
+    Args:
+      key: one PRNG key for the whole leaf.
+      w: the weight, of which only the shape is read.
+      layout: its axes.
+      rank: ``r``, or one int a stack entry, which then gives each entry its own bound.
+      scale: unused.
+      dtype: dtype of A and B; values are drawn in float32.
+
+    Returns:
+      ``(a [*s, *n, r], b [*s, r, *m], w)``.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lorax_fn as lx
+      >>> from lorax_fn.inits import zero_a
+      >>> layout = lx.Layout(inputs=(0,), outputs=(1,))
+      >>> a, b, _ = zero_a(jax.random.key(0), jnp.ones((8, 64)), layout, 4, 2.0, jnp.float32)
+      >>> float(abs(a).max()), bool(0.4 < abs(b).max() <= 0.5)
+      (0.0, True)
+    """
+    del scale
+    shape_a, shape_b = factor_shapes(w.shape, layout, rank)
+    bound = 1.0 / np.sqrt(_rank_of_each_entry(rank, layout, w.shape, len(shape_b)))
+    b = jax.random.uniform(key, shape_b, jnp.float32, -1.0, 1.0) * bound
+    return jnp.zeros(shape_a, dtype), b.astype(dtype), w
+
+
+INITS = {"kaiming": kaiming, "gaussian": gaussian, "zero_a": zero_a}
+
+
+def factor_shapes(shape, layout: Layout, rank) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The shapes of A, ``[*s, *n, r]``, and B, ``[*s, r, *m]``, of a weight of ``shape``."""
+    stack, n, m = layout.shapes(shape)
+    r = max(rank) if isinstance(rank, tuple) else rank
+    return (*stack, *n, r), (*stack, r, *m)
+
+
+def _rank_of_each_entry(rank, layout: Layout, shape, ndim: int) -> np.ndarray:
+    """The rank as float32 that broadcasts against a factor; 1 for entries without one, to divide by."""
+    if not isinstance(rank, tuple):
+        return np.full((1,) * ndim, rank, np.float32)
+    stack = layout.shapes(shape)[0]
+    return np.maximum(np.asarray(rank, np.float32), 1.0).reshape(stack + (1,) * (ndim - len(stack)))

@@ -1,0 +1,191 @@
+"""One value a target for rank, alpha, scaling, method and init, all checked before anything is built."""
+
+import dataclasses
+import glob
+import math
+import numbers
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from lorax_fn.inits import INITS
+from lorax_fn.methods.lora import SCALINGS, LoRA
+from lorax_fn.targets import find, matches
+from lorax_fn.types import Layout, error
+
+METHODS = {"lora": LoRA}
+DEFAULTS = {"rank": 16, "alpha": 32.0, "scaling": "lora", "method": "lora", "init": "kaiming"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is to be built for one weight, every part of it checked."""
+
+    layout: Layout
+    rank: int | tuple[int, ...]
+    alpha: float | tuple[float, ...]
+    scaling: str
+    method: str
+    init: str
+
+    @property
+    def scale(self) -> float | tuple[float, ...]:
+        """Factor of ``A @ B``; one a stack entry where ranks differ, 0 for rank 0."""
+        rule = SCALINGS[self.scaling]
+        if not isinstance(self.rank, tuple):
+            return rule(self.alpha, self.rank)
+        alphas = self.alpha if isinstance(self.alpha, tuple) else (self.alpha,) * len(self.rank)
+        return tuple(rule(a, r) if r else 0.0 for a, r in zip(alphas, self.rank, strict=True))
+
+
+def make_plans(leaves: Mapping[str, Any], layouts: Mapping[str, Layout], **choices: Any) -> dict[str, Plan]:
+    """Resolves rank, alpha, scaling, method and init for each weight of ``layouts``, or raises."""
+    given = {name: _per_path(name, value, layouts, leaves) for name, value in choices.items()}
+    for name, table in (("method", METHODS), ("scaling", SCALINGS), ("init", INITS)):
+        _check_known(name, given[name], table)
+    ranks = {path: _as_rank(rank) for path, rank in given["rank"].items()}
+    _check_ranks(ranks, leaves, layouts, choices["rank"])
+    alphas = {path: _as_alpha(alpha, ranks[path]) for path, alpha in given["alpha"].items()}
+    _check_alphas(alphas)
+    words = (given["scaling"], given["method"], given["init"])
+    return {p: Plan(layouts[p], ranks[p], alphas[p], *(word[p] for word in words)) for p in layouts}
+
+
+def _per_path(
+    name: str, value: Any, targets: Mapping[str, Layout], leaves: Mapping[str, Any]
+) -> dict[str, Any]:
+    """One value a target, from one value for all or from ``{pattern: value}``, first match first."""
+    if not isinstance(value, Mapping):
+        return dict.fromkeys(targets, value)
+    for pattern in value:
+        find([pattern], leaves, name)
+    chosen, lost = {}, []
+    for path in targets:
+        hits = [v for pattern, v in value.items() if matches(pattern, path, leaves[path])]
+        if hits:
+            chosen[path] = hits[0]
+        else:
+            lost.append(path)
+    if lost:
+        raise error(
+            f"{name}= has no key for these targets.",
+            path=lost,
+            got=list(map(str, value)),
+            want="a key that matches each target",
+            do=f"end the mapping with '*': {DEFAULTS[name]!r}",
+        )
+    return chosen
+
+
+def _check_known(name: str, values: Mapping[str, Any], table: Mapping[str, Any]) -> None:
+    unknown = [path for path, value in values.items() if not isinstance(value, str) or value not in table]
+    if unknown:
+        raise error(
+            f"unknown {name}.",
+            path=unknown,
+            got=[repr(values[path]) for path in unknown],
+            want=f"one of {sorted(table)}",
+            do=f"{name}={next(iter(table))!r}, or another of these.",
+        )
+
+
+def _as_rank(rank: Any) -> Any:
+    """Plain ints where the value is one or a sequence of them; anything else as it is, to be refused."""
+    listed = isinstance(rank, Sequence) and not isinstance(rank, str)
+    if listed or (isinstance(rank, np.ndarray) and rank.ndim == 1):
+        return tuple(map(_plain, rank))
+    return _plain(rank)
+
+
+def _plain(rank: Any) -> Any:
+    return int(rank) if _is_int(rank) else rank
+
+
+def _is_int(x: Any) -> bool:
+    return isinstance(x, numbers.Integral) and not isinstance(x, bool)
+
+
+def _check_ranks(
+    ranks: Mapping[str, Any], leaves: Mapping[str, Any], layouts: Mapping[str, Layout], given: Any
+):
+    wrong, too_large = {}, {}
+    for path, rank in ranks.items():
+        stack, n, m = layouts[path].shapes(leaves[path].shape)
+        entries, limit = math.prod(stack), min(math.prod(n), math.prod(m))
+        problem = _rank_problem(rank, entries if stack else None)
+        if problem:
+            wrong[path] = problem
+        elif max(rank if isinstance(rank, tuple) else (rank,)) > limit:
+            too_large[path] = limit
+    if wrong:
+        raise error(
+            "a rank is not valid.",
+            path=list(wrong),
+            got=[f"rank={ranks[path]!r}" for path in wrong],
+            want=list(wrong.values()),
+            do="rank=16, or one int a stack entry for a stacked weight, or {pattern: rank}.",
+        )
+    if too_large:
+        raise error(
+            "a rank is larger than its weight allows.",
+            path=list(too_large),
+            got=[f"rank={ranks[path]} for shape {tuple(leaves[path].shape)}" for path in too_large],
+            want=[f"at most {limit}, the smaller of n and m" for limit in too_large.values()],
+            do=f"rank={_remedy(ranks, too_large, given)!r}",
+        )
+
+
+def _rank_problem(rank: Any, entries: int | None) -> str | None:
+    """What the rank should be, or None where it is right; ``entries`` is None without a stack."""
+    if not isinstance(rank, tuple):
+        return None if _is_int(rank) and rank > 0 else "an int of 1 or more"
+    if entries is None:
+        return "one int: this weight is not stacked"
+    if len(rank) != entries:
+        return f"{entries} ints, one a stack entry, not {len(rank)}"
+    if not all(_is_int(r) and r >= 0 for r in rank):
+        return "ints of 0 (not adapted) or more"
+    return None if any(rank) else "one entry above 0; to adapt none of them name the weight in exclude="
+
+
+def _remedy(ranks: Mapping[str, Any], limits: Mapping[str, int], given: Any) -> dict:
+    """The mapping to paste: the largest rank allowed where the given one does not fit, else the given."""
+
+    def clipped(rank, limit):
+        return tuple(min(r, limit) for r in rank) if isinstance(rank, tuple) else min(rank, limit)
+
+    fitting = {glob.escape(path): clipped(ranks[path], limit) for path, limit in limits.items()}
+    others = given if isinstance(given, Mapping) else {"*": _as_rank(given)}
+    return fitting | {pattern: rank for pattern, rank in others.items() if pattern not in fitting}
+
+
+def _as_alpha(alpha: Any, rank: int | tuple[int, ...]) -> Any:
+    """A float, or one a stack entry where alpha is a function of ranks that differ."""
+    if not callable(alpha):
+        return _number(alpha)
+    if isinstance(rank, tuple):
+        return tuple(_number(alpha(r)) if r else 0.0 for r in rank)
+    return _number(alpha(rank))
+
+
+def _number(x: Any) -> Any:
+    return float(x) if isinstance(x, numbers.Real) and not isinstance(x, bool) else x
+
+
+def _check_alphas(alphas: Mapping[str, Any]) -> None:
+    def is_number(x):
+        return isinstance(x, float) and math.isfinite(x)
+
+    def fits(alpha):
+        return all(map(is_number, alpha)) if isinstance(alpha, tuple) else is_number(alpha)
+
+    wrong = [path for path, alpha in alphas.items() if not fits(alpha)]
+    if wrong:
+        raise error(
+            "an alpha is not valid.",
+            path=wrong,
+            got=[f"alpha={alphas[path]!r}" for path in wrong],
+            want="a finite number, a function of the rank that gives one, or {pattern: either}",
+            do="alpha=32.0, or alpha=lambda rank: 2 * rank.",
+        )

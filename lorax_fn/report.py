@@ -1,0 +1,186 @@
+"""What is adapted and what is not: `summary`, a table for people, cheap enough for a 70B abstract tree."""
+
+import dataclasses
+import html
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from lorax_fn.methods.lora import LoRA
+from lorax_fn.targets import arrays, check_fits, classify
+from lorax_fn.types import Adapter, PyTree, is_float
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One adapted leaf.
+
+    Args:
+      path: its path.
+      shape: the weight's shape.
+      method: the adapter's class.
+      rank: ``r``, one a stack entry, or None for a leaf trained whole.
+      alpha: numerator of the scale, or None.
+      scale: factor of ``A @ B``, one number or one a stack entry, or None.
+      trainable: numbers that train, pads not counted.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    method: str
+    rank: int | tuple[int, ...] | None
+    alpha: float | tuple[float, ...] | None
+    scale: float | tuple[float, ...] | None
+    trainable: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Skipped:
+    """One leaf of two or more axes without an adapter, and why.
+
+    Args:
+      path: its path.
+      shape: its shape.
+      reason: why it is not adapted.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """What `summary` returns: a table by ``str``, HTML in notebooks.
+
+    Args:
+      rows: the adapted leaves, in the order of params.
+      skipped: the leaves of two or more axes that are not adapted.
+      trainable: numbers that train.
+      total: numbers in the float leaves of params, adapters not counted.
+
+    Example:
+      >>> import jax.numpy as jnp, lorax_fn as lx
+      >>> params, lora = lx.split({"q": {"kernel": jnp.ones((8, 6))}}, rank=2)
+      >>> print(lx.summary(params, lora))
+      path      shape   method  rank  alpha  scale  trainable
+      q/kernel  (8, 6)  LoRA    2     32     16            28
+      trainable 28 of 48 (58.333 %)
+    """
+
+    rows: tuple[Row, ...]
+    skipped: tuple[Skipped, ...]
+    trainable: int
+    total: int
+
+    @property
+    def percent(self) -> float:
+        """Trainable numbers in percent of the base model's."""
+        return 100.0 * self.trainable / self.total if self.total else 0.0
+
+    def __str__(self) -> str:
+        lines = _aligned([_HEAD, *map(_cells, self.rows)])
+        lines.append(self._totals())
+        if self.skipped:
+            lines.append("not adapted:")
+            cells = [(s.path, str(s.shape), s.reason) for s in self.skipped]
+            lines.extend("  " + line for line in _aligned(cells, numbers_last=False))
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        tables = [_html_table(_HEAD, map(_cells, self.rows)), f"<p>{html.escape(self._totals())}</p>"]
+        if self.skipped:
+            cells = [(s.path, str(s.shape), s.reason) for s in self.skipped]
+            tables.append(_html_table(("not adapted", "shape", "reason"), cells))
+        return "".join(tables)
+
+    def _totals(self) -> str:
+        return f"trainable {self.trainable:,} of {self.total:,} ({self.percent:.3f} %)"
+
+
+def summary(params: PyTree, lora: dict[str, Adapter]) -> Summary:
+    """Lists what is adapted, what it costs, and every other leaf of two or more axes with the reason.
+
+    Args:
+      params: the frozen tree; abstract leaves are fine.
+      lora: its adapters.
+
+    Returns:
+      A `Summary`; ``print`` it. Reasons come from conventions, as `split` applies them without ``layout=``.
+
+    Raises:
+      LoraError: ``lora`` is not a dict of adapters or does not fit ``params``.
+
+    Example:
+      >>> import jax.numpy as jnp, lorax_fn as lx
+      >>> params = {"q": {"kernel": jnp.ones((8, 6))}, "lm_head": {"kernel": jnp.ones((8, 9))}}
+      >>> lx.summary(*lx.split(params, rank=2)).skipped[0].reason
+      'output head by name'
+    """
+    leaves = arrays(params)
+    check_fits(leaves, lora)
+    rows = tuple(_row(path, leaf.shape, lora[path]) for path, leaf in leaves.items() if path in lora)
+    roles = classify(params)
+    skipped = tuple(
+        Skipped(path, tuple(leaf.shape), roles[path].reason or "a weight, but not among targets, or excluded")
+        for path, leaf in leaves.items()
+        if path not in lora and len(leaf.shape) > 1
+    )
+    total = sum(math.prod(leaf.shape) for leaf in leaves.values() if is_float(leaf))
+    return Summary(rows, skipped, sum(row.trainable for row in rows), total)
+
+
+def _row(path: str, shape: Sequence[int], adapter: Adapter) -> Row:
+    scale: Any = getattr(adapter, "scale", None)
+    if getattr(scale, "ndim", 0):
+        scale = tuple(float(x) for x in scale.ravel())
+    rank, alpha = getattr(adapter, "rank", None), getattr(adapter, "alpha", None)
+    return Row(path, tuple(shape), type(adapter).__name__, rank, alpha, scale, _trainable(adapter))
+
+
+def _trainable(adapter: Adapter) -> int:
+    if isinstance(adapter, LoRA) and isinstance(adapter.rank, tuple):
+        _, n, m = adapter.layout.shapes(adapter.shape)
+        return sum(adapter.rank) * (math.prod(n) + math.prod(m))
+    names = [field.name for field in dataclasses.fields(adapter) if field.name not in adapter.frozen]
+    values = [getattr(adapter, name) for name in names]
+    return sum(math.prod(value.shape) for value in values if is_float(value))
+
+
+# Text -------------------------------------------------------------------------------------------------
+
+_HEAD = ("path", "shape", "method", "rank", "alpha", "scale", "trainable")
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    numbers = (_runs(row.rank), _runs(row.alpha), _runs(row.scale))
+    return (row.path, str(row.shape), row.method, *numbers, f"{row.trainable:,}")
+
+
+def _runs(value: Any) -> str:
+    """``(0, 0, 8, 8)`` as ``2x0 2x8``: a stack of 80 layers still fits a line."""
+    if value is None:
+        return "-"
+    if not isinstance(value, tuple):
+        return f"{value:g}"
+    groups = [(len(list(same)), number) for number, same in itertools.groupby(value)]
+    return " ".join(f"{count}x{number:g}" for count, number in groups)
+
+
+def _aligned(cells: Sequence[Sequence[str]], numbers_last: bool = True) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = []
+    for row in cells:
+        padded = [text.ljust(width) for text, width in zip(row, widths, strict=True)]
+        if numbers_last:
+            padded[-1] = row[-1].rjust(widths[-1])
+        lines.append("  ".join(padded).rstrip())
+    return lines
+
+
+def _html_table(head: Sequence[str], rows: Any) -> str:
+    def line(tag, cells):
+        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+    return f"<table>{line('th', head)}{''.join(line('td', row) for row in rows)}</table>"

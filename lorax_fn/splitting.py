@@ -1,0 +1,219 @@
+"""The two ends of a run: `split` makes the trainable factors, `merge` folds them back into plain params.
+
+Both are pure functions on trees. Every check comes before anything is built, so an error never leaves half
+a result.
+"""
+
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lorax_fn.inits import INITS, factor_shapes
+from lorax_fn.methods.whole import Full
+from lorax_fn.plans import METHODS, Plan, make_plans
+from lorax_fn.targets import arrays, check_fits, check_lora, choose, classify
+from lorax_fn.types import leaf_key, Adapter, PyTree, error, flatten_with_paths
+
+
+def split(
+    params: PyTree,
+    rank: int | Sequence[int] | Mapping = 16,
+    *,
+    alpha: float | Callable[[int], float] | Mapping = 32.0,
+    scaling: str | Mapping = "lora",
+    method: str | Mapping = "lora",
+    init: str | Mapping = "kaiming",
+    targets=None,
+    exclude=None,
+    full=None,
+    rows=None,
+    layout: Mapping | None = None,
+    key: jax.Array | None = None,
+    dtype: Any = jnp.float32,
+) -> tuple[PyTree, dict[str, Adapter]]:
+    """Makes low-rank adapters for the weights of a parameter tree: ``W' = W + scale * A @ B``.
+
+    Equation (3) of Hu et al., "LoRA" (https://arxiv.org/abs/2106.09685). ``rank``, ``alpha``, ``scaling``,
+    ``method`` and ``init`` take one value or ``{pattern: value}``, where the first match wins.
+
+    Args:
+      params: any pytree; abstract leaves (`jax.ShapeDtypeStruct`) give abstract adapters.
+      rank: ``r``, from 1 to ``min(n, m)`` of one stack entry; for a stacked weight also one int a stack entry
+        (``*s`` flattened), where 0 leaves that entry as it is and the factors are padded with exact zeros.
+      alpha: numerator of the scale, or a function of the rank. One value for every rank keeps the first step
+        on the data independent of the rank.
+      scaling: ``"lora"`` for alpha / rank, ``"rslora"`` for alpha / sqrt(rank).
+      method: ``"lora"``.
+      init: ``"kaiming"``, ``"gaussian"`` or ``"zero_a"``.
+      targets: patterns: a glob over whole path components, a compiled regex, or ``f(path, leaf) -> bool``;
+        one or a sequence. None is every linear weight: no embedding, norm, convolution or output head.
+      exclude: patterns that win over ``targets``.
+      full: patterns of leaves trained whole, which win over both.
+      rows: rows of embeddings to train; not available in this version.
+      layout: `lorax_fn.usage` of the function, or ``{pattern: Layout}``; without it conventions decide.
+      key: PRNG key; None is ``jax.random.key(0)``. Each leaf folds in the crc32 of its path, so that another
+        target never changes the values of the others.
+      dtype: dtype of all that trains.
+
+    Returns:
+      ``(params, lora)``: the same tree of the same objects, and ``{path: Adapter}``. `LoRA` holds
+      ``a [*s, *n, r]`` and ``b [*s, r, *m]``; B is zero, so that step 0 is the base model.
+
+    Raises:
+      LoraError: a pattern matches nothing; a rank, alpha, method, scaling, init, key or dtype is not valid; a
+        weight is not float or its layout is open; there is no weight. All offending paths are listed.
+
+    Example:
+      >>> import jax.numpy as jnp, lorax_fn as lx
+      >>> params, lora = lx.split({"q": {"kernel": jnp.ones((8, 6))}}, rank=2)
+      >>> lora["q/kernel"].a.shape, lora["q/kernel"].b.shape, lora["q/kernel"].scale
+      ((8, 2), (2, 6), 16.0)
+    """
+    if rows is not None:
+        raise error(
+            "rows= is not available in this version.", got=repr(rows), do="adapt the embedding: targets=."
+        )
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise error("adapters train in a float dtype.", got=f"dtype={dtype!r}", do="dtype=jnp.float32.")
+    key = _checked_key(key)
+    leaves = arrays(params)
+    roles = classify(params, layout)
+    layouts, whole = choose(leaves, roles, targets, exclude, full)
+    plans = make_plans(leaves, layouts, rank=rank, alpha=alpha, scaling=scaling, method=method, init=init)
+
+    lora: dict[str, Adapter] = {}
+    residuals: dict[str, Any] = {}
+    for path in leaves:
+        if path in plans:
+            lora[path], frozen = _build(plans[path], key, path, leaves[path], dtype)
+            if frozen is not leaves[path]:
+                residuals[path] = frozen
+        elif path in whole:
+            lora[path] = Full(_copy(leaves[path], dtype))
+    return _replace(params, residuals), lora
+
+
+def merge(params: PyTree, lora: dict[str, Adapter], *, dtype: Any = None, requantize: bool = False) -> PyTree:
+    """Folds adapters into the base weights: ``W' = W + scale * A @ B``, plain params for the untouched model.
+
+    Args:
+      params: the frozen tree that `split` returned.
+      lora: its adapters, or some of them.
+      dtype: dtype of the merged leaves; None keeps each leaf's own. Sums are float32 and cast once.
+      requantize: for quantised leaves; not available in this version.
+
+    Returns:
+      A tree like ``params``. Leaves without an adapter are the same objects.
+
+    Raises:
+      LoraError: an adapter has no leaf, another shape, or dropout; all are listed, and nothing is merged.
+
+    Example:
+      >>> import jax.numpy as jnp, lorax_fn as lx
+      >>> params, lora = lx.split({"q": {"kernel": jnp.ones((8, 6))}}, rank=2)
+      >>> bool((lx.merge(params, lora)["q"]["kernel"] == params["q"]["kernel"]).all())
+      True
+    """
+    if requantize:
+        raise error("requantize= is not available in this version.", got=requantize, do="leave it out.")
+    named = dict(flatten_with_paths(params)[0])
+    check_fits(named, lora, allow_dropped=False)
+    return _replace(params, {path: _merged(adapter, named[path], dtype) for path, adapter in lora.items()})
+
+
+def delta(lora: dict[str, Adapter]) -> dict[str, jax.Array]:
+    """What each adapter adds to its weight: ``dW = scale * A @ B``.
+
+    Adapters that replace a leaf (`Full`) have no delta without that leaf; they are left out.
+
+    Args:
+      lora: adapters by path.
+
+    Returns:
+      ``{path: dW}`` in float32, each on its weight's own axes.
+
+    Raises:
+      LoraError: ``lora`` is not a dict of adapters, or adapters are under dropout.
+
+    Example:
+      >>> import jax.numpy as jnp, lorax_fn as lx
+      >>> _, lora = lx.split({"q": {"kernel": jnp.ones((8, 6))}}, rank=2)
+      >>> lx.delta(lora)["q/kernel"].shape
+      (8, 6)
+    """
+    check_lora(lora)
+    dropped = [path for path, adapter in lora.items() if getattr(adapter, "key", None) is not None]
+    if dropped:
+        raise error(
+            "adapters under dropout have no one dW.", path=dropped, do="use the lora from before dropout."
+        )
+    able = {path: adapter for path, adapter in lora.items() if hasattr(adapter, "delta")}
+    return {path: _run(lambda adapter: adapter.delta(), adapter) for path, adapter in able.items()}
+
+
+# Building ---------------------------------------------------------------------------------------------
+
+
+def _build(plan: Plan, key: jax.Array, path: str, w: Any, dtype: Any) -> tuple[Adapter, Any]:
+    """The adapter of one weight, and the weight to freeze."""
+    if isinstance(w, jax.ShapeDtypeStruct):
+        a, b = (jax.ShapeDtypeStruct(s, dtype) for s in factor_shapes(w.shape, plan.layout, plan.rank))
+        frozen = w
+    else:
+        a, b, frozen = INITS[plan.init](leaf_key(key, path), w, plan.layout, plan.rank, plan.scale, dtype)
+        if isinstance(plan.rank, tuple):
+            a, b = _zero_pads(a, b, plan.rank, len(plan.layout.stack))
+    adapter = METHODS[plan.method](a, b, plan.alpha, plan.rank, plan.scaling, plan.layout)
+    return adapter, frozen
+
+
+def _zero_pads(a: jax.Array, b: jax.Array, ranks: tuple[int, ...], s: int) -> tuple[jax.Array, jax.Array]:
+    """Exact zeros in A and B beyond each entry's rank: both then stay zero under elementwise optimizers."""
+    used = np.arange(a.shape[-1])[None, :] < np.asarray(ranks)[:, None]
+    stack, r = a.shape[:s], a.shape[-1]
+    used_a = used.reshape(*stack, *(1,) * (a.ndim - s - 1), r)
+    used_b = used.reshape(*stack, r, *(1,) * (b.ndim - s - 1))
+    return jnp.where(used_a, a, jnp.zeros_like(a)), jnp.where(used_b, b, jnp.zeros_like(b))
+
+
+def _checked_key(key: Any) -> jax.Array:
+    if key is None:
+        return jax.random.key(0)
+    dtype = getattr(key, "dtype", None)
+    new = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key) and key.shape == ()
+    if new or (dtype == jnp.uint32 and key.ndim == 1):
+        return key
+    raise error("key= is not one PRNG key.", got=repr(key), want="a single key", do="key=jax.random.key(0).")
+
+
+def _copy(leaf: Any, dtype: Any) -> Any:
+    """A copy in ``dtype``, always: a donated adapter must never delete the user's params."""
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(leaf.shape, dtype)
+    return jnp.array(leaf, dtype=dtype, copy=True)
+
+
+def _merged(adapter: Adapter, w: Any, dtype: Any) -> Any:
+    def weight(adapter, w):
+        w = jnp.asarray(w)
+        return adapter.weight(w) if dtype is None else adapter.weight(w.astype(jnp.float32)).astype(dtype)
+
+    return _run(weight, adapter, w)
+
+
+def _run(f: Callable, *args: Any) -> Any:
+    """Calls ``f``, or asks for its shapes where an argument is abstract."""
+    abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(args))
+    return jax.eval_shape(f, *args) if abstract else f(*args)
+
+
+def _replace(params: PyTree, new: Mapping[str, Any]) -> PyTree:
+    """``params`` with some leaves replaced; the very same tree where none is."""
+    if not new:
+        return params
+    named, treedef = flatten_with_paths(params)
+    return jax.tree.unflatten(treedef, [new.get(path, leaf) for path, leaf in named])

@@ -1,0 +1,236 @@
+"""Control flow: factored weights cross it in parts, as constants, stacked inputs or loop invariants.
+
+Every function is ``rule(walk, eqn, index, values) -> list of results``; ``walk`` evaluates inner jaxprs.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec
+
+from lorax_fn.transform import jaxpr as jx
+from lorax_fn.transform.factored import Factored, Part, is_factored
+
+
+def with_new_key(value: Any, use: Any) -> Any:
+    """A weight under dropout draws other masks at each place and iteration that it enters."""
+    if not is_factored(value) or "key" not in value.parts:
+        return value
+    part = value.parts["key"]
+    keys = jax.vmap(lambda k: jax.random.fold_in(k, use))(part.array.reshape(-1)).reshape(part.array.shape)
+    return value.with_part(value.base, "key", Part(keys, part.axes))
+
+
+def jit(walk, eqn, index, values):
+    """An inner jit stays one function: rewritten once a jaxpr, traced by jax once an operand structure.
+
+    Inside it weights are named by operand position, so that equal layers of an unrolled model share one
+    trace; what that trace reports is told again for each caller's weights.
+    """
+    closed = eqn.params["jaxpr"]
+    asked = jx.jit_shardings(eqn, "in"), jx.jit_shardings(eqn, "out")
+
+    def make():
+        jaxpr, consts = jx.opened(closed)
+        reports: dict[Any, list] = {}
+
+        def inner(*args):
+            with walk.collecting(reports.setdefault(jax.tree_util.tree_structure(args), [])):
+                args = [_constrained(a, s) for a, s in zip(args, asked[0], strict=True)]
+                results = walk.evaluate(jaxpr, consts, args)
+                return [_constrained(r, s) for r, s in zip(results, asked[1], strict=True)]
+
+        return jx.jit_like(eqn, inner), reports
+
+    key = ("jit", id(closed), eqn.params["name"], *map(tuple, asked))
+    fn, reports = walk.once(key, closed, make)
+    paths = {str(i): v.paths for i, v in enumerate(values) if is_factored(v)}
+    values = tuple(_renamed(with_new_key(v, index), {v.paths: (str(i),)} if is_factored(v) else {})
+                   for i, v in enumerate(values))  # fmt: skip
+    results = fn(*values)
+    for report in reports.get(jax.tree_util.tree_structure(values), []):
+        walk.report(report.of(paths))
+    return [_renamed(r, {r.paths: tuple(p for i in r.paths for p in paths[i])} if is_factored(r) else {}) for r in results]
+
+
+def _renamed(value: Any, names: dict) -> Any:
+    return dataclasses.replace(value, paths=names[value.paths]) if is_factored(value) else value
+
+
+def _constrained(value: Any, sharding: Any) -> Any:
+    if sharding is None:
+        return value
+    if is_factored(value):
+        return dataclasses.replace(value, base=lax.with_sharding_constraint(value.base, sharding))
+    return lax.with_sharding_constraint(value, sharding)
+
+
+def closed_call(walk, eqn, index, values):
+    jaxpr, consts = jx.opened(eqn.params.get("call_jaxpr") or eqn.params["jaxpr"])
+    return walk.evaluate(jaxpr, consts, [with_new_key(v, index) for v in values])
+
+
+def checkpoint(walk, eqn, index, values):
+    jaxpr, consts = jx.opened(eqn.params["jaxpr"])
+    values = [with_new_key(v, index) for v in values]
+
+    def inner(*args):
+        return walk.evaluate(jaxpr, consts, args)
+
+    if eqn.params["differentiated"]:
+        # The recomputation of a backward pass: the barrier keeps the compiler from sharing it with the forward.
+        if eqn.params["prevent_cse"] is not False:
+            values = lax.optimization_barrier(values)
+        return inner(*values)
+    options = {"prevent_cse": eqn.params["prevent_cse"], "policy": eqn.params["policy"]}
+    return walk.in_one_piece(eqn, jax.checkpoint(inner, **options), *values)
+
+
+def cond(walk, eqn, index, values):
+    which, *operands = values
+    operands = [with_new_key(v, index) for v in operands]
+
+    def branch(closed):
+        jaxpr, consts = jx.opened(closed)
+        return lambda *args: walk.dense(eqn, walk.evaluate(jaxpr, consts, args))
+
+    branches = [branch(closed) for closed in eqn.params["branches"]]
+    return walk.in_one_piece(eqn, lambda i, *args: lax.switch(i, branches, *args), which, *operands)
+
+
+def while_loop(walk, eqn, index, values):
+    cond_jaxpr, cond_fixed = jx.opened(eqn.params["cond_jaxpr"])
+    body_jaxpr, body_fixed = jx.opened(eqn.params["body_jaxpr"])
+    n, m = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+    carry = _Carry(walk, eqn, body_jaxpr, m, len(values) - n - m)
+
+    def run(cond_consts, body_consts, init):
+        constant, moving = carry.parted(init)
+        # A counter only where dropout has to tell the iterations apart.
+        counter = jnp.int32(0) if _any_dropped((*body_consts, *constant)) else None
+
+        def cond(state):
+            return walk.evaluate(cond_jaxpr, cond_fixed, [*cond_consts, *carry.joined(constant, state[1])])[0]
+
+        def body(state):
+            counter, moving = state
+            args = [*body_consts, *carry.joined(constant, moving)]
+            if counter is not None:
+                args, counter = [with_new_key(v, counter) for v in args], counter + 1
+            results = walk.evaluate(body_jaxpr, body_fixed, args)
+            return counter, carry.parted(carry.settled(results))[1]
+
+        return carry.joined(constant, lax.while_loop(cond, body, (counter, moving))[1])
+
+    values = [with_new_key(v, index) for v in values]
+    init = carry.settled(values[n + m :])
+    return walk.in_one_piece(eqn, run, values[:n], values[n : n + m], init)
+
+
+def _any_dropped(values: Any) -> bool:
+    return any(is_factored(v) and "key" in v.parts for v in values)
+
+
+class _Carry:
+    """Tells a loop's invariant carries, which may stay factored, from those that change."""
+
+    def __init__(self, walk, eqn, body, consts: int, count: int):
+        carried = body.invars[consts : consts + count]
+        self.walk, self.eqn = walk, eqn
+        self.invariant = [out is var for out, var in zip(body.outvars[:count], carried, strict=True)]
+
+    def settled(self, values):
+        """The carried values, factored only where the loop leaves them alone."""
+        return [v if same else self.walk.dense(self.eqn, [v])[0] for v, same in zip(values, self.invariant, strict=True)]
+
+    def parted(self, values):
+        pairs = list(zip(values, self.invariant, strict=True))
+        return [v for v, same in pairs if same], [v for v, same in pairs if not same]
+
+    def joined(self, constant, moving):
+        constant, moving = iter(constant), iter(moving)
+        return [next(constant if same else moving) for same in self.invariant]
+
+
+def scan(walk, eqn, index, values):
+    jaxpr, fixed = jx.opened(eqn.params["jaxpr"])
+    n, m = jx.scan_counts(eqn)
+    carry = _Carry(walk, eqn, jaxpr, n, m)
+    options = jx.scan_options(eqn)
+
+    def run(consts, init, xs):
+        constant, moving = carry.parted(init)
+        counter = jnp.arange(options["length"]) if _any_dropped((*consts, *constant)) else None
+        pieces = [unstack(x) if is_factored(x) else (x, None) for x in xs]
+        rebuild = [fn for _, fn in pieces]
+
+        def body(moving, step):
+            counter, leaves = step
+            invariant = [*consts, *carry.joined(constant, moving)]
+            if counter is not None:
+                invariant = [with_new_key(v, counter) for v in invariant]
+            slices = [leaf if fn is None else fn(leaf) for leaf, fn in zip(leaves, rebuild, strict=True)]
+            results = walk.evaluate(jaxpr, fixed, [*invariant, *slices])
+            return carry.parted(carry.settled(results[:m]))[1], walk.dense(eqn, results[m:])
+
+        moving, ys = lax.scan(body, moving, (counter, [leaf for leaf, _ in pieces]), **options)
+        return [*carry.joined(constant, moving), *ys]
+
+    values = [with_new_key(v, index) for v in values]
+    init = carry.settled(values[n : n + m])
+    return walk.in_one_piece(eqn, run, values[:n], init, values[n + m :])
+
+
+def unstack(w: Factored) -> tuple[Any, Any]:
+    """What a loop over the leading axis scans, and how an iteration puts its weight together again."""
+    scanned = {name: 0 in part.axes for name, part in w.parts.items()}
+
+    def leading(part: Part) -> Any:
+        where = part.axes.index(0)
+        return part.array if where == 0 else jnp.moveaxis(part.array, where, 0)
+
+    leaves = (w.base, {name: leading(part) for name, part in w.parts.items() if scanned[name]})
+
+    def rebuild(slices):
+        base, arrays = slices
+        parts = {}
+        for name, part in w.parts.items():
+            axes = tuple(axis - 1 if axis > 0 else axis for axis in part.axes if axis != 0)
+            parts[name] = Part(arrays[name] if scanned[name] else part.array, axes)
+        return dataclasses.replace(w, base=base, parts=parts)
+
+    return leaves, rebuild
+
+
+def shard_map(walk, eqn, index, values):
+    """The factors are sharded as the weight's own axes are; the rank is on every device."""
+    jaxpr, consts = jx.opened(eqn.params["jaxpr"])
+
+    def specs(value, spec):
+        if not is_factored(value):
+            return spec
+        entries = (*spec, *(None,) * (value.ndim - len(spec)))
+        return value.with_parts(
+            spec, lambda part: Part(PartitionSpec(*(None if i < 0 else entries[i] for i in part.axes)), part.axes)
+        )
+
+    def inner(*args):
+        return walk.dense(eqn, walk.evaluate(jaxpr, consts, args))
+
+    in_specs = tuple(specs(v, s) for v, s in zip(values, eqn.params["in_specs"], strict=True))
+    mapped = jx.shard_map_like(eqn, inner, in_specs)
+    return walk.in_one_piece(eqn, mapped, *(with_new_key(v, index) for v in values))
+
+
+CONTROL = {
+    "shard_map": shard_map,
+    jx.NAMES["jit"]: jit,
+    jx.NAMES["closed_call"]: closed_call,
+    jx.NAMES["remat"]: checkpoint,
+    jx.NAMES["cond"]: cond,
+    jx.NAMES["while"]: while_loop,
+    jx.NAMES["scan"]: scan,
+}

@@ -1,0 +1,306 @@
+"""The factored weight: a base array, its low-rank parts, and where each axis of the weight lives.
+
+    W' = column * (base + scale * sum_r a[..., r] b[r, ...])
+
+Every part knows, for each of its own axes, which axis of the base it runs along (`RANK` for the rank).
+An axis of the base that only ``a`` has is an input, one that only ``b`` has an output, one that both
+have a stack axis; one that neither has is broadcast. So transposing a weight moves no factor at all:
+it only renames axes.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from lorax_fn.types import Adapter, Factors, Layout, error
+
+RANK = -1
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One array of a factored weight; ``axes[i]`` is the base axis that its axis ``i`` runs along."""
+
+    array: Any
+    axes: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+
+    def renamed(self, new: Callable[[int], int]) -> "Part":
+        return Part(self.array, tuple(i if i == RANK else new(i) for i in self.axes))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Factored:
+    """A weight in the walk, kept apart: ``column * (base + scale * a @ b)``.
+
+    ``parts`` holds ``a`` and ``b``, and where they exist ``scale`` (an array along stack axes),
+    ``column`` and ``key`` (dropout). ``lookup`` marks rows that were gathered by array indices: they are
+    an activation as much as a weight, so building them is no loss.
+    """
+
+    base: Any
+    parts: dict[str, Part]
+    scale: float = dataclasses.field(metadata={"static": True})
+    rate: float = dataclasses.field(metadata={"static": True})
+    paths: tuple[str, ...] = dataclasses.field(metadata={"static": True})
+    lookup: bool = dataclasses.field(default=False, metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.base.shape
+
+    @property
+    def ndim(self) -> int:
+        return len(self.base.shape)
+
+    @property
+    def dtype(self):
+        return self.base.dtype
+
+    def has(self, part: str, axis: int) -> bool:
+        return part in self.parts and axis in self.parts[part].axes
+
+    def with_parts(self, base: Any, change: Callable[[Part], Part], **facts: Any) -> "Factored":
+        """The same weight after an operation on ``base`` that ``change`` repeats on every part."""
+        parts = {name: change(part) for name, part in self.parts.items()}
+        return dataclasses.replace(self, base=base, parts=parts, **facts)
+
+    def with_part(self, base: Any, name: str, part: Part) -> "Factored":
+        return dataclasses.replace(self, base=base, parts={**self.parts, name: part})
+
+
+def is_factored(x: object) -> bool:
+    return isinstance(x, Factored)
+
+
+def factor(path: str, base: Any, factors: Factors, layout: Layout) -> Factored:
+    """Puts an adapter's factors beside its base weight."""
+    stack = layout.stack
+    parts = {
+        "a": Part(factors.a, (*stack, *layout.inputs, RANK)),
+        "b": Part(factors.b, (*stack, RANK, *layout.outputs)),
+    }
+    scale = factors.scale
+    if np.ndim(scale):
+        parts["scale"], scale = Part(jnp.asarray(scale), stack), 1.0
+    if factors.column is not None:
+        parts["column"] = Part(factors.column, (*stack, *layout.outputs))
+    if factors.key is not None:
+        parts["key"] = Part(factors.key, stack)
+    return Factored(base, parts, float(scale), factors.rate, (path,))
+
+
+def wrap(path: str, base: Any, adapter: Adapter) -> Any:
+    """A leaf as the walk sees it: factored where the adapter has factors, else the adapter's own weight."""
+    factors = adapter.factors(base)
+    return adapter.weight(base) if factors is None else factor(path, base, factors, adapter.layout)
+
+
+# Contractions over named axes.
+
+
+def explicit_mesh(*arrays: Any) -> bool:
+    """Whether any operand's type carries explicit mesh axes: then a reshape may not merge them blindly."""
+    for array in arrays:
+        mesh = getattr(getattr(jax.typeof(array), "sharding", None), "mesh", None)
+        if mesh is not None and not mesh.empty and not mesh.are_all_axes_auto:
+            return True
+    return False
+
+
+def contract(
+    x: Any, xs: Sequence[Any], y: Any, ys: Sequence[Any], out: Sequence[Any], *, dtype: Any, precision: Any = None
+) -> Any:
+    """``einsum`` over named axes as one dot product, 2-D wherever a reshape is free.
+
+    Skinny products are fast as plain ``[T, n] @ [n, r]``; the transposes that autodiff makes of a product
+    with two token axes are not. Names of ``out`` that neither operand has are broadcast by the caller.
+    """
+    x, xs = _sum_unshared(x, list(xs), ys, out)
+    y, ys = _sum_unshared(y, list(ys), xs, out)
+    wanted = [name for name in out if name in xs or name in ys]
+    free = [name for name in wanted if (name in xs) != (name in ys)]
+    if free and free[0] in ys:  # a product comes out with its left operand's axes first
+        x, xs, y, ys = y, ys, x, xs
+    batch = [name for name in wanted if name in xs and name in ys]
+    large = xs if x.size >= y.size else ys
+    summed = [name for name in large if name in xs and name in ys and name not in batch]
+    x_free = [name for name in xs if name not in ys]
+    y_free = [name for name in ys if name not in xs]
+    merged = None
+    if not explicit_mesh(x, y):
+        merged = _merged_pair(x, xs, y, ys, batch, summed, x_free, y_free)
+    if merged is None:
+        result = _dot(x, xs, y, ys, batch, summed, x_free + y_free, dtype, precision)
+    else:
+        sizes = {**dict(zip(ys, y.shape, strict=True)), **dict(zip(xs, x.shape, strict=True))}
+        (x, xs), (y, ys) = merged
+        names = [n for n in (*xs, *ys) if n in ("x", "y")]
+        result = _dot(x, xs, y, ys, batch, ["sum"] if summed else [], names, dtype, precision)
+        result = lax.reshape(result, [sizes[name] for name in batch + x_free + y_free])
+    have = batch + x_free + y_free
+    if have != wanted:
+        result = lax.transpose(result, [have.index(name) for name in wanted])
+    return result
+
+
+def _merged_pair(x, xs, y, ys, batch, summed, x_free, y_free):
+    """Both operands with one free and one contracted axis each, or None where the larger would be moved."""
+    if x.size >= y.size:
+        x2 = _merged(x, xs, batch, summed, x_free, "x")
+        return x2 and (x2, _merged(y, ys, batch, summed, y_free, "y", move=True))
+    y2 = _merged(y, ys, batch, summed, y_free, "y")
+    return y2 and (_merged(x, xs, batch, summed, x_free, "x", move=True), y2)
+
+
+def _sum_unshared(x: Any, xs: list, others: Sequence, out: Sequence) -> tuple[Any, list]:
+    lonely = [i for i, name in enumerate(xs) if name not in others and name not in out]
+    if not lonely:
+        return x, xs
+    return lax.reduce_sum(x, lonely), [name for i, name in enumerate(xs) if i not in lonely]
+
+
+def _merged(x: Any, xs: list, batch: list, summed: list, free: list, side: str, move: bool = False):
+    """``x`` with its free axes merged into one and its contracted axes into one.
+
+    None where that would move data, unless ``move`` allows a transpose (right for the small factor only).
+    """
+    groups = {"sum": summed, side: free}
+    orders = [batch + summed + free, batch + free + summed]
+    if xs not in orders:
+        if not move:
+            return None
+        x = lax.transpose(x, [xs.index(name) for name in orders[1]])
+        xs = orders[1]
+    sizes = dict(zip(xs, x.shape, strict=True))
+    order = [group for group in (("sum", side) if xs == orders[0] else (side, "sum")) if groups[group]]
+    shape = [sizes[n] for n in batch] + [math.prod(sizes[n] for n in groups[group]) for group in order]
+    return lax.reshape(x, shape), batch + order
+
+
+def _dot(x, xs, y, ys, batch, summed, free, dtype, precision):
+    dims = (
+        ([xs.index(n) for n in summed], [ys.index(n) for n in summed]),
+        ([xs.index(n) for n in batch], [ys.index(n) for n in batch]),
+    )
+    extra = {}
+    if explicit_mesh(x, y):
+        specs = {**_specs(y, ys), **_specs(x, xs)}
+        extra["out_sharding"] = _sharding([specs[n] for n in batch + free], x, y)
+    return lax.dot_general(x, y, dims, precision=precision, preferred_element_type=dtype, **extra)
+
+
+def _specs(x: Any, names: Sequence) -> dict:
+    spec = tuple(jax.typeof(x).sharding.spec)
+    return dict(zip(names, spec + (None,) * (len(names) - len(spec)), strict=True))
+
+
+def _sharding(spec: list, *arrays: Any):
+    mesh = next(jax.typeof(a).sharding.mesh for a in arrays if explicit_mesh(a))
+    used: set = set()
+    kept = []
+    for entry in spec:  # one mesh axis may shard one axis of the result only
+        axes = set(entry) if isinstance(entry, tuple) else {entry} - {None}
+        kept.append(None if axes & used else entry)
+        used |= axes
+    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*kept))
+
+
+# The two things that a factored weight can be asked for.
+
+
+def low_rank_product(
+    w: Factored, x: Any, xs: Sequence[Any], out: Sequence[Any], *, dtype: Any, precision: Any = None, use: int = 0
+) -> Any:
+    """``scale * sum x * a @ b`` over named axes, where names of the weight's axes are their numbers.
+
+    ``x @ A`` first where inputs are contracted, ``x @ B`` first where outputs are: the factor that
+    shrinks ``x`` to the rank goes first, and neither ``a @ b`` nor anything of the weight's size is built.
+    """
+    a, b = w.parts["a"], w.parts["b"]
+    contracted = set(xs) - set(out)
+    shrinks_by = {"a": 1, "b": 1}
+    for name in contracted:
+        for part, other in (("a", "b"), ("b", "a")):
+            if w.has(part, name) and not w.has(other, name):
+                shrinks_by[part] *= w.shape[name]
+    first, second = (a, b) if shrinks_by["a"] >= shrinks_by["b"] else (b, a)
+    if "key" in w.parts:
+        if first is not a:
+            raise error(
+                "dropout reached a use of the weight that does not contract A's inputs.",
+                path=list(w.paths),
+                do="drop other weights only, or train without dropout: lx.dropout({k: v for k, v in lora.items() ...}).",
+            )
+        x, xs = dropped(w, x, xs, use)
+    compute = x.dtype if jnp.issubdtype(x.dtype, jnp.floating) else dtype
+    x = x.astype(compute)
+    scale = w.parts.get("scale")
+    later = {*out, *second.axes, *(scale.axes if scale else ())}
+    h_names = [n for n in xs if n in later] + [n for n in first.axes if n in later and n not in xs]
+    h = contract(x, xs, first.array.astype(compute), first.axes, h_names, dtype=compute, precision=precision)
+    if scale is not None:
+        h = h * align(scale.array.astype(compute), scale.axes, h_names)
+    if w.scale != 1.0:
+        h = h * w.scale
+    return contract(h, h_names, second.array.astype(compute), second.axes, out, dtype=dtype, precision=precision)
+
+
+def align(x: Any, names: Sequence[Any], out: Sequence[Any]) -> Any:
+    """``x`` transposed and expanded with axes of size 1, ready to broadcast over the axes ``out``."""
+    order = [list(names).index(n) for n in out if n in names]
+    if order != sorted(order):
+        x = lax.transpose(x, order)
+    return lax.expand_dims(x, [i for i, n in enumerate(out) if n not in names])
+
+
+def dropped(w: Factored, x: Any, xs: Sequence[Any], use: int) -> tuple[Any, list]:
+    """Drops entries of ``x`` with the weight's keys: one mask a stack entry, another at each use."""
+    part = w.parts["key"]
+    keys, names = part.array, list(part.axes)
+    keys = jax.vmap(lambda k: jax.random.fold_in(k, use))(keys.reshape(-1)).reshape(keys.shape)
+    stack = [n for n in names if n in w.parts["a"].axes]
+    xs = list(xs)
+    missing = [n for n in stack if n not in xs]
+    x = jnp.broadcast_to(x, (*[w.shape[n] for n in missing], *x.shape))
+    xs = missing + xs
+    rest = [n for n in xs if n not in stack]
+    shape = tuple(x.shape[xs.index(n)] for n in rest)
+    keep = jax.vmap(lambda k: jax.random.bernoulli(k, 1.0 - w.rate, shape))(keys.reshape(-1))
+    keep = align(keep.reshape(*keys.shape, *shape), names + rest, xs)
+    return jnp.where(keep, x / (1.0 - w.rate), jnp.zeros((), x.dtype)), xs
+
+
+def build(w: Factored) -> Any:
+    """The whole array: ``base + a @ b`` in float32 for a weight, in the base's dtype for looked-up rows."""
+    if "key" in w.parts and not w.lookup:
+        raise error(
+            "dropout cannot be applied where the weight has to be built in full.",
+            path=list(w.paths),
+            do="leave this weight out of lx.dropout, or train it without dropout.",
+        )
+    compute = w.dtype if w.lookup else jnp.promote_types(w.dtype, jnp.float32)
+    a = w.parts["a"]
+    rows, names = a.array.astype(compute), list(a.axes)
+    if "key" in w.parts:
+        raise error("dropout of an embedding's lookups is not defined.", path=list(w.paths), do="leave it out of lx.dropout.")
+    scale = w.parts.get("scale")
+    if scale is not None:
+        rows = rows * align(scale.array.astype(compute), scale.axes, names)
+    out = [i for i in range(w.ndim) if w.has("a", i) or w.has("b", i)]
+    b = w.parts["b"]
+    precision = None if w.lookup else lax.Precision.HIGHEST
+    rows = rows * w.scale if w.scale != 1.0 else rows
+    change = contract(rows, names, b.array.astype(compute), b.axes, out, dtype=compute, precision=precision)
+    whole = w.base.astype(compute) + align(change, out, range(w.ndim))
+    column = w.parts.get("column")
+    if column is not None:
+        whole = whole * align(column.array.astype(compute), column.axes, range(w.ndim))
+    return whole.astype(w.dtype)

@@ -1,0 +1,121 @@
+"""All that differs between JAX versions, and all that touches jaxprs from outside.
+
+Since JAX 0.12 a closed jaxpr is a plain ``Jaxpr`` that carries its constants.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+from jax.extend import source_info_util
+from jax.extend.core import DropVar, Literal
+from jax.extend.core import primitives as prims
+
+
+def opened(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
+    """The equations' owner and its constants, for a closed or an open jaxpr of any JAX version."""
+    return getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ())
+
+
+def is_literal(atom: Any) -> bool:
+    return isinstance(atom, Literal)
+
+
+def is_dropped(var: Any) -> bool:
+    return isinstance(var, DropVar)
+
+
+def bind(eqn: Any, values: Sequence[Any]) -> list[Any]:
+    """Runs one equation as it is; always a list of results."""
+    results = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))
+    return list(results) if eqn.primitive.multiple_results else [results]
+
+
+def bind_with(eqn: Any, values: Sequence[Any], **changed: Any) -> list[Any]:
+    """Runs one equation with some of its parameters changed."""
+    return [eqn.primitive.bind(*values, **{**eqn.params, **changed})]
+
+
+@contextlib.contextmanager
+def equation_context(eqn: Any) -> Iterator[None]:
+    """The name stack, traceback and configuration under which the equation was traced."""
+    name_stack = source_info_util.current_name_stack() + eqn.source_info.name_stack
+    with source_info_util.user_context(eqn.source_info.traceback, name_stack=name_stack), eqn.ctx.manager:
+        yield
+
+
+def source_line(eqn: Any) -> str:
+    """``file:line (function)`` of the user's code behind an equation."""
+    return source_info_util.summarize(eqn.source_info)
+
+
+def name_stack(eqn: Any) -> str:
+    return str(eqn.source_info.name_stack)
+
+
+def order(jaxpr: Any) -> list[tuple[int, Any, list[Any]]]:
+    """What to run: ``(position, equation, variables nobody reads afterwards)``.
+
+    Left out is every equation without effects whose results nobody reads.
+    """
+    needed = {v for v in jaxpr.outvars if not is_literal(v)}
+    steps = []
+    for index, eqn in reversed(list(enumerate(jaxpr.eqns))):
+        if eqn.effects or any(v in needed for v in eqn.outvars):
+            read = {v for v in eqn.invars if not is_literal(v)}
+            steps.append((index, eqn, list(read - needed)))
+            needed |= read
+    return steps[::-1]
+
+
+def jit_like(eqn: Any, fn: Callable) -> Callable:
+    """``jax.jit(fn)`` with the name, inlining and shardings of a jit equation."""
+    fn.__name__ = fn.__qualname__ = eqn.params["name"]
+    options = {"keep_unused": eqn.params["keep_unused"]}
+    if eqn.params["inline"] is True:
+        options["inline"] = True
+    if eqn.params["compiler_options_kvs"]:
+        options["compiler_options"] = dict(eqn.params["compiler_options_kvs"])
+    return jax.jit(fn, **options)
+
+
+def jit_shardings(eqn: Any, which: str) -> list[Any]:
+    """The shardings that a jit equation asks of its ``in`` or ``out`` values; None where it asks nothing."""
+    return [s if isinstance(s, jax.sharding.Sharding) else None for s in eqn.params[f"{which}_shardings"]]
+
+
+def scan_counts(eqn: Any) -> tuple[int, int]:
+    """How many of a scan equation's operands are constants, and how many are carried."""
+    if "num_consts" in eqn.params:
+        return eqn.params["num_consts"], eqn.params["num_carry"]
+    consts, carry, _ = eqn.params["ft_in"].unpack()  # JAX 0.12 groups the operands in a flat tree
+    return len(list(consts)), len(list(carry))
+
+
+def scan_options(eqn: Any) -> dict[str, Any]:
+    """Keyword arguments of `jax.lax.scan` that repeat a scan equation."""
+    params = eqn.params
+    options = {name: params[name] for name in ("length", "reverse", "unroll")}
+    if params.get("_split_transpose"):
+        options["_split_transpose"] = True
+    return options
+
+
+def shard_map_like(eqn: Any, fn: Callable, in_specs: Any) -> Callable:
+    """``jax.shard_map(fn)`` with the mesh, outputs and checks of a shard_map equation."""
+    params = eqn.params
+    axes = params["newly_manual_axes"] if "newly_manual_axes" in params else params["manual_axes"]
+    return jax.shard_map(
+        fn,
+        mesh=params["mesh"],
+        in_specs=in_specs,
+        out_specs=list(params["out_specs"]),
+        axis_names=set(axes),
+        check_vma=params["check_vma"],
+    )
+
+
+NAMES = {name: getattr(prims, f"{name}_p").name for name in (
+    "jit", "scan", "while", "cond", "remat", "custom_jvp_call", "custom_vjp_call", "closed_call",
+)}  # fmt: skip

@@ -1,0 +1,239 @@
+"""Rules of the primitives that consume a weight (products), or put several side by side."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jax.extend.core import primitives as prims
+
+from lorax_fn.transform import jaxpr as jx
+from lorax_fn.transform.factored import (
+    RANK,
+    Factored,
+    Part,
+    align,
+    build,
+    contract,
+    dropped,
+    is_factored,
+    low_rank_product,
+)
+from lorax_fn.transform.rules import rule
+from lorax_fn.types import error
+
+
+@rule(prims.dot_general_p)
+def _dot_general(eqn, index, values):
+    lhs, rhs = values
+    if is_factored(lhs) and is_factored(rhs):  # two weights multiplied: build the smaller
+        if lhs.lookup != rhs.lookup:
+            lhs, rhs = (build(lhs), rhs) if lhs.lookup else (lhs, build(rhs))
+        else:
+            return NotImplemented
+    w, x = (lhs, rhs) if is_factored(lhs) else (rhs, lhs)
+    (lhs_sum, rhs_sum), (lhs_batch, rhs_batch) = eqn.params["dimension_numbers"]
+    w_first = w is lhs
+    w_sum, x_sum = (lhs_sum, rhs_sum) if w_first else (rhs_sum, lhs_sum)
+    w_batch, x_batch = (lhs_batch, rhs_batch) if w_first else (rhs_batch, lhs_batch)
+    shared = dict(zip((*x_batch, *x_sum), (*w_batch, *w_sum), strict=True))  # axis of x -> axis of w
+    xs = [shared.get(i, ("x", i)) for i in range(x.ndim)]
+    x_free = [name for i, name in enumerate(xs) if i not in shared]
+    w_free = [i for i in range(w.ndim) if i not in (*w_batch, *w_sum)]
+    out = [*w_batch, *(w_free + x_free if w_first else x_free + w_free)]
+    column = w.parts.get("column")
+    after = None
+    if column is not None:  # column * (x @ W) if it survives, (x * column) @ W if it is contracted
+        if not set(column.axes) & set(w_sum):
+            after = column
+        elif set(column.axes) <= {n for n in xs if isinstance(n, int)}:
+            x = x * align(column.array.astype(x.dtype), column.axes, xs)
+        else:
+            return NotImplemented
+    base = jx.bind(eqn, (w.base, x) if w_first else (x, w.base))[0]
+    change = low_rank_product(w, x, xs, out, dtype=base.dtype, precision=eqn.params["precision"], use=index)
+    known = [n for n in out if not isinstance(n, int) or w.has("a", n) or w.has("b", n) or n in xs]
+    total = base + (align(change, known, out) if known != out else change)
+    if after is not None:
+        total = total * align(after.array.astype(total.dtype), after.axes, out)
+    return [total]
+
+
+@rule(prims.conv_general_dilated_p)
+def _convolution(eqn, index, values):
+    """One factor keeps window, strides and dilation, the other is a 1x1 on its rank side.
+
+    With g groups both see g * r channels: the 1x1 works within each group.
+    """
+    x, w = values
+    params = eqn.params
+    if is_factored(x) or params["batch_group_count"] != 1:
+        return NotImplemented
+    out_axis, in_axis, *window = params["dimension_numbers"].rhs_spec
+    spatial = "a" if w.has("a", window[0] if window else in_axis) else "b"
+    wide, point = w.parts[spatial], w.parts["b" if spatial == "a" else "a"]
+    if set(wide.axes) == {in_axis, *window, RANK} and set(point.axes) == {out_axis, RANK}:
+        window_first = True
+    elif set(wide.axes) == {out_axis, *window, RANK} and set(point.axes) == {in_axis, RANK}:
+        window_first = False
+    else:
+        return NotImplemented
+    base = jx.bind(eqn, [x, w.base])[0]
+    if "key" in w.parts:
+        if spatial != "a" or not window_first:
+            raise _undroppable(w)
+        x, _ = dropped(w, x, [("x", i) for i in range(x.ndim)], index)
+    groups, dtype = params["feature_group_count"], x.dtype
+    at_x, at_y = params["dimension_numbers"].lhs_spec[1], params["dimension_numbers"].out_spec[1]
+    swapped = out_axis if window_first else in_axis  # the axis of the kernel that the rank takes
+    kernel = align(wide.array.astype(dtype), wide.axes, [RANK if i == swapped else i for i in range(w.ndim)])
+    point = align(point.array.astype(dtype), point.axes, [in_axis, RANK] if not window_first else [RANK, out_axis])
+    if window_first:
+        kernel = lax.concatenate([kernel] * groups, out_axis)
+        h = jx.bind_with(eqn, [x, kernel], preferred_element_type=None)[0] * w.scale
+        point = lax.reshape(point, (point.shape[0], groups, w.shape[out_axis] // groups))
+        change = _within_groups(h, at_y, point, groups, base.dtype, params["precision"])
+    else:
+        point = lax.broadcast_in_dim(point, (point.shape[0], groups, point.shape[1]), (0, 2))
+        h = _within_groups(x, at_x, point, groups, dtype, params["precision"]) * w.scale
+        change = jx.bind(eqn, [h, kernel])[0]
+    total = base + change
+    column = w.parts.get("column")
+    if column is not None:
+        if column.axes != (out_axis,):
+            return NotImplemented
+        total = total * lax.expand_dims(column.array.astype(total.dtype), [i for i in range(total.ndim) if i != at_y])
+    return [total]
+
+
+def _within_groups(x: Any, feature: int, point: Any, groups: int, dtype: Any, precision: Any) -> Any:
+    """``point`` ``[c, g, d]`` applied to the channel axis of ``x``, g * c channels in, g * d out."""
+    split = lax.reshape(x, (*x.shape[:feature], groups, x.shape[feature] // groups, *x.shape[feature + 1 :]))
+    rest = [("x", i) for i in range(x.ndim)]
+    names = [*rest[:feature], "group", "in", *rest[feature + 1 :]]
+    out = ["out" if n == "in" else n for n in names]
+    y = contract(split, names, point, ["in", "group", "out"], out, dtype=dtype, precision=precision)
+    return lax.reshape(y, (*x.shape[:feature], groups * point.shape[2], *x.shape[feature + 1 :]))
+
+
+@rule("ragged_dot_general")
+def _ragged_dot(eqn, index, values):
+    """Grouped experts: rows go through their expert's ``A`` and ``B`` as two grouped products."""
+    x, w, sizes, *offset = values
+    dims = eqn.params["ragged_dot_dimension_numbers"]
+    ((x_sum,), (w_sum,)), batch = dims.dot_dimension_numbers[0], dims.dot_dimension_numbers[1]
+    plain = x.ndim == 2 and tuple(dims.lhs_ragged_dimensions) == (1 - x_sum,) and not batch[0] and not offset
+    if is_factored(x) or not plain or len(dims.rhs_group_dimensions) != 1 or w.ndim != 3:
+        return NotImplemented
+    (expert,) = dims.rhs_group_dimensions
+    out_axis = 3 - expert - w_sum
+    first = "a" if w.has("a", w_sum) else "b"
+    second = "b" if first == "a" else "a"
+    fits = set(w.parts[first].axes) == {expert, w_sum, RANK} and set(w.parts[second].axes) == {expert, out_axis, RANK}
+    if not fits or "column" in w.parts:
+        return NotImplemented
+    base = jx.bind(eqn, values[:1] + [w.base] + values[2:])[0]
+    rows = x if x_sum == 1 else lax.transpose(x, (1, 0))
+    if "key" in w.parts:
+        raise _undroppable(w)
+    down, up = w.parts[first], w.parts[second]
+    down = align(down.array.astype(x.dtype), down.axes, [expert, w_sum, RANK])
+    up_array = up.array.astype(x.dtype) * w.scale
+    if "scale" in w.parts:
+        scale = w.parts["scale"]
+        up_array = up_array * align(scale.array.astype(x.dtype), scale.axes, up.axes)
+    up = align(up_array, up.axes, [expert, RANK, out_axis])
+    precision = eqn.params["precision"]
+    h = lax.ragged_dot(rows, down, sizes, precision=precision)
+    change = lax.ragged_dot(h, up, sizes, precision=precision, preferred_element_type=base.dtype)
+    return [base + change]
+
+
+def _undroppable(w: Factored) -> Exception:
+    return error(
+        "dropout is not defined for this use of the weight.",
+        path=list(w.paths),
+        do="leave it out: lx.dropout of a part of the adapters, joined with the rest by |.",
+    )
+
+
+@rule(prims.concatenate_p, "stack")
+def _side_by_side(eqn, index, values):
+    stack = eqn.primitive.name == "stack"
+    axis = eqn.params["axis"] if stack else eqn.params["dimension"]
+    base = jx.bind(eqn, [v.base if is_factored(v) else v for v in values])[0]
+    if stack:
+        values = [_expanded(v, axis) for v in values]
+    weights = [v for v in values if is_factored(v)]
+    kinds = {tuple((w.has("a", i), w.has("b", i)) for i in range(w.ndim)) for w in weights}
+    if len(kinds) > 1 or any(set(w.parts) - {"a", "b", "scale"} or w.lookup for w in weights):
+        return NotImplemented
+    in_a, in_b = next(iter(kinds))[axis]
+    dtype = jnp.result_type(*(w.parts[name].array.dtype for w in weights for name in "ab"))
+    factors = [_plain_factors(v, axis, in_a == in_b, dtype) if is_factored(v) else None for v in values]
+    join = _stacked if in_a == in_b else _blocks
+    a, b = join(factors, [v.shape[axis] for v in values], axis, "a" if in_a else "b")
+    return [Factored(base, {"a": a, "b": b}, 1.0, 0.0, tuple(path for w in weights for path in w.paths))]
+
+
+def _expanded(value: Any, axis: int) -> Any:
+    """A new axis of size 1; in a weight no part runs along it."""
+    if not is_factored(value):
+        return lax.expand_dims(value, [axis])
+    return value.with_parts(
+        lax.expand_dims(value.base, [axis]), lambda part: part.renamed(lambda i: i + 1 if i >= axis else i)
+    )
+
+
+def _plain_factors(w: Factored, axis: int, stacks: bool, dtype: Any) -> dict[str, Part]:
+    """``a`` and ``b`` with axes in order, the rank last and the scale in ``b``; both with ``axis`` if it stacks."""
+    parts = {}
+    for name in "ab":
+        part = w.parts[name]
+        array = part.array.astype(dtype)
+        if name == "b":
+            scale = w.parts.get("scale")
+            array = array * w.scale
+            array = array if scale is None else array * align(scale.array.astype(dtype), scale.axes, part.axes)
+        axes = [i for i in range(w.ndim) if w.has(name, i) or (stacks and i == axis)] + [RANK]
+        array = align(array, part.axes, axes)
+        shape = [w.shape[axis] if i == axis else n for i, n in zip(axes, array.shape, strict=True)]
+        parts[name] = Part(jnp.broadcast_to(array, shape), tuple(axes))
+    return parts
+
+
+def _stacked(factors: list, sizes: list[int], axis: int, side: str) -> list[Part]:
+    """Along a stack axis each entry keeps its own factors; ranks are padded with zeros."""
+    del side
+    known = [f for f in factors if f is not None]
+    rank = max(f["a"].array.shape[-1] for f in known)
+    joined = []
+    for name in "ab":
+        like = known[0][name]
+        where, arrays = like.axes.index(axis), []
+        for f, size in zip(factors, sizes, strict=True):
+            if f is None:
+                shape = [size if i == where else n for i, n in enumerate(like.array.shape[:-1])]
+                arrays.append(jnp.zeros((*shape, rank), like.array.dtype))
+            else:
+                arrays.append(_padded(f[name].array, -1, 0, rank))
+        joined.append(Part(lax.concatenate(arrays, where), like.axes))
+    return joined
+
+
+def _blocks(factors: list, sizes: list[int], axis: int, side: str) -> list[Part]:
+    """Along an input or output axis: ranks side by side, that axis in blocks. Exact, at the summed rank."""
+    joined: dict[str, list] = {"a": [], "b": []}
+    for i, f in enumerate(factors):
+        for name in joined if f is not None else ():
+            array = f[name].array
+            if name == side:
+                array = _padded(array, f[name].axes.index(axis), sum(sizes[:i]), sum(sizes))
+            joined[name].append(array)
+    like = next(f for f in factors if f is not None)
+    return [Part(lax.concatenate(arrays, arrays[0].ndim - 1), like[name].axes) for name, arrays in joined.items()]
+
+
+def _padded(array: Any, axis: int, before: int, total: int) -> Any:
+    edges = [(0, 0, 0)] * array.ndim
+    edges[axis] = (before, total - before - array.shape[axis], 0)
+    return lax.pad(array, jnp.zeros((), array.dtype), edges)

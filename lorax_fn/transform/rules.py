@@ -1,0 +1,313 @@
+"""Primitive -> rule: what each operation does to a factored weight.
+
+A rule is ``rule(eqn, index, values) -> list of results``, or NotImplemented where the weight has to be
+built. ``values`` are the equation's operands, at least one of them `Factored`; ``index`` is the
+equation's position in its jaxpr. The base always goes through the very operation of the program; a rule
+adds what the low-rank parts need, which for most is a renaming of axes.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jax.extend.core import primitives as prims
+
+from lorax_fn.transform import jaxpr as jx
+from lorax_fn.transform.factored import RANK, Factored, Part, align, is_factored
+
+Rule = Callable[[Any, int, Sequence[Any]], Any]
+RULES: dict[str, Rule] = {}
+
+
+def rule(*primitives: Any) -> Callable[[Rule], Rule]:
+    """Registers a function as the rule of some primitives (objects, or names of those without one)."""
+
+    def register(fn: Rule) -> Rule:
+        for primitive in primitives:
+            RULES[primitive if isinstance(primitive, str) else primitive.name] = fn
+        return fn
+
+    return register
+
+
+def _one(eqn: Any, *values: Any) -> Any:
+    return jx.bind(eqn, values)[0]
+
+
+# Operations that leave every axis where it is.
+
+
+@rule(prims.copy_p, prims.sharding_constraint_p, prims.name_p, "reshard")
+def _same(eqn, index, values):
+    (w,) = values
+    return [dataclasses.replace(w, base=_one(eqn, w.base))]
+
+
+@rule(prims.stop_gradient_p, prims.device_put_p, "pvary", "pcast")
+def _everywhere(eqn, index, values):
+    (w,) = values
+    return [w.with_parts(_one(eqn, w.base), lambda part: Part(_one(eqn, part.array), part.axes))]
+
+
+@rule(prims.convert_element_type_p)
+def _convert(eqn, index, values):
+    if not jnp.issubdtype(eqn.params["new_dtype"], jnp.floating):
+        return NotImplemented
+    return _same(eqn, index, values)
+
+
+@rule("optimization_barrier")
+def _barrier(eqn, index, values):
+    bases = jx.bind(eqn, [v.base if is_factored(v) else v for v in values])
+    return [
+        dataclasses.replace(v, base=base) if is_factored(v) else base for v, base in zip(values, bases, strict=True)
+    ]
+
+
+@rule(prims.neg_p)
+def _negative(eqn, index, values):
+    (w,) = values
+    return [dataclasses.replace(w, base=_one(eqn, w.base), scale=-w.scale)]
+
+
+@rule(prims.mul_p, prims.div_p)
+def _scaled(eqn, index, values):
+    left, right = values
+    w, by = (left, right) if is_factored(left) else (right, left)
+    if is_factored(by) or (w is right and eqn.primitive is prims.div_p):
+        return NotImplemented
+    operation = jnp.divide if eqn.primitive is prims.div_p else jnp.multiply
+    varies = [i for i, size in enumerate(jnp.shape(by)) if size != 1]
+    for name in ("b", "a"):
+        part = w.parts[name]
+        if set(varies) <= set(part.axes):
+            by_part = align(lax.squeeze(by, [i for i in range(by.ndim) if i not in varies]), varies, part.axes)
+            base = _one(eqn, *(v.base if v is w else v for v in values))
+            return [w.with_part(base, name, Part(operation(part.array, by_part.astype(part.array.dtype)), part.axes))]
+    return NotImplemented
+
+
+# Renaming, adding and removing axes.
+
+
+@rule(prims.transpose_p)
+def _transpose(eqn, index, values):
+    (w,) = values
+    place = {old: new for new, old in enumerate(eqn.params["permutation"])}
+    return [w.with_parts(_one(eqn, w.base), lambda part: part.renamed(place.__getitem__))]
+
+
+def _without(part: Part, gone: Sequence[int]) -> Part:
+    """The part with size-1 axes removed."""
+    drop = [i for i, axis in enumerate(part.axes) if axis in gone]
+    return Part(lax.squeeze(part.array, drop), tuple(axis for axis in part.axes if axis not in gone))
+
+
+@rule(prims.squeeze_p)
+def _squeeze(eqn, index, values):
+    (w,) = values
+    gone = [d % w.ndim for d in eqn.params["dimensions"]]
+    place = {old: new for new, old in enumerate(i for i in range(w.ndim) if i not in gone)}
+    return [w.with_parts(_one(eqn, w.base), lambda part: _without(part, gone).renamed(place.__getitem__))]
+
+
+@rule(prims.broadcast_in_dim_p)
+def _broadcast(eqn, index, values):
+    w, *sizes = values
+    shape, place = eqn.params["shape"], eqn.params["broadcast_dimensions"]
+    grown = [i for i in range(w.ndim) if shape[place[i]] != w.shape[i]]
+    base = _one(eqn, w.base, *sizes)
+    return [w.with_parts(base, lambda part: _without(part, grown).renamed(place.__getitem__))]
+
+
+@rule(prims.reshape_p)
+def _reshape(eqn, index, values):
+    w, *sizes = values
+    if sizes or eqn.params.get("dimensions") is not None:
+        return NotImplemented
+    groups = reshape_groups(w.shape, eqn.params["new_sizes"])
+    if any(not _moves_together(w, old) for old, _ in groups):
+        return NotImplemented
+    return [w.with_parts(_one(eqn, w.base), lambda part: _regrouped(part, groups, w.shape, eqn.params["new_sizes"]))]
+
+
+def reshape_groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+    """The smallest runs of old and new axes that hold the same elements; axes of size 1 are left out."""
+    olds = [i for i, size in enumerate(old) if size != 1]
+    news = [i for i, size in enumerate(new) if size != 1]
+    groups = []
+    while olds or news:
+        left, right = [olds.pop(0)], [news.pop(0)]
+        while (a := math.prod(old[i] for i in left)) != (b := math.prod(new[i] for i in right)):
+            (left if a < b else right).append((olds if a < b else news).pop(0))
+        groups.append((left, right))
+    return groups
+
+
+def _moves_together(w: Factored, axes: Sequence[int]) -> bool:
+    """Whether every part has either all of these axes or none."""
+    return all(len(set(axes) & set(part.axes)) in (0, len(axes)) for part in w.parts.values())
+
+
+def _regrouped(part: Part, groups: list, old: Sequence[int], new: Sequence[int]) -> Part:
+    ones = [i for i, axis in enumerate(part.axes) if axis != RANK and old[axis] == 1]
+    array = lax.squeeze(part.array, ones)
+    axes = [axis for i, axis in enumerate(part.axes) if i not in ones]
+    here = {tuple(left): right for left, right in groups if set(left) <= set(axes)}
+    runs = [([RANK], [RANK])] if RANK in axes else []
+    runs += here.items()
+    runs.sort(key=lambda run: axes.index(run[0][0]))
+    order = [axis for left, _ in runs for axis in left]
+    if order != axes:
+        array = lax.transpose(array, [axes.index(axis) for axis in order])
+    sizes = dict(zip(order, array.shape, strict=True))
+    shape = [sizes[RANK] if i == RANK else new[i] for _, right in runs for i in right]
+    return Part(lax.reshape(array, shape), tuple(i for _, right in runs for i in right))
+
+
+# Taking some of a weight.
+
+
+def _sliced(part: Part, start: Sequence[int], limit: Sequence[int], strides: Sequence[int]) -> Part:
+    if not part.axes:
+        return part
+    where = [(0, n, 1) if axis == RANK else (start[axis], limit[axis], strides[axis])
+             for axis, n in zip(part.axes, part.array.shape, strict=True)]  # fmt: skip
+    return Part(lax.slice(part.array, *zip(*where, strict=True)), part.axes)
+
+
+@rule(prims.slice_p)
+def _slice(eqn, index, values):
+    (w,) = values
+    start, limit = eqn.params["start_indices"], eqn.params["limit_indices"]
+    strides = eqn.params["strides"] or (1,) * w.ndim
+    return [w.with_parts(_one(eqn, w.base), lambda part: _sliced(part, start, limit, strides))]
+
+
+@rule("split")
+def _split(eqn, index, values):
+    (w,) = values
+    axis, results, start = eqn.params["axis"], [], 0
+    for size, base in zip(eqn.params["sizes"], jx.bind(eqn, [w.base]), strict=True):
+        begin = [start if i == axis else 0 for i in range(w.ndim)]
+        end = [start + int(size) if i == axis else n for i, n in enumerate(w.shape)]
+        results.append(w.with_parts(base, lambda part, b=begin, e=end: _sliced(part, b, e, (1,) * w.ndim)))
+        start += int(size)
+    return results
+
+
+@rule("unstack")
+def _unstack(eqn, index, values):
+    (w,) = values
+    axis, results = eqn.params["axis"], []
+    for i, base in enumerate(jx.bind(eqn, [w.base])):
+        begin = [i if j == axis else 0 for j in range(w.ndim)]
+        end = [i + 1 if j == axis else n for j, n in enumerate(w.shape)]
+
+        def entry(part: Part, begin: list = begin, end: list = end) -> Part:
+            part = _without(_sliced(part, begin, end, (1,) * w.ndim), [axis])
+            return part.renamed(lambda j: j - 1 if j > axis else j)
+
+        results.append(w.with_parts(base, entry))
+    return results
+
+
+@rule(prims.dynamic_slice_p)
+def _dynamic_slice(eqn, index, values):
+    w, *starts = values
+    sizes = eqn.params["slice_sizes"]
+
+    def sliced(part: Part) -> Part:
+        zero = jnp.zeros((), starts[0].dtype) if starts else 0
+        begin = [zero if axis == RANK else starts[axis] for axis in part.axes]
+        size = [n if axis == RANK else sizes[axis] for axis, n in zip(part.axes, part.array.shape, strict=True)]
+        return Part(lax.dynamic_slice(part.array, begin, size), part.axes) if part.axes else part
+
+    return [w.with_parts(_one(eqn, w.base, *starts), sliced)]
+
+
+@rule("tile")
+def _tile(eqn, index, values):
+    (w,) = values
+    reps = eqn.params["reps"]
+    return [w.with_parts(_one(eqn, w.base), lambda part: Part(
+        jnp.tile(part.array, [1 if axis == RANK else reps[axis] for axis in part.axes]), part.axes))]  # fmt: skip
+
+
+@rule(prims.pad_p)
+def _pad(eqn, index, values):
+    w, fill = values
+    edges = eqn.params["padding_config"]
+    padded = [i for i, edge in enumerate(edges) if tuple(edge) != (0, 0, 0)]
+    # What is added has no low-rank change, so one factor that runs along every padded axis gets zeros.
+    side = next((name for name in ("a", "b") if set(padded) <= set(w.parts[name].axes)), None)
+    if is_factored(fill) or not is_factored(w) or side is None or set(w.parts) - {"a", "b"}:
+        return NotImplemented
+
+    def grown(part: Part) -> Part:
+        zero = jnp.zeros((), part.array.dtype)
+        return Part(lax.pad(part.array, zero, [(0, 0, 0) if i == RANK else edges[i] for i in part.axes]), part.axes)
+
+    return [w.with_parts(_one(eqn, w.base, fill), grown)]
+
+
+@rule(prims.rev_p)
+def _reverse(eqn, index, values):
+    (w,) = values
+    turned = eqn.params["dimensions"]
+
+    def flip(part: Part) -> Part:
+        return Part(lax.rev(part.array, [i for i, axis in enumerate(part.axes) if axis in turned]), part.axes)
+
+    return [w.with_parts(_one(eqn, w.base), flip)]
+
+
+@rule(prims.gather_p)
+def _gather(eqn, index, values):
+    """Rows of a stack axis, of ``A`` (an embedding lookup) or of ``B``; the other factor stays whole."""
+    w, indices = values
+    if not is_factored(w) or is_factored(indices):
+        return NotImplemented
+    dims, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
+    index_axes = indices.ndim - 1  # the last axis of indices is the index vector
+    out_ndim = index_axes + len(dims.offset_dims)
+    kept = [i for i in range(w.ndim) if i not in (*dims.collapsed_slice_dims, *dims.operand_batching_dims)]
+    place = dict(zip(kept, sorted(dims.offset_dims), strict=True))  # base axis -> result axis
+    index_place = [i for i in range(out_ndim) if i not in dims.offset_dims]  # axis of indices -> result axis
+
+    def gathered(part: Part) -> Part:
+        where = {axis: i for i, axis in enumerate(part.axes) if axis != RANK}
+        columns = [c for c, axis in enumerate(dims.start_index_map) if axis in where]
+        batching = [c for c, axis in enumerate(dims.operand_batching_dims) if axis in where]
+        if not columns and not batching:
+            cut = _sliced(part, (0,) * w.ndim, sizes, (1,) * w.ndim)
+            return cut.renamed(place.__getitem__)
+        inner = [axis for axis in part.axes if axis in place or axis == RANK]  # the window that each index takes
+        offset = tuple(range(index_axes, index_axes + len(inner)))
+        numbers = lax.GatherDimensionNumbers(
+            offset_dims=offset,
+            collapsed_slice_dims=tuple(sorted(where[i] for i in dims.collapsed_slice_dims if i in where)),
+            start_index_map=tuple(where[dims.start_index_map[c]] for c in columns),
+            operand_batching_dims=tuple(where[dims.operand_batching_dims[c]] for c in batching),
+            start_indices_batching_dims=tuple(dims.start_indices_batching_dims[c] for c in batching),
+        )
+        window = tuple(n if axis == RANK else sizes[axis]
+                       for axis, n in zip(part.axes, part.array.shape, strict=True))  # fmt: skip
+        rows = lax.gather(
+            part.array,
+            indices[..., jnp.asarray(columns, jnp.int32)] if len(columns) < indices.shape[-1] else indices,
+            numbers,
+            window,
+            mode=eqn.params["mode"],
+            indices_are_sorted=False,
+            # Out of bounds the base already says what the result is; the change adds nothing to it.
+            fill_value=0 if eqn.params["mode"] == lax.GatherScatterMode.FILL_OR_DROP else None,
+        )
+        axes = (*index_place, *(axis if axis == RANK else place[axis] for axis in inner))
+        return Part(rows, axes)
+
+    stacked = all(w.has("a", axis) and w.has("b", axis) for axis in dims.start_index_map)
+    return [w.with_parts(_one(eqn, w.base, indices), gathered, lookup=w.lookup or not stacked)]

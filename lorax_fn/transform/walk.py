@@ -1,0 +1,266 @@
+"""`adapt`: runs an unchanged function on a base tree and its adapters, without building a weight."""
+
+import contextlib
+import dataclasses
+import functools
+import warnings
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any
+
+import jax
+
+import lorax_fn.transform.products  # noqa: F401  (registers its rules)
+from lorax_fn.targets import check_fits
+from lorax_fn.transform import jaxpr as jx
+from lorax_fn.transform.control import CONTROL
+from lorax_fn.transform.factored import build, is_factored, wrap
+from lorax_fn.transform.rules import RULES
+from lorax_fn.types import error, flatten_with_paths, is_array
+
+FALLBACKS = ("warn", "error", "allow")
+
+
+def adapt(fn: Callable, *, argnum: int = 0, fallback: str = "warn") -> Callable:
+    """Makes a function of ``(params, ...)`` one of ``(params, lora, ...)``, without touching it.
+
+    Wherever ``fn`` uses an adapted weight ``W``, the result computes with ``W + scale * A @ B`` in its
+    factored form (equation 3 of Hu et al., https://arxiv.org/abs/2106.09685): ``x @ W + scale * (x @ A) @ B``.
+    Neither ``W + AB`` nor, in the gradient by ``lora``, a cotangent of ``W`` is ever built. The function is
+    traced once a set of argument types, as `jax.jit` does; arrays are traced, everything else (bools,
+    strings, numbers, callables) is static. It works under and over every JAX transformation. Called
+    eagerly, it runs operation by operation.
+
+    No gradient is stopped: ``jax.grad`` by ``params`` is that of the merged function. Differentiate by
+    ``argnums=1``, the adapters, and the base costs nothing.
+
+    Args:
+      fn: any JAX function; its argument ``argnum`` is the parameter tree.
+      argnum: position of the parameters in ``fn``; the result takes the adapters right after it.
+      fallback: what happens where an operation has no rule and the whole weight must be built: ``"warn"``
+        (once a weight and operation), ``"error"`` or ``"allow"``. Values are right in every case.
+
+    Returns:
+      ``fn2`` with ``fn``'s signature and ``lora`` inserted after argument ``argnum``. ``fn2(params, {}, ...)``
+      is ``fn(params, ...)``.
+
+    Raises:
+      LoraError: at the call, where ``lora`` does not fit ``params``, or under ``fallback="error"``.
+
+    Example:
+      >>> import jax.numpy as jnp, lorax_fn as lx
+      >>> params = {"dense": {"kernel": jnp.ones((3, 2))}}
+      >>> params, lora = lx.split(params, rank=1)
+      >>> apply = lx.adapt(lambda params, x: x @ params["dense"]["kernel"])
+      >>> apply(params, lora, jnp.ones((1, 3)))
+      Array([[3., 3.]], dtype=float32)
+    """
+    if fallback not in FALLBACKS:
+        raise error(f"unknown fallback {fallback!r}.", want=FALLBACKS, do="pass one of them.")
+    walk = Walk(fallback)
+    traces = Traces(fn)
+
+    @functools.wraps(fn)
+    def adapted(*args, **kwargs):
+        if len(args) < argnum + 2:
+            raise error(
+                "the adapters are missing from the call.",
+                got=f"{len(args)} positional arguments",
+                want=f"params as argument {argnum} and lora as argument {argnum + 1}, both positional",
+                do="call fn2(params, lora, ...).",
+            )
+        params, lora = args[argnum], args[argnum + 1]
+        args = (*args[: argnum + 1], *args[argnum + 2 :])
+        named, treedef = flatten_with_paths(params)
+        check_fits(dict(named), lora)
+        leaves = [wrap(path, leaf, lora[path]) if path in lora else leaf for path, leaf in named]
+        if not any(is_factored(leaf) for leaf in leaves):
+            params = jax.tree_util.tree_unflatten(treedef, leaves)
+            return fn(*args[:argnum], params, *args[argnum + 1 :], **kwargs)
+        trace = traces.of((*args[:argnum], Leaves(leaves, treedef), *args[argnum + 1 :]), kwargs)
+        results = walk.returned(walk.evaluate(trace.jaxpr, trace.consts, trace.values))
+        return jax.tree_util.tree_unflatten(trace.out_tree, results)
+
+    return adapted
+
+
+class Leaves:
+    """The flattened parameters of a call; not a pytree, so that factored weights pass as they are."""
+
+    def __init__(self, leaves: list, treedef: Any):
+        self.leaves, self.treedef = leaves, treedef
+
+
+@dataclasses.dataclass(frozen=True)
+class Trace:
+    """A traced call: run ``jaxpr`` on ``values``; ``slots`` says which of them are parameters."""
+
+    jaxpr: Any
+    consts: Sequence[Any]
+    values: list[Any]
+    slots: list[int | None]
+    out_tree: Any
+
+
+class Traces:
+    """The jaxprs of one function, one for each set of static values and argument types."""
+
+    def __init__(self, fn: Callable):
+        self.fn = fn
+        self.jitted: dict[Hashable, Callable] = {}
+
+    def of(self, args: tuple, kwargs: dict) -> Trace:
+        """Traces a call in which the parameters are given as `Leaves`."""
+        leaves, treedef = jax.tree_util.tree_flatten((args, kwargs), is_leaf=lambda x: isinstance(x, Leaves))
+        where = next(i for i, leaf in enumerate(leaves) if isinstance(leaf, Leaves))
+        params = leaves[where]
+        slots = [None] * where + list(range(len(params.leaves))) + [None] * (len(leaves) - where - 1)
+        leaves[where : where + 1] = params.leaves
+        dynamic = [is_array(leaf) or is_factored(leaf) for leaf in leaves]
+        static = [None if d else leaf for leaf, d in zip(leaves, dynamic, strict=True)]
+        structure = (treedef, params.treedef, where, len(params.leaves), tuple(dynamic))
+        jitted = self._jitted(structure, static)
+        values = [leaf for leaf, d in zip(leaves, dynamic, strict=True) if d]
+        types = [v.base if is_factored(v) else v for v in values]
+        traced = jitted.trace(*types)
+        jaxpr, consts = jx.opened(traced.jaxpr)
+        if len(jaxpr.invars) != len(values):  # fn closes over tracers: only make_jaxpr hands them out
+            jaxpr, consts = jx.opened(jax.make_jaxpr(jitted.__wrapped__)(*types))
+        slots = [slot for slot, d in zip(slots, dynamic, strict=True) if d]
+        return Trace(jaxpr, consts, values, slots, traced.out_tree)
+
+    def _jitted(self, structure: tuple, static: list) -> Callable:
+        key = (structure, tuple((type(leaf), leaf) for leaf in static))
+        try:
+            known = self.jitted.get(key)
+        except TypeError:  # an unhashable static value: trace it anew, as there is nothing to find it by
+            return self._flat(structure, static)
+        if known is None:
+            known = self.jitted[key] = self._flat(structure, static)
+            if len(self.jitted) > 256:
+                del self.jitted[next(iter(self.jitted))]
+        return known
+
+    def _flat(self, structure: tuple, static: list) -> Callable:
+        treedef, params_treedef, where, count, dynamic = structure
+
+        def flat(*values):
+            rest = iter(values)
+            leaves = [next(rest) if d else leaf for leaf, d in zip(static, dynamic, strict=True)]
+            params = jax.tree_util.tree_unflatten(params_treedef, leaves[where : where + count])
+            leaves[where : where + count] = [params]
+            args, kwargs = jax.tree_util.tree_unflatten(treedef, leaves)
+            return self.fn(*args, **kwargs)
+
+        flat.__name__ = flat.__qualname__ = getattr(self.fn, "__name__", "fn")
+        return jax.jit(flat)
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """One use of a weight that has no rule."""
+
+    path: str
+    shape: tuple[int, ...]
+    primitive: str
+    where: str
+
+    def of(self, paths: dict[str, tuple[str, ...]]) -> "Report":
+        """The same report about the caller's weight: inside a jit weights are named by operand position."""
+        return dataclasses.replace(self, path=" + ".join(p for i in self.path.split(" + ") for p in paths[i]))
+
+
+class Walk:
+    """Evaluates jaxprs on ordinary arrays and factored weights."""
+
+    def __init__(self, fallback: str):
+        self.fallback = fallback
+        self.reported: set[tuple[str, str]] = set()
+        self.sinks: list[list[Report]] = []
+        self.known: dict[Hashable, tuple[Any, Any]] = {}
+
+    def evaluate(self, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
+        env = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True))
+        for index, eqn, dying in self.once(("order", id(jaxpr)), jaxpr, lambda: jx.order(jaxpr)):
+            values = [v.val if jx.is_literal(v) else env[v] for v in eqn.invars]
+            with jx.equation_context(eqn):
+                if any(map(is_factored, values)):
+                    results = self._apply(eqn, index, values, env)
+                else:
+                    results = jx.bind(eqn, values)
+            env.update((v, r) for v, r in zip(eqn.outvars, results, strict=True) if not jx.is_dropped(v))
+            for var in dying:
+                del env[var]
+        return [v.val if jx.is_literal(v) else env[v] for v in jaxpr.outvars]
+
+    def _apply(self, eqn: Any, index: int, values: list, env: dict) -> Sequence[Any]:
+        name = eqn.primitive.name
+        if name in CONTROL:
+            return CONTROL[name](self, eqn, index, values)
+        results = RULES[name](eqn, index, values) if name in RULES else NotImplemented
+        if results is NotImplemented:
+            values = self.dense(eqn, values)
+            for var, value in zip(eqn.invars, values, strict=True):
+                if not jx.is_literal(var) and is_factored(env[var]) and env[var].lookup:
+                    env[var] = value  # looked-up rows are built once, however many operations read them
+            results = jx.bind(eqn, values)
+        return results
+
+    def dense(self, eqn: Any, values: Sequence[Any]) -> list[Any]:
+        """Ordinary arrays only: factored weights are built, which is reported."""
+        where = f"name stack {jx.name_stack(eqn) or '(none)'}; {jx.source_line(eqn)}"
+        return [self._built(value, eqn.primitive.name, where) for value in values]
+
+    def returned(self, values: Sequence[Any]) -> list[Any]:
+        return [self._built(value, "return", "the function returns the weight") for value in values]
+
+    def _built(self, value: Any, primitive: str, where: str) -> Any:
+        if not is_factored(value):
+            return value
+        if not value.lookup:
+            self.report(Report(" + ".join(value.paths), value.shape, primitive, where))
+        return build(value)
+
+    @contextlib.contextmanager
+    def collecting(self, sink: list[Report]) -> Iterator[None]:
+        self.sinks.append(sink)
+        try:
+            yield
+        finally:
+            self.sinks.pop()
+
+    def report(self, report: Report) -> None:
+        if self.sinks:
+            self.sinks[-1].append(report)
+            return
+        if self.fallback == "allow":
+            return
+        problem = error(
+            "an adapted weight has to be built in full: this use of it has no low-rank rule.",
+            path=report.path,
+            shape=report.shape,
+            got=f"primitive {report.primitive!r}; {report.where}",
+            do='leave the weight out (exclude=...), or accept the cost: lx.adapt(fn, fallback="allow").',
+        )
+        if self.fallback == "error":
+            raise problem
+        if (report.path, report.primitive) not in self.reported:
+            self.reported.add((report.path, report.primitive))
+            warnings.warn(str(problem), LoraFallbackWarning, stacklevel=2)
+
+    def once(self, key: Hashable, alive: Any, make: Callable[[], Any]) -> Any:
+        """What ``make`` gave for ``key``, an id of ``alive``; the oldest are forgotten."""
+        if key not in self.known:
+            self.known[key] = (alive, make())
+            if len(self.known) > 8192:
+                del self.known[next(iter(self.known))]
+        return self.known[key][1]
+
+    def in_one_piece(self, eqn: Any, fn: Callable, *values: Any) -> Any:
+        """Calls ``fn``, jitted once an equation where the call is eager: a loop is one operation there."""
+        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree_util.tree_leaves(values)):  # noqa: TID251
+            return fn(*values)
+        return self.once(("eager", id(eqn)), eqn, lambda: jax.jit(fn))(*values)
+
+
+class LoraFallbackWarning(UserWarning):
+    """A weight had to be built in full because an operation on it has no low-rank rule."""

@@ -1,0 +1,56 @@
+"""Every Python block of README.md runs, top to bottom, in one fresh process; warnings are errors."""
+
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+# Not strict dtype promotion: optax.adamw itself (decay**count, an int) raises under it.
+STRICT = {"JAX_PLATFORMS": "cpu", "JAX_NUMPY_RANK_PROMOTION": "raise"}
+
+
+def python_blocks(text):
+    """The blocks as one script, each on its line of the file, so that a traceback points into README.md."""
+    lines, script, inside = text.splitlines(), [], False
+    for line in lines:
+        if line.startswith("```"):
+            inside = line.strip() == "```python"
+            script.append("")
+        else:
+            script.append(line if inside else "")
+    return "\n".join(script) + "\n"
+
+
+def test_blocks_run_top_to_bottom(tmp_path):
+    script = tmp_path / "README.md"
+    script.write_text(python_blocks(README))
+    run = [sys.executable, "-W", "error", str(script)]
+    done = subprocess.run(
+        run, cwd=tmp_path, env={**os.environ, **STRICT}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert README.count("```python\n") >= 6
+
+
+def test_blocks_keep_their_line_numbers():
+    text = "a\n```python\nx = 1\n```\n```sh\nmake\n```\n```python\ny = 2\n```\n"
+    assert python_blocks(text).splitlines() == ["", "", "x = 1", "", "", "", "", "", "y = 2", ""]
+
+
+def test_the_two_commands_come_first():
+    first_block = re.search(r"```\w*\n(.*?)```", README, re.S).group(1)
+    commands = [line.split("#")[0].strip() for line in first_block.strip().splitlines()]
+    assert commands == ["make demo", "make test"]
+
+
+NAMED = sorted(set(re.findall(r"`((?:tests|examples|benchmarks)/[\w/]+\.\w+)`", README)))
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_files_named_exist(name):
+    assert (ROOT / name).is_file()

@@ -1,0 +1,89 @@
+"""The summary tells what is adapted, what it costs, and why the rest is not."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from lorax_fn.report import Skipped, summary
+from lorax_fn.splitting import split
+from lorax_fn.types import Layout, LoraError
+
+
+def shaped(*shape, dtype=jnp.float32):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+NET = {
+    "attn": {"q": {"kernel": shaped(8, 2, 4), "bias": shaped(2, 4)}, "k": {"kernel": shaped(8, 8)}},
+    "conv": {"kernel": shaped(3, 4, 8), "bias": shaped(8)},
+    "embed": {"embedding": shaped(9, 8)},
+    "int": {"kernel": shaped(8, 8, dtype=jnp.int8)},
+    "lm_head": {"kernel": shaped(8, 9)},
+    "ln": {"scale": shaped(8)},
+    "mix": {"kernel": shaped(2, 3, 4)},
+}
+
+
+def report():
+    return summary(*split(NET, rank=2, targets="q", full="ln", scaling="rslora", alpha=8))
+
+
+def test_rows_and_totals():
+    q, ln = report().rows
+    assert (q.path, q.shape, q.method, q.rank, q.alpha, q.trainable) == (
+        "attn/q/kernel",
+        (8, 2, 4),
+        "LoRA",
+        2,
+        8.0,
+        32,
+    )
+    assert q.scale == pytest.approx(8 / 2**0.5)
+    assert (ln.path, ln.method, ln.rank, ln.scale, ln.trainable) == ("ln/scale", "Full", None, None, 8)
+    assert report().trainable == 40
+    assert report().total == 64 + 8 + 64 + 96 + 8 + 72 + 72 + 8 + 24  # float leaves
+    assert report().percent == pytest.approx(100 * 40 / 416)
+
+
+def test_every_other_leaf_of_two_axes_has_its_reason():
+    assert report().skipped == (
+        Skipped("attn/k/kernel", (8, 8), "a weight, but not among targets, or excluded"),
+        Skipped("attn/q/bias", (2, 4), "by convention, 'bias' names no weight"),
+        Skipped("conv/kernel", (3, 4, 8), "convolution"),
+        Skipped("embed/embedding", (9, 8), "embedding"),
+        Skipped("int/kernel", (8, 8), "not float (int8)"),
+        Skipped("lm_head/kernel", (8, 9), "output head by name"),
+        Skipped("mix/kernel", (2, 3, 4), "no bias says which axes it contracts"),
+    )
+
+
+def test_text():
+    lines = str(report()).splitlines()
+    assert lines[0].split() == ["path", "shape", "method", "rank", "alpha", "scale", "trainable"]
+    assert lines[1].split() == ["attn/q/kernel", "(8,", "2,", "4)", "LoRA", "2", "8", "5.65685", "32"]
+    assert lines[2].split() == ["ln/scale", "(8,)", "Full", "-", "-", "-", "8"]
+    assert lines[3] == "trainable 40 of 416 (9.615 %)"
+    assert lines[4] == "not adapted:" and len(lines) == 12
+    assert {len(line) for line in lines[:3]} == {len(lines[0])}
+
+
+def test_html_is_escaped():
+    html = summary(*split({"<b>": {"kernel": shaped(8, 6)}}, rank=2))._repr_html_()
+    assert "<table>" in html and "&lt;b&gt;/kernel" in html and "<b>" not in html
+    assert "not adapted" not in html and "trainable 28 of 48 (58.333 %)" in html
+
+
+def test_ranks_along_a_stack_count_no_pads():
+    layout = {"w": Layout((0,), (1,), (2,))}
+    found = summary(*split({"w": shaped(5, 8, 6)}, rank=[0, 0, 4, 4, 2], alpha=8.0, layout=layout))
+    assert found.trainable == 10 * (8 + 6)
+    assert found.rows[0].scale == (0.0, 0.0, 2.0, 2.0, 4.0)
+    assert "2x0 2x4 1x2" in str(found) and "2x0 2x2 1x4" in str(found)
+
+
+def test_no_adapters_and_a_wrong_lora():
+    params, lora = split({"w": shaped(8, 6)}, rank=2)
+    assert str(summary(params, {})).splitlines()[1] == "trainable 0 of 48 (0.000 %)"
+    assert summary({}, {}).percent == 0.0
+    with pytest.raises(LoraError, match=r"(?s)does not fit.*w\n.*no such array"):
+        summary({"v": shaped(8, 6)}, lora)
