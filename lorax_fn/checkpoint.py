@@ -269,7 +269,7 @@ def _decode(value: Any) -> Any:
 
 
 def _key_impl(x: Any) -> str | None:
-    return str(jax.random.key_impl(x)) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else None
+    return str(jax.random.key_impl(x)) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else None
 
 
 def _to_host(x: Any) -> np.ndarray:

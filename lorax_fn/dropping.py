@@ -10,7 +10,7 @@ from lorax_fn.types import Adapter, error, leaf_key
 
 
 def dropout(lora: dict[str, Adapter], rate: float, key: jax.Array) -> dict[str, Adapter]:
-    """Drops entries of the inputs of A: ``x @ W + scale * (drop(x) @ A) @ B``, ``drop(x) = x * keep / (1 - rate)``.
+    """Drops inputs of A: ``x @ W + scale * (drop(x) @ A) @ B``, with ``drop(x) = x * keep / (1 - rate)``.
 
     Section 4 of Hu et al. (https://arxiv.org/abs/2106.09685) in PEFT's form: only the low-rank branch is
     dropped. Dropout is data, not a mode: call this inside the loss with that step's key, and evaluate with
@@ -36,7 +36,9 @@ def dropout(lora: dict[str, Adapter], rate: float, key: jax.Array) -> dict[str, 
       0.5
     """
     if not 0.0 <= rate < 1.0:
-        raise error("a dropout rate is a share below one.", got=rate, want="0 <= rate < 1", do="rate=0.1 is common.")
+        raise error(
+            "a dropout rate is a share below one.", got=rate, want="0 <= rate < 1", do="rate=0.1 is common."
+        )
     if rate == 0.0:
         return lora
     return {path: _dropped(path, adapter, float(rate), key) for path, adapter in lora.items()}

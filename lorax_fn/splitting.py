@@ -4,7 +4,6 @@ Both are pure functions on trees. Every check comes before anything is built, so
 a result.
 """
 
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,7 +15,7 @@ from lorax_fn.inits import INITS, factor_shapes
 from lorax_fn.methods.whole import Full
 from lorax_fn.plans import METHODS, Plan, make_plans
 from lorax_fn.targets import arrays, check_fits, check_lora, choose, classify
-from lorax_fn.types import leaf_key, Adapter, PyTree, error, flatten_with_paths
+from lorax_fn.types import Adapter, PyTree, error, flatten_with_paths, leaf_key
 
 
 def split(

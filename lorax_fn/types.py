@@ -84,6 +84,7 @@ class Factors:
     Args:
       a: ``[*s, *n, r]``.
       b: ``[*s, r, *m]``.
+      layout: which axes of the weight are stack, inputs and outputs.
       scale: a number, or an array ``[*s]``.
       column: ``[*s, *m]`` factor of the whole weight (DoRA), or None for 1.
       key: PRNG keys ``[*s]`` that drop inputs of A, or None.
@@ -92,6 +93,7 @@ class Factors:
 
     a: jax.Array
     b: jax.Array
+    layout: Layout
     scale: Any
     column: jax.Array | None = None
     key: jax.Array | None = None
@@ -106,6 +108,11 @@ class Adapter:
     `factors` (its low-rank form, which the transform contracts without building the weight).
 
     ``frozen`` names the array fields that never train: they get a zero gradient and ``mask`` False.
+
+    Example:
+      >>> import lorax_fn as lx
+      >>> issubclass(lx.LoRA, lx.Adapter), lx.LoRA.frozen
+      (True, ())
     """
 
     frozen: ClassVar[tuple[str, ...]] = ()

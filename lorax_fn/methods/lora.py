@@ -37,7 +37,8 @@ class LoRA(Adapter):
     Example:
       >>> import jax.numpy as jnp, lorax_fn as lx
       >>> layout = lx.Layout(inputs=(0,), outputs=(1,))
-      >>> adapter = lx.LoRA(jnp.ones((3, 1)), jnp.ones((1, 2)), alpha=2.0, rank=1, scaling="lora", layout=layout)
+      >>> a, b = jnp.ones((3, 1)), jnp.ones((1, 2))
+      >>> adapter = lx.LoRA(a, b, alpha=2.0, rank=1, scaling="lora", layout=layout)
       >>> adapter.weight(jnp.zeros((3, 2)))[0, 0]
       Array(2., dtype=float32)
     """
@@ -72,7 +73,7 @@ class LoRA(Adapter):
         b = b * (scale.reshape(s, 1, 1) if scale.ndim else scale)
         dw = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST).reshape(*stack, *n, *m)
         order = (*layout.stack, *layout.inputs, *layout.outputs)
-        return jnp.transpose(dw, np.argsort(order))
+        return jnp.transpose(dw, [order.index(i) for i in range(layout.ndim)])
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -87,7 +88,7 @@ class LoRA(Adapter):
 
     def factors(self, w: jax.Array) -> Factors:
         del w
-        return Factors(self.a, self.b, self.scale, key=self.key, rate=self.rate)
+        return Factors(self.a, self.b, self.layout, self.scale, key=self.key, rate=self.rate)
 
     def problem(self, w: Any) -> str | None:
         if len(w.shape) != self.layout.ndim or tuple(w.shape) != self.shape:

@@ -5,7 +5,7 @@ import operator
 import jax
 import optax
 
-from lorax_fn.types import PyTree, error, is_adapter, is_float
+from lorax_fn.types import Adapter, PyTree, error, is_adapter, is_float
 
 
 def mask(tree: PyTree) -> PyTree:
@@ -34,7 +34,7 @@ def mask(tree: PyTree) -> PyTree:
 
 
 def _mask_node(node: object) -> PyTree:
-    if not is_adapter(node):
+    if not isinstance(node, Adapter):
         return False
     frozen = type(node).frozen
 

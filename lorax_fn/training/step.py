@@ -178,6 +178,8 @@ def _fill(partial: PyTree, whole: PyTree) -> PyTree:
 
 def _read_loss(out: Any, extra: PyTree) -> tuple[jax.Array, tuple[PyTree, dict]]:
     """Sorts what ``loss_fn`` returned into ``(loss, (extra, {} or {"aux": aux}))``."""
+    loss: Any = None
+    aux: Any = {}
     if extra is None:
         pair = isinstance(out, tuple)
         good, form = not pair or len(out) == 2, "loss or (loss, aux)"
@@ -320,7 +322,7 @@ def _check_trains(lora: dict) -> None:
 
 def _check_key(key: Any) -> None:
     dtype = key.dtype if is_array(key) else None
-    typed = dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key) and np.shape(key) == ()
+    typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key) and np.shape(key) == ()
     old_style = dtype == np.uint32 and np.ndim(key) == 1
     if not (typed or old_style):
         raise error(

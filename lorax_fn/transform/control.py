@@ -53,7 +53,10 @@ def jit(walk, eqn, index, values):
     results = fn(*values)
     for report in reports.get(jax.tree_util.tree_structure(values), []):
         walk.report(report.of(paths))
-    return [_renamed(r, {r.paths: tuple(p for i in r.paths for p in paths[i])} if is_factored(r) else {}) for r in results]
+    return [
+        _renamed(r, {r.paths: tuple(p for i in r.paths for p in paths[i])} if is_factored(r) else {})
+        for r in results
+    ]
 
 
 def _renamed(value: Any, names: dict) -> Any:
@@ -81,7 +84,7 @@ def checkpoint(walk, eqn, index, values):
         return walk.evaluate(jaxpr, consts, args)
 
     if eqn.params["differentiated"]:
-        # The recomputation of a backward pass: the barrier keeps the compiler from sharing it with the forward.
+        # The recomputation of a backward pass: a barrier keeps it apart from the forward's own values.
         if eqn.params["prevent_cse"] is not False:
             values = lax.optimization_barrier(values)
         return inner(*values)
@@ -144,7 +147,10 @@ class _Carry:
 
     def settled(self, values):
         """The carried values, factored only where the loop leaves them alone."""
-        return [v if same else self.walk.dense(self.eqn, [v])[0] for v, same in zip(values, self.invariant, strict=True)]
+        return [
+            v if same else self.walk.dense(self.eqn, [v])[0]
+            for v, same in zip(values, self.invariant, strict=True)
+        ]
 
     def parted(self, values):
         pairs = list(zip(values, self.invariant, strict=True))
@@ -214,7 +220,8 @@ def shard_map(walk, eqn, index, values):
             return spec
         entries = (*spec, *(None,) * (value.ndim - len(spec)))
         return value.with_parts(
-            spec, lambda part: Part(PartitionSpec(*(None if i < 0 else entries[i] for i in part.axes)), part.axes)
+            spec,
+            lambda part: Part(PartitionSpec(*(None if i < 0 else entries[i] for i in part.axes)), part.axes),
         )
 
     def inner(*args):
@@ -225,7 +232,66 @@ def shard_map(walk, eqn, index, values):
     return walk.in_one_piece(eqn, mapped, *(with_new_key(v, index) for v in values))
 
 
+def custom_jvp(walk, eqn, index, values):
+    """The function and its own derivative rule are both walked with the factors apart.
+
+    The tangent of ``base + a b`` is ``(dbase + da b) + a db``: a rule is linear in it, so it is walked
+    once for each of the two, both of them factored.
+    """
+    jaxpr, consts = jx.opened(eqn.params["call_jaxpr"])
+    if any(set(v.parts) - {"a", "b", "scale"} for v in values if is_factored(v)):
+        return jx.bind(eqn, walk.dense(eqn, values))
+    floats = [i for i, v in enumerate(values) if jnp.issubdtype(v.dtype, jnp.floating)]
+    count = len(values)
+
+    def rule(*primals_and_tangents):
+        primals, tangents = primals_and_tangents[:count], primals_and_tangents[count:]
+
+        def dense(*some):
+            every = list(primals)
+            for i, value in zip(floats, some, strict=True):
+                every[i] = value
+            return jx.bind(eqn, every)
+
+        return jax.jvp(dense, [primals[i] for i in floats], list(tangents))
+
+    @jax.custom_jvp
+    def inner(*args):
+        return walk.dense(eqn, walk.evaluate(jaxpr, consts, args))
+
+    @inner.defjvp
+    def inner_jvp(primals, tangents):
+        pairs = [(primals[i], tangents[i]) for i in floats]
+        bases = [v.base if is_factored(v) else v for v in (*primals, *(t for _, t in pairs))]
+        rule_jaxpr, rule_consts = jx.opened(jax.make_jaxpr(rule)(*bases))
+
+        def walked(given):
+            results = walk.dense(eqn, walk.evaluate(rule_jaxpr, rule_consts, [*primals, *given]))
+            return results[: len(results) // 2], results[len(results) // 2 :]
+
+        out, d_out = walked([_with_factors(t, v, a=t) for v, t in pairs])
+        if any(is_factored(v) for v, _ in pairs):
+            _, rest = walked([_with_factors(_zero(t), v, b=t) for v, t in pairs])
+            d_out = [x if x.dtype == jax.dtypes.float0 else x + y for x, y in zip(d_out, rest, strict=True)]
+        return out, d_out
+
+    return inner(*values)
+
+
+def _with_factors(tangent: Any, primal: Any, **factors: Any) -> Any:
+    """A tangent with some of its factors; all else (the constant scale) is the primal's."""
+    if not is_factored(tangent):
+        return tangent
+    parts = {**primal.parts, **{name: weight.parts[name] for name, weight in factors.items()}}
+    return dataclasses.replace(tangent, parts=parts)
+
+
+def _zero(t: Any) -> Any:
+    return dataclasses.replace(t, base=jnp.zeros_like(t.base)) if is_factored(t) else jnp.zeros_like(t)
+
+
 CONTROL = {
+    jx.NAMES["custom_jvp_call"]: custom_jvp,
     "shard_map": shard_map,
     jx.NAMES["jit"]: jit,
     jx.NAMES["closed_call"]: closed_call,

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from lorax_fn.types import Adapter, Factors, Layout, error
+from lorax_fn.types import Adapter, Factors, error
 
 RANK = -1
 
@@ -80,9 +80,9 @@ def is_factored(x: object) -> bool:
     return isinstance(x, Factored)
 
 
-def factor(path: str, base: Any, factors: Factors, layout: Layout) -> Factored:
+def factor(path: str, base: Any, factors: Factors) -> Factored:
     """Puts an adapter's factors beside its base weight."""
-    stack = layout.stack
+    layout, stack = factors.layout, factors.layout.stack
     parts = {
         "a": Part(factors.a, (*stack, *layout.inputs, RANK)),
         "b": Part(factors.b, (*stack, RANK, *layout.outputs)),
@@ -100,7 +100,7 @@ def factor(path: str, base: Any, factors: Factors, layout: Layout) -> Factored:
 def wrap(path: str, base: Any, adapter: Adapter) -> Any:
     """A leaf as the walk sees it: factored where the adapter has factors, else the adapter's own weight."""
     factors = adapter.factors(base)
-    return adapter.weight(base) if factors is None else factor(path, base, factors, adapter.layout)
+    return adapter.weight(base) if factors is None else factor(path, base, factors)
 
 
 # Contractions over named axes.
@@ -116,7 +116,14 @@ def explicit_mesh(*arrays: Any) -> bool:
 
 
 def contract(
-    x: Any, xs: Sequence[Any], y: Any, ys: Sequence[Any], out: Sequence[Any], *, dtype: Any, precision: Any = None
+    x: Any,
+    xs: Sequence[Any],
+    y: Any,
+    ys: Sequence[Any],
+    out: Sequence[Any],
+    *,
+    dtype: Any,
+    precision: Any = None,
 ) -> Any:
     """``einsum`` over named axes as one dot product, 2-D wherever a reshape is free.
 
@@ -153,11 +160,9 @@ def contract(
 
 def _merged_pair(x, xs, y, ys, batch, summed, x_free, y_free):
     """Both operands with one free and one contracted axis each, or None where the larger would be moved."""
-    if x.size >= y.size:
-        x2 = _merged(x, xs, batch, summed, x_free, "x")
-        return x2 and (x2, _merged(y, ys, batch, summed, y_free, "y", move=True))
-    y2 = _merged(y, ys, batch, summed, y_free, "y")
-    return y2 and (_merged(x, xs, batch, summed, x_free, "x", move=True), y2)
+    x2 = _merged(x, xs, batch, summed, x_free, "x", move=x.size < y.size)
+    y2 = _merged(y, ys, batch, summed, y_free, "y", move=y.size <= x.size)
+    return None if x2 is None or y2 is None else (x2, y2)
 
 
 def _sum_unshared(x: Any, xs: list, others: Sequence, out: Sequence) -> tuple[Any, list]:
@@ -217,7 +222,14 @@ def _sharding(spec: list, *arrays: Any):
 
 
 def low_rank_product(
-    w: Factored, x: Any, xs: Sequence[Any], out: Sequence[Any], *, dtype: Any, precision: Any = None, use: int = 0
+    w: Factored,
+    x: Any,
+    xs: Sequence[Any],
+    out: Sequence[Any],
+    *,
+    dtype: Any,
+    precision: Any = None,
+    use: int = 0,
 ) -> Any:
     """``scale * sum x * a @ b`` over named axes, where names of the weight's axes are their numbers.
 
@@ -237,7 +249,7 @@ def low_rank_product(
             raise error(
                 "dropout reached a use of the weight that does not contract A's inputs.",
                 path=list(w.paths),
-                do="drop other weights only, or train without dropout: lx.dropout({k: v for k, v in lora.items() ...}).",
+                do="leave it out: lx.dropout of a part of the adapters, joined with the rest by |.",
             )
         x, xs = dropped(w, x, xs, use)
     compute = x.dtype if jnp.issubdtype(x.dtype, jnp.floating) else dtype
@@ -250,7 +262,9 @@ def low_rank_product(
         h = h * align(scale.array.astype(compute), scale.axes, h_names)
     if w.scale != 1.0:
         h = h * w.scale
-    return contract(h, h_names, second.array.astype(compute), second.axes, out, dtype=dtype, precision=precision)
+    return contract(
+        h, h_names, second.array.astype(compute), second.axes, out, dtype=dtype, precision=precision
+    )
 
 
 def align(x: Any, names: Sequence[Any], out: Sequence[Any]) -> Any:
@@ -290,7 +304,11 @@ def build(w: Factored) -> Any:
     a = w.parts["a"]
     rows, names = a.array.astype(compute), list(a.axes)
     if "key" in w.parts:
-        raise error("dropout of an embedding's lookups is not defined.", path=list(w.paths), do="leave it out of lx.dropout.")
+        raise error(
+            "dropout of an embedding's lookups is not defined.",
+            path=list(w.paths),
+            do="leave it out of lx.dropout.",
+        )
     scale = w.parts.get("scale")
     if scale is not None:
         rows = rows * align(scale.array.astype(compute), scale.axes, names)

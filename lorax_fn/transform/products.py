@@ -86,7 +86,9 @@ def _convolution(eqn, index, values):
     at_x, at_y = params["dimension_numbers"].lhs_spec[1], params["dimension_numbers"].out_spec[1]
     swapped = out_axis if window_first else in_axis  # the axis of the kernel that the rank takes
     kernel = align(wide.array.astype(dtype), wide.axes, [RANK if i == swapped else i for i in range(w.ndim)])
-    point = align(point.array.astype(dtype), point.axes, [in_axis, RANK] if not window_first else [RANK, out_axis])
+    point = align(
+        point.array.astype(dtype), point.axes, [in_axis, RANK] if not window_first else [RANK, out_axis]
+    )
     if window_first:
         kernel = lax.concatenate([kernel] * groups, out_axis)
         h = jx.bind_with(eqn, [x, kernel], preferred_element_type=None)[0] * w.scale
@@ -101,7 +103,9 @@ def _convolution(eqn, index, values):
     if column is not None:
         if column.axes != (out_axis,):
             return NotImplemented
-        total = total * lax.expand_dims(column.array.astype(total.dtype), [i for i in range(total.ndim) if i != at_y])
+        total = total * lax.expand_dims(
+            column.array.astype(total.dtype), [i for i in range(total.ndim) if i != at_y]
+        )
     return [total]
 
 
@@ -128,7 +132,11 @@ def _ragged_dot(eqn, index, values):
     out_axis = 3 - expert - w_sum
     first = "a" if w.has("a", w_sum) else "b"
     second = "b" if first == "a" else "a"
-    fits = set(w.parts[first].axes) == {expert, w_sum, RANK} and set(w.parts[second].axes) == {expert, out_axis, RANK}
+    fits = set(w.parts[first].axes) == {expert, w_sum, RANK} and set(w.parts[second].axes) == {
+        expert,
+        out_axis,
+        RANK,
+    }
     if not fits or "column" in w.parts:
         return NotImplemented
     base = jx.bind(eqn, values[:1] + [w.base] + values[2:])[0]
@@ -185,7 +193,7 @@ def _expanded(value: Any, axis: int) -> Any:
 
 
 def _plain_factors(w: Factored, axis: int, stacks: bool, dtype: Any) -> dict[str, Part]:
-    """``a`` and ``b`` with axes in order, the rank last and the scale in ``b``; both with ``axis`` if it stacks."""
+    """``a`` and ``b``: axes in order, the rank last, the scale in ``b``; both have ``axis`` if it stacks."""
     parts = {}
     for name in "ab":
         part = w.parts[name]
@@ -193,7 +201,9 @@ def _plain_factors(w: Factored, axis: int, stacks: bool, dtype: Any) -> dict[str
         if name == "b":
             scale = w.parts.get("scale")
             array = array * w.scale
-            array = array if scale is None else array * align(scale.array.astype(dtype), scale.axes, part.axes)
+            array = (
+                array if scale is None else array * align(scale.array.astype(dtype), scale.axes, part.axes)
+            )
         axes = [i for i in range(w.ndim) if w.has(name, i) or (stacks and i == axis)] + [RANK]
         array = align(array, part.axes, axes)
         shape = [w.shape[axis] if i == axis else n for i, n in zip(axes, array.shape, strict=True)]
@@ -229,8 +239,8 @@ def _blocks(factors: list, sizes: list[int], axis: int, side: str) -> list[Part]
             if name == side:
                 array = _padded(array, f[name].axes.index(axis), sum(sizes[:i]), sum(sizes))
             joined[name].append(array)
-    like = next(f for f in factors if f is not None)
-    return [Part(lax.concatenate(arrays, arrays[0].ndim - 1), like[name].axes) for name, arrays in joined.items()]
+    axes = {name: part.axes for f in factors if f is not None for name, part in f.items()}
+    return [Part(lax.concatenate(joined[name], joined[name][0].ndim - 1), axes[name]) for name in joined]
 
 
 def _padded(array: Any, axis: int, before: int, total: int) -> Any:

@@ -9,6 +9,7 @@ adds what the low-rank parts need, which for most is a renaming of axes.
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
@@ -63,7 +64,8 @@ def _convert(eqn, index, values):
 def _barrier(eqn, index, values):
     bases = jx.bind(eqn, [v.base if is_factored(v) else v for v in values])
     return [
-        dataclasses.replace(v, base=base) if is_factored(v) else base for v, base in zip(values, bases, strict=True)
+        dataclasses.replace(v, base=base) if is_factored(v) else base
+        for v, base in zip(values, bases, strict=True)
     ]
 
 
@@ -84,9 +86,15 @@ def _scaled(eqn, index, values):
     for name in ("b", "a"):
         part = w.parts[name]
         if set(varies) <= set(part.axes):
-            by_part = align(lax.squeeze(by, [i for i in range(by.ndim) if i not in varies]), varies, part.axes)
+            by_part = align(
+                lax.squeeze(by, [i for i in range(by.ndim) if i not in varies]), varies, part.axes
+            )
             base = _one(eqn, *(v.base if v is w else v for v in values))
-            return [w.with_part(base, name, Part(operation(part.array, by_part.astype(part.array.dtype)), part.axes))]
+            return [
+                w.with_part(
+                    base, name, Part(operation(part.array, by_part.astype(part.array.dtype)), part.axes)
+                )
+            ]
     return NotImplemented
 
 
@@ -131,7 +139,11 @@ def _reshape(eqn, index, values):
     groups = reshape_groups(w.shape, eqn.params["new_sizes"])
     if any(not _moves_together(w, old) for old, _ in groups):
         return NotImplemented
-    return [w.with_parts(_one(eqn, w.base), lambda part: _regrouped(part, groups, w.shape, eqn.params["new_sizes"]))]
+    return [
+        w.with_parts(
+            _one(eqn, w.base), lambda part: _regrouped(part, groups, w.shape, eqn.params["new_sizes"])
+        )
+    ]
 
 
 def reshape_groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
@@ -156,9 +168,8 @@ def _regrouped(part: Part, groups: list, old: Sequence[int], new: Sequence[int])
     ones = [i for i, axis in enumerate(part.axes) if axis != RANK and old[axis] == 1]
     array = lax.squeeze(part.array, ones)
     axes = [axis for i, axis in enumerate(part.axes) if i not in ones]
-    here = {tuple(left): right for left, right in groups if set(left) <= set(axes)}
-    runs = [([RANK], [RANK])] if RANK in axes else []
-    runs += here.items()
+    runs = [(left, right) for left, right in groups if set(left) <= set(axes)]
+    runs += [([RANK], [RANK])] if RANK in axes else []
     runs.sort(key=lambda run: axes.index(run[0][0]))
     order = [axis for left, _ in runs for axis in left]
     if order != axes:
@@ -202,17 +213,15 @@ def _split(eqn, index, values):
 @rule("unstack")
 def _unstack(eqn, index, values):
     (w,) = values
-    axis, results = eqn.params["axis"], []
-    for i, base in enumerate(jx.bind(eqn, [w.base])):
+    axis = eqn.params["axis"]
+
+    def entry(part: Part, i: int) -> Part:
         begin = [i if j == axis else 0 for j in range(w.ndim)]
         end = [i + 1 if j == axis else n for j, n in enumerate(w.shape)]
+        part = _without(_sliced(part, begin, end, (1,) * w.ndim), [axis])
+        return part.renamed(lambda j: j - 1 if j > axis else j)
 
-        def entry(part: Part, begin: list = begin, end: list = end) -> Part:
-            part = _without(_sliced(part, begin, end, (1,) * w.ndim), [axis])
-            return part.renamed(lambda j: j - 1 if j > axis else j)
-
-        results.append(w.with_parts(base, entry))
-    return results
+    return [w.with_parts(base, partial(entry, i=i)) for i, base in enumerate(jx.bind(eqn, [w.base]))]
 
 
 @rule(prims.dynamic_slice_p)
@@ -223,7 +232,9 @@ def _dynamic_slice(eqn, index, values):
     def sliced(part: Part) -> Part:
         zero = jnp.zeros((), starts[0].dtype) if starts else 0
         begin = [zero if axis == RANK else starts[axis] for axis in part.axes]
-        size = [n if axis == RANK else sizes[axis] for axis, n in zip(part.axes, part.array.shape, strict=True)]
+        size = [
+            n if axis == RANK else sizes[axis] for axis, n in zip(part.axes, part.array.shape, strict=True)
+        ]
         return Part(lax.dynamic_slice(part.array, begin, size), part.axes) if part.axes else part
 
     return [w.with_parts(_one(eqn, w.base, *starts), sliced)]
@@ -233,8 +244,13 @@ def _dynamic_slice(eqn, index, values):
 def _tile(eqn, index, values):
     (w,) = values
     reps = eqn.params["reps"]
-    return [w.with_parts(_one(eqn, w.base), lambda part: Part(
-        jnp.tile(part.array, [1 if axis == RANK else reps[axis] for axis in part.axes]), part.axes))]  # fmt: skip
+
+    def tiled(part: Part) -> Part:
+        return Part(
+            jnp.tile(part.array, [1 if axis == RANK else reps[axis] for axis in part.axes]), part.axes
+        )
+
+    return [w.with_parts(_one(eqn, w.base), tiled)]
 
 
 @rule(prims.pad_p)
@@ -249,7 +265,9 @@ def _pad(eqn, index, values):
 
     def grown(part: Part) -> Part:
         zero = jnp.zeros((), part.array.dtype)
-        return Part(lax.pad(part.array, zero, [(0, 0, 0) if i == RANK else edges[i] for i in part.axes]), part.axes)
+        return Part(
+            lax.pad(part.array, zero, [(0, 0, 0) if i == RANK else edges[i] for i in part.axes]), part.axes
+        )
 
     return [w.with_parts(_one(eqn, w.base, fill), grown)]
 
@@ -285,7 +303,9 @@ def _gather(eqn, index, values):
         if not columns and not batching:
             cut = _sliced(part, (0,) * w.ndim, sizes, (1,) * w.ndim)
             return cut.renamed(place.__getitem__)
-        inner = [axis for axis in part.axes if axis in place or axis == RANK]  # the window that each index takes
+        inner = [
+            axis for axis in part.axes if axis in place or axis == RANK
+        ]  # the window that each index takes
         offset = tuple(range(index_axes, index_axes + len(inner)))
         numbers = lax.GatherDimensionNumbers(
             offset_dims=offset,

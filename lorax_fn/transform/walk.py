@@ -24,11 +24,11 @@ def adapt(fn: Callable, *, argnum: int = 0, fallback: str = "warn") -> Callable:
     """Makes a function of ``(params, ...)`` one of ``(params, lora, ...)``, without touching it.
 
     Wherever ``fn`` uses an adapted weight ``W``, the result computes with ``W + scale * A @ B`` in its
-    factored form (equation 3 of Hu et al., https://arxiv.org/abs/2106.09685): ``x @ W + scale * (x @ A) @ B``.
-    Neither ``W + AB`` nor, in the gradient by ``lora``, a cotangent of ``W`` is ever built. The function is
-    traced once a set of argument types, as `jax.jit` does; arrays are traced, everything else (bools,
-    strings, numbers, callables) is static. It works under and over every JAX transformation. Called
-    eagerly, it runs operation by operation.
+    factored form, ``x @ W + scale * (x @ A) @ B`` (equation 3 of Hu et al.,
+    https://arxiv.org/abs/2106.09685). Neither ``W + AB`` nor, in the gradient by ``lora``, a cotangent of
+    ``W`` is ever built. The function is traced once a set of argument types, as `jax.jit` does; arrays are
+    traced, everything else (bools, strings, numbers, callables) is static. It works under and over every
+    JAX transformation. Called eagerly, it runs operation by operation.
 
     No gradient is stopped: ``jax.grad`` by ``params`` is that of the merged function. Differentiate by
     ``argnums=1``, the adapters, and the base costs nothing.
@@ -40,8 +40,8 @@ def adapt(fn: Callable, *, argnum: int = 0, fallback: str = "warn") -> Callable:
         (once a weight and operation), ``"error"`` or ``"allow"``. Values are right in every case.
 
     Returns:
-      ``fn2`` with ``fn``'s signature and ``lora`` inserted after argument ``argnum``. ``fn2(params, {}, ...)``
-      is ``fn(params, ...)``.
+      ``fn2`` with ``fn``'s signature and ``lora`` inserted after argument ``argnum``;
+      ``fn2(params, {}, ...)`` is ``fn(params, ...)``.
 
     Raises:
       LoraError: at the call, where ``lora`` does not fit ``params``, or under ``fallback="error"``.
@@ -257,7 +257,7 @@ class Walk:
 
     def in_one_piece(self, eqn: Any, fn: Callable, *values: Any) -> Any:
         """Calls ``fn``, jitted once an equation where the call is eager: a loop is one operation there."""
-        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree_util.tree_leaves(values)):  # noqa: TID251
+        if any(map(jx.is_tracer, jax.tree_util.tree_leaves(values))):
             return fn(*values)
         return self.once(("eager", id(eqn)), eqn, lambda: jax.jit(fn))(*values)
 

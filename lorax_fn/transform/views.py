@@ -1,0 +1,284 @@
+"""Follows views of parameters through jaxprs: which axes a use contracts, keeps, scans or looks up."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from lorax_fn.transform import jaxpr as jx
+from lorax_fn.transform.rules import reshape_groups
+from lorax_fn.types import Layout
+
+
+@dataclasses.dataclass(frozen=True)
+class Use:
+    op: str
+    layout: Layout | None
+    times: int
+    flops: int
+    source: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Ref:
+    """A value that is a view of one parameter: for each of its axes, the parameter's axes in it."""
+
+    path: str
+    axes: tuple[tuple[int, ...], ...]
+    stack: frozenset[int] = frozenset()  # scanned or indexed away
+    looked_up: frozenset[int] = frozenset()  # indexed by an array
+
+    def moved(self, axes: Sequence[tuple[int, ...]], gone: Sequence[int] = ()) -> "Ref":
+        """The view with other axes; parameter axes in ``gone`` became stack axes."""
+        return dataclasses.replace(self, axes=tuple(axes), stack=self.stack | frozenset(gone))
+
+
+SAME = {
+    "convert_element_type", "copy", "neg", "stop_gradient", "sharding_constraint", "reshard", "name",
+    "device_put", "pvary", "pcast", "reduce_precision", "rev", "pad", "tile", "slice", "dynamic_slice",
+    "split", "concatenate",
+}  # fmt: skip
+SCALING = {"mul", "div"}
+
+
+class Reader:
+    """Follows views of parameters through jaxprs and notes where they are used."""
+
+    def __init__(self, found: dict[str, list[Use]]):
+        self.found = found
+
+    def read(self, jaxpr: Any, refs: Sequence[list[Ref]], times: int) -> list[list[Ref]]:
+        env = dict(zip(jaxpr.invars, refs, strict=True))
+        for _, eqn, _ in jx.order(jaxpr):
+            views = [[] if jx.is_literal(v) else env.get(v, []) for v in eqn.invars]
+            results = self._equation(eqn, views, times) if any(views) else [[]] * len(eqn.outvars)
+            env.update(zip(eqn.outvars, results, strict=True))
+        return [[] if jx.is_literal(v) else env.get(v, []) for v in jaxpr.outvars]
+
+    def _equation(self, eqn: Any, views: list[list[Ref]], times: int) -> list[list[Ref]]:
+        name = eqn.primitive.name
+        inner = _INNER.get(name)
+        if inner is not None:
+            return inner(self, eqn, views, times)
+        view = _VIEWS.get(name)
+        if view is not None and not (name in SCALING and not _scales(eqn, views)):
+            return view(eqn, views)
+        for position, refs in enumerate(views):
+            for ref in refs:
+                self._use(eqn, position, ref, times)
+        return [[]] * len(eqn.outvars)
+
+    def _use(self, eqn: Any, position: int, ref: Ref, times: int) -> None:
+        name = eqn.primitive.name
+        roles, flops = PRODUCTS[name](eqn, position) if name in PRODUCTS else (None, 0)
+        layout = None if roles is None else _roles_of(ref, *roles)
+        if layout is None and ref.looked_up:  # no product that keeps outputs: the rows are an activation
+            self.leave(name, jx.source_line(eqn), [[ref]], times)
+        else:
+            self.found[ref.path].append(Use(name, layout, times, flops, jx.source_line(eqn)))
+
+    def leave(self, op: str, source: str, views: list[list[Ref]], times: int) -> None:
+        """Notes views that are followed no further: rows that were looked up, or a use without a layout."""
+        for ref in (ref for refs in views for ref in refs):
+            if ref.looked_up:
+                rest = {i for axes in ref.axes for i in axes}
+                layout = Layout(tuple(sorted(ref.stack)), tuple(sorted(ref.looked_up)), tuple(sorted(rest)))
+                self.found[ref.path].append(Use("gather", layout, times, 0, source))
+            else:
+                self.found[ref.path].append(Use(op, None, times, 0, source))
+
+
+def _roles_of(ref: Ref, batch: Sequence[int], inputs: Sequence[int]) -> Layout | None:
+    """Turns the roles of a view's axes into a layout of the parameter."""
+    role: dict[int, str] = dict.fromkeys(ref.stack | ref.looked_up, "stack")
+    for i, axes in enumerate(ref.axes):
+        for axis in axes:
+            new = "stack" if i in batch else "inputs" if i in inputs else "outputs"
+            if role.setdefault(axis, new) not in (new, "stack"):
+                return None  # an axis that a reshape split between two roles
+    parts = {
+        kind: tuple(sorted(i for i, r in role.items() if r == kind))
+        for kind in ("stack", "inputs", "outputs")
+    }
+    return Layout(**parts) if parts["inputs"] and parts["outputs"] else None
+
+
+# Products: the roles of the weight's axes, and the flops.
+
+
+def _dot(eqn: Any, position: int):
+    (sums, batches), avals = eqn.params["dimension_numbers"], [v.aval for v in eqn.invars]
+    contracted = math.prod(avals[0].shape[i] for i in sums[0])
+    return (batches[position], sums[position]), 2 * contracted * math.prod(eqn.outvars[0].aval.shape)
+
+
+def _conv(eqn: Any, position: int):
+    if position != 1:
+        return None, 0
+    out_axis, in_axis, *window = eqn.params["dimension_numbers"].rhs_spec
+    kernel = eqn.invars[1].aval.shape
+    flops = 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(kernel[i] for i in (in_axis, *window))
+    return ((), (in_axis, *window)), flops
+
+
+def _ragged(eqn: Any, position: int):
+    if position != 1:
+        return None, 0
+    dims = eqn.params["ragged_dot_dimension_numbers"]
+    (sums, batches), groups = dims.dot_dimension_numbers, dims.rhs_group_dimensions
+    contracted = math.prod(eqn.invars[1].aval.shape[i] for i in sums[1])
+    return ((*batches[1], *groups), sums[1]), 2 * contracted * math.prod(eqn.outvars[0].aval.shape)
+
+
+PRODUCTS = {"dot_general": _dot, "conv_general_dilated": _conv, "ragged_dot_general": _ragged}
+
+
+# Views: how the axes of a result come from the axes of the operand.
+
+
+def _each(change: Callable[[Any, Ref], Ref]):
+    return lambda eqn, views: [[change(eqn, ref) for refs in views for ref in refs] for _ in eqn.outvars]
+
+
+def _scales(eqn: Any, views: list) -> bool:
+    """Whether one operand scales a weight by a number or along an axis, rather than entry by entry."""
+    if all(views):
+        return False
+    weight, by = eqn.invars if views[0] else reversed(eqn.invars)
+    many = [n for n in by.aval.shape if n != 1]
+    return (len(many) <= 1 or by.aval.shape != weight.aval.shape) and not (
+        eqn.primitive.name == "div" and views[1]
+    )
+
+
+def _squeezed(eqn: Any, ref: Ref) -> Ref:
+    dims = eqn.params["dimensions"]
+    gone = [axis for d in dims for axis in ref.axes[d]]
+    kept = [axes for i, axes in enumerate(ref.axes) if i not in dims]
+    left = {axis for axes in kept for axis in axes}
+    return ref.moved(kept, [axis for axis in gone if axis not in left])
+
+
+def _broadcasted(eqn: Any, ref: Ref) -> Ref:
+    axes: list[tuple[int, ...]] = [()] * len(eqn.params["shape"])
+    for i, place in enumerate(eqn.params["broadcast_dimensions"]):
+        axes[place] = ref.axes[i]
+    return ref.moved(axes)
+
+
+def _reshaped(eqn: Any, ref: Ref) -> Ref:
+    old, new = eqn.invars[0].aval.shape, eqn.params["new_sizes"]
+    axes: list[tuple[int, ...]] = [()] * len(new)
+    for left, right in reshape_groups(old, new):
+        held = tuple(dict.fromkeys(axis for i in left for axis in ref.axes[i]))
+        for i in right:
+            axes[i] = held
+    held = {axis for group in axes for axis in group}
+    ones = [axis for i, group in enumerate(ref.axes) if old[i] == 1 for axis in group if axis not in held]
+    # An axis of size 1 that a reshape drops or moves: keep it where the result has a free axis of size 1.
+    free = [i for i, n in enumerate(new) if n == 1 and not axes[i]]
+    for axis, i in zip(list(ones), free, strict=False):
+        axes[i] = (axis,)
+        ones.remove(axis)
+    return ref.moved(axes, ones)
+
+
+def _unstacked(eqn: Any, ref: Ref) -> Ref:
+    axis = eqn.params["axis"]
+    return ref.moved(ref.axes[:axis] + ref.axes[axis + 1 :], ref.axes[axis])
+
+
+def _stacked(eqn: Any, ref: Ref) -> Ref:
+    axis = eqn.params["axis"]
+    return ref.moved((*ref.axes[:axis], (), *ref.axes[axis:]))
+
+
+def _gathered(eqn: Any, views: list) -> list[list[Ref]]:
+    dims = eqn.params["dimension_numbers"]
+    index_ndim = len(eqn.invars[1].aval.shape) - 1
+    results = []
+    for ref in views[0]:
+        kept = [
+            i
+            for i in range(len(ref.axes))
+            if i not in (*dims.collapsed_slice_dims, *dims.operand_batching_dims)
+        ]
+        axes: list[tuple[int, ...]] = [()] * (index_ndim + len(dims.offset_dims))
+        for i, place in zip(kept, sorted(dims.offset_dims), strict=True):
+            axes[place] = ref.axes[i]
+        indexed = [axis for i in dims.start_index_map if i not in kept for axis in ref.axes[i]]
+        batched = [axis for i in dims.operand_batching_dims for axis in ref.axes[i]]
+        looked_up = ref.looked_up | frozenset(indexed)
+        results.append(dataclasses.replace(ref.moved(axes, batched), looked_up=looked_up))
+    return [results]
+
+
+_VIEWS: dict[str, Callable] = {
+    **dict.fromkeys(SAME | SCALING, _each(lambda eqn, ref: ref)),
+    "optimization_barrier": lambda eqn, views: views,
+    "transpose": _each(lambda eqn, ref: ref.moved([ref.axes[i] for i in eqn.params["permutation"]])),
+    "squeeze": _each(_squeezed),
+    "broadcast_in_dim": _each(_broadcasted),
+    "reshape": _each(_reshaped),
+    "unstack": _each(_unstacked),
+    "stack": _each(_stacked),
+    "gather": _gathered,
+}
+
+
+# Control flow. Views that it does not hand on are noted where they enter.
+
+
+def _call(name: str):
+    def rule(reader: Reader, eqn: Any, views: list, times: int):
+        return reader.read(jx.opened(eqn.params[name])[0], views, times)
+
+    return rule
+
+
+def _cond(reader: Reader, eqn: Any, views: list, times: int):
+    for closed in eqn.params["branches"]:
+        reader.leave("cond", jx.source_line(eqn), reader.read(jx.opened(closed)[0], views[1:], times), times)
+    return [[]] * len(eqn.outvars)
+
+
+def _carry(reader: Reader, eqn: Any, body: Any, first: int, views: list, times: int) -> list:
+    """The carried views that the loop hands on unchanged; the others are followed no further."""
+    same = [
+        out is var for var, out in zip(body.invars[first : first + len(views)], body.outvars, strict=False)
+    ]
+    for view, kept in zip(views, same, strict=True):
+        reader.leave(eqn.primitive.name, jx.source_line(eqn), [] if kept else [view], times)
+    return [view if kept else [] for view, kept in zip(views, same, strict=True)]
+
+
+def _while(reader: Reader, eqn: Any, views: list, times: int):
+    n, m = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+    cond, body = jx.opened(eqn.params["cond_jaxpr"])[0], jx.opened(eqn.params["body_jaxpr"])[0]
+    carry = _carry(reader, eqn, body, m, views[n + m :], times)
+    reader.read(cond, [*views[:n], *carry], times)
+    reader.read(body, [*views[n : n + m], *carry], times)
+    return carry
+
+
+def _scan(reader: Reader, eqn: Any, views: list, times: int):
+    n, m = jx.scan_counts(eqn)
+    body = jx.opened(eqn.params["jaxpr"])[0]
+    carry = _carry(reader, eqn, body, n, views[n : n + m], times)
+    slices = [[ref.moved(ref.axes[1:], ref.axes[0]) for ref in refs] for refs in views[n + m :]]
+    results = reader.read(body, [*views[:n], *carry, *slices], times * eqn.params["length"])
+    reader.leave("scan", jx.source_line(eqn), results[m:], times)
+    return [*carry, *[[]] * (len(eqn.outvars) - m)]
+
+
+_INNER = {
+    jx.NAMES["jit"]: _call("jaxpr"),
+    jx.NAMES["remat"]: _call("jaxpr"),
+    jx.NAMES["closed_call"]: _call("call_jaxpr"),
+    jx.NAMES["custom_jvp_call"]: _call("call_jaxpr"),
+    jx.NAMES["custom_vjp_call"]: _call("call_jaxpr"),
+    jx.NAMES["cond"]: _cond,
+    jx.NAMES["while"]: _while,
+    jx.NAMES["scan"]: _scan,
+    "shard_map": _call("jaxpr"),
+}
