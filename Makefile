@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help setup test lint demo bench clean
+.PHONY: help setup test test-jax lint demo bench clean
 
 # The first interpreter that starts, is new enough and can make a venv (a version manager's shim may do neither).
 # python3 goes first: it is the one the user chose. PYTHON=... overrides.
@@ -18,6 +18,7 @@ PIP := $(PY) -m pip --disable-pip-version-check install -qq --progress-bar off
 help:
 	@echo 'make demo [ARGS=--smoke]  fine-tune a real language model (examples/finetune_smollm2.py)'
 	@echo 'make test [ARGS=...]      the tests; ARGS go to pytest'
+	@echo 'make test-jax              the tests on the oldest and the newest JAX, each in a venv of its own'
 	@echo 'make lint                 ruff, pyright and the import arrows'
 	@echo 'make bench [ARGS=...]     one training step, timed (benchmarks/step.py)'
 	@echo 'make setup                .venv alone; PYTHON=... chooses the interpreter'
@@ -40,6 +41,27 @@ setup: .venv/.installed
 test: .venv/.installed
 	$(PY) -m pytest -n 2 $(ARGS)
 
+# The two ends of what is supported. The newest JAX wants a newer Python: the newest that can make a venv is taken.
+NEWEST_PYTHON ?= $(shell for p in python3.14 python3.13 python3.12 \
+	$$(ls -d $$HOME/.pyenv/versions/3.1[2-9]*/bin/python3 2>/dev/null | sort -rV) $(PYTHON); do \
+	if $$p -c 'import ensurepip, venv' >/dev/null 2>&1; then echo $$p; break; fi; done)
+OLDEST := jax==0.10.0 jaxlib==0.10.0 flax==0.12.7 optax==0.2.8 orbax-checkpoint==0.11.36 chex==0.1.91
+
+.venv-oldest/.installed: pyproject.toml
+	@$(PYTHON) -m venv --clear .venv-oldest
+	@.venv-oldest/bin/python $(wordlist 2,99,$(PIP)) -e '.[test]' $(OLDEST)
+	@touch $@
+
+.venv-newest/.installed: pyproject.toml
+	@$(NEWEST_PYTHON) -m venv --clear .venv-newest
+	@.venv-newest/bin/python $(wordlist 2,99,$(PIP)) -e '.[test]'
+	@touch $@
+
+test-jax: .venv-oldest/.installed .venv-newest/.installed
+	for env in oldest newest; do \
+	.venv-$$env/bin/python -c 'import jax, sys; print("Python", sys.version.split()[0], "JAX", jax.__version__)'; \
+	.venv-$$env/bin/python -m pytest -n 2 $(ARGS); done
+
 lint: .venv/.installed
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -53,4 +75,4 @@ bench: .venv/.installed
 	$(PY) benchmarks/step.py $(ARGS)
 
 clean:
-	rm -rf .venv
+	rm -rf .venv .venv-oldest .venv-newest

@@ -34,6 +34,11 @@ class Row:
     scale: float | tuple[float, ...] | None
     trainable: int
 
+    @property
+    def total(self) -> int:
+        """Numbers in the weight itself."""
+        return math.prod(self.shape)
+
 
 @dataclasses.dataclass(frozen=True)
 class Skipped:
@@ -64,9 +69,9 @@ class Summary:
       >>> import jax.numpy as jnp, lorax_fn as lx
       >>> params, lora = lx.split({"q": {"kernel": jnp.ones((8, 6))}}, rank=2)
       >>> print(lx.summary(params, lora))
-      path      shape   method  rank  alpha  scale  trainable
-      q/kernel  (8, 6)  LoRA    2     32     16            28
-      trainable 28 of 48 (58.333 %)
+      path           shape   method  rank  alpha  scale  trainable  total  percent
+      q/kernel       (8, 6)  LoRA    2     32     16            28     48   58.333
+      all of params                                             28     48   58.333
     """
 
     rows: tuple[Row, ...]
@@ -80,23 +85,22 @@ class Summary:
         return 100.0 * self.trainable / self.total if self.total else 0.0
 
     def __str__(self) -> str:
-        lines = _aligned([_HEAD, *map(_cells, self.rows)])
-        lines.append(self._totals())
+        lines = _aligned([_HEAD, *map(_cells, self.rows), self._totals()], numbers=3)
         if self.skipped:
             lines.append("not adapted:")
             cells = [(s.path, str(s.shape), s.reason) for s in self.skipped]
-            lines.extend("  " + line for line in _aligned(cells, numbers_last=False))
+            lines.extend("  " + line for line in _aligned(cells))
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
-        tables = [_html_table(_HEAD, map(_cells, self.rows)), f"<p>{html.escape(self._totals())}</p>"]
+        tables = [_html_table(_HEAD, [*map(_cells, self.rows), self._totals()])]
         if self.skipped:
             cells = [(s.path, str(s.shape), s.reason) for s in self.skipped]
             tables.append(_html_table(("not adapted", "shape", "reason"), cells))
         return "".join(tables)
 
-    def _totals(self) -> str:
-        return f"trainable {self.trainable:,} of {self.total:,} ({self.percent:.3f} %)"
+    def _totals(self) -> tuple[str, ...]:
+        return ("all of params", "", "", "", "", "", *_share(self.trainable, self.total))
 
 
 def summary(params: PyTree, lora: dict[str, Adapter]) -> Summary:
@@ -123,12 +127,18 @@ def summary(params: PyTree, lora: dict[str, Adapter]) -> Summary:
     rows = tuple(_row(path, leaf.shape, lora[path]) for path, leaf in leaves.items() if path in lora)
     roles = classify(params)
     skipped = tuple(
-        Skipped(path, tuple(leaf.shape), roles[path].reason or "a weight, but not among targets, or excluded")
+        Skipped(path, tuple(leaf.shape), _why(roles[path]))
         for path, leaf in leaves.items()
         if path not in lora and len(leaf.shape) > 1
     )
     total = sum(math.prod(leaf.shape) for leaf in leaves.values() if is_float(leaf))
     return Summary(rows, skipped, sum(row.trainable for row in rows), total)
+
+
+def _why(role: Any) -> str:
+    if role.kind == "open":
+        return f"not among targets, or left open by conventions: {role.reason}"
+    return role.reason or "a weight, but not among targets, or excluded"
 
 
 def _row(path: str, shape: Sequence[int], adapter: Adapter) -> Row:
@@ -150,12 +160,16 @@ def _trainable(adapter: Adapter) -> int:
 
 # Text -------------------------------------------------------------------------------------------------
 
-_HEAD = ("path", "shape", "method", "rank", "alpha", "scale", "trainable")
+_HEAD = ("path", "shape", "method", "rank", "alpha", "scale", "trainable", "total", "percent")
 
 
 def _cells(row: Row) -> tuple[str, ...]:
     numbers = (_runs(row.rank), _runs(row.alpha), _runs(row.scale))
-    return (row.path, str(row.shape), row.method, *numbers, f"{row.trainable:,}")
+    return (row.path, str(row.shape), row.method, *numbers, *_share(row.trainable, row.total))
+
+
+def _share(trainable: int, total: int) -> tuple[str, str, str]:
+    return f"{trainable:,}", f"{total:,}", f"{100.0 * trainable / total if total else 0.0:.3f}"
 
 
 def _runs(value: Any) -> str:
@@ -168,13 +182,14 @@ def _runs(value: Any) -> str:
     return " ".join(f"{count}x{number:g}" for count, number in groups)
 
 
-def _aligned(cells: Sequence[Sequence[str]], numbers_last: bool = True) -> list[str]:
+def _aligned(cells: Sequence[Sequence[str]], numbers: int = 0) -> list[str]:
+    """Lines of padded cells; the last ``numbers`` columns to the right."""
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = []
     for row in cells:
         padded = [text.ljust(width) for text, width in zip(row, widths, strict=True)]
-        if numbers_last:
-            padded[-1] = row[-1].rjust(widths[-1])
+        for i in range(len(row) - numbers, len(row)):
+            padded[i] = row[i].rjust(widths[i])
         lines.append("  ".join(padded).rstrip())
     return lines
 

@@ -216,6 +216,12 @@ class WeightUse:
       flops: floating point operations of those uses.
       served: whether every use has a low-rank rule.
       source: for each use without a rule, its primitive and source line.
+
+    Example:
+      >>> import jax.numpy as jnp, lorax_fn as lx
+      >>> use = lx.usage(lambda params: jnp.sin(params["w"]), {"w": jnp.ones((3, 2))})["w"]
+      >>> use.ops, use.layout, use.served
+      (('sin',), None, False)
     """
 
     path: str

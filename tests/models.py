@@ -7,6 +7,7 @@ frameworks' own.
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import equinox as eqx
@@ -14,6 +15,7 @@ import flax.linen as nn
 import haiku as hk
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from lorax_fn.types import Layout
@@ -28,7 +30,7 @@ class Model:
     """One row.
 
     Args:
-      make: gives ``(fn, params, args)``.
+      make: gives ``(fn, params, args)``, where array leaves of params may be abstract.
       layouts: layout of each weight that must be adapted, by path.
       targets: patterns, where the default leaves the weights in question out.
       plain: what `split` without a layout must do: `SAME`, or raise a message that holds this text.
@@ -57,17 +59,17 @@ def layout(word: str) -> Layout:
     return Layout(*(tuple(i for i, letter in enumerate(word) if letter == role) for role in "sio"))
 
 
-def normal(seed: int, *shape: int) -> jax.Array:
-    return jax.random.normal(jax.random.key(seed), shape)
+def normal(seed: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
 def prefixed(prefix: str, layouts: Mapping[str, str]) -> dict[str, str]:
     return {f"{prefix}/{path}" if prefix else path: word for path, word in layouts.items()}
 
 
-def linen(module: nn.Module, *args: Any, method: Any = None, **kwargs: Any) -> tuple:
-    params = module.init(KEY, *args, method=method, **kwargs)
-    return lambda params, *args: module.apply(params, *args, method=method, **kwargs), params, args
+def linen(module: nn.Module, *args: Any, **kwargs: Any) -> tuple:
+    params = jax.eval_shape(partial(module.init, **kwargs), KEY, *args)
+    return lambda params, *args: module.apply(params, *args, **kwargs), params, args
 
 
 # Flax Linen -------------------------------------------------------------------------------------------
@@ -94,9 +96,7 @@ ATTENTION = {"query/kernel": "ioo", "key/kernel": "ioo", "value/kernel": "ioo", 
 def linen_attention(use_bias: bool):
     module = nn.MultiHeadDotProductAttention(num_heads=2, qkv_features=8, use_bias=use_bias)
     mask = nn.make_causal_mask(jnp.ones((2, 5)))
-    x = normal(1, 2, 5, 6)
-    params = module.init(KEY, x, mask=mask)
-    return lambda params, x: module.apply(params, x, mask=mask), params, (x,)
+    return linen(module, normal(1, 2, 5, 6), mask=mask)
 
 
 @model(prefixed("params", ATTENTION))
@@ -174,7 +174,7 @@ class LinenTied(nn.Module):
 
 @model({"params/embed/embedding": "io", "params/mix/kernel": "io"}, targets=("embed", "mix"))
 def linen_tied_embedding():
-    return linen(LinenTied(), jnp.array([[1, 4, 10], [0, 0, 2]]))
+    return linen(LinenTied(), np.array([[1, 4, 10], [0, 0, 2]]))
 
 
 @model({"params/mix/kernel": "io"})
@@ -226,28 +226,34 @@ def linen_conv_transpose():
 # Flax NNX ---------------------------------------------------------------------------------------------
 
 
-def split_nnx(module: nnx.Module, *args: Any) -> tuple:
-    graphdef, state = nnx.split(module)
+def split_nnx(make: Callable[[nnx.Rngs], nnx.Module], *args: Any) -> tuple:
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
     return lambda state, *args: nnx.merge(graphdef, state)(*args), state, args
 
 
 @model({"layers/0/kernel": "io", "layers/3/kernel": "io"})
 def nnx_linear():
-    rngs = nnx.Rngs(0)
-    layers = nnx.Linear(8, 6, rngs=rngs), nnx.LayerNorm(6, rngs=rngs), nnx.gelu
-    return split_nnx(nnx.Sequential(*layers, nnx.Linear(6, 5, use_bias=False, rngs=rngs)), normal(1, 3, 8))
+    def make(rngs):
+        layers = nnx.Linear(8, 6, rngs=rngs), nnx.LayerNorm(6, rngs=rngs), nnx.gelu
+        return nnx.Sequential(*layers, nnx.Linear(6, 5, use_bias=False, rngs=rngs))
+
+    return split_nnx(make, normal(1, 3, 8))
 
 
 @model({"layers/0/kernel": "ioo", "layers/1/kernel": "iio"})
 def nnx_linear_general():
-    rngs = nnx.Rngs(0)
-    out = nnx.LinearGeneral((2, 4), 5, axis=(-2, -1), rngs=rngs)
-    return split_nnx(nnx.Sequential(nnx.LinearGeneral(8, (2, 4), rngs=rngs), out), normal(1, 3, 8))
+    def make(rngs):
+        out = nnx.LinearGeneral((2, 4), 5, axis=(-2, -1), rngs=rngs)
+        return nnx.Sequential(nnx.LinearGeneral(8, (2, 4), rngs=rngs), out)
+
+    return split_nnx(make, normal(1, 3, 8))
 
 
 def nnx_attention(use_bias: bool):
-    module = nnx.MultiHeadAttention(2, 6, 8, use_bias=use_bias, decode=False, rngs=nnx.Rngs(0))
-    return split_nnx(module, normal(1, 2, 5, 6))
+    def make(rngs):
+        return nnx.MultiHeadAttention(2, 6, 8, use_bias=use_bias, decode=False, rngs=rngs)
+
+    return split_nnx(make, normal(1, 2, 5, 6))
 
 
 @model(ATTENTION)
@@ -260,11 +266,13 @@ def nnx_attention_without_biases():
     return nnx_attention(False)
 
 
-@model({"layers/0/kernel": "iiio", "layers/1/kernel": "iiio"}, targets=("layers",), plain="is open")
+@model({"layers/0/kernel": "iiio", "layers/1/kernel": "iiio"}, targets=("layers",))
 def nnx_conv():
-    rngs = nnx.Rngs(0)
-    up = nnx.ConvTranspose(6, 4, (2, 2), strides=(2, 2), rngs=rngs)
-    return split_nnx(nnx.Sequential(nnx.Conv(3, 6, (3, 3), strides=2, rngs=rngs), up), normal(1, 2, 8, 8, 3))
+    def make(rngs):
+        up = nnx.ConvTranspose(6, 4, (2, 2), strides=(2, 2), rngs=rngs)
+        return nnx.Sequential(nnx.Conv(3, 6, (3, 3), strides=2, rngs=rngs), up)
+
+    return split_nnx(make, normal(1, 2, 8, 8, 3))
 
 
 class NnxTied(nnx.Module):
@@ -277,7 +285,7 @@ class NnxTied(nnx.Module):
 
 @model({"embed/embedding": "io", "mix/kernel": "io"}, targets=("embed", "mix"))
 def nnx_tied_embedding():
-    return split_nnx(NnxTied(nnx.Rngs(0)), jnp.array([[1, 4, 10], [0, 0, 2]]))
+    return split_nnx(NnxTied, np.array([[1, 4, 10], [0, 0, 2]]))
 
 
 class NnxBlock(nnx.Module):
@@ -304,7 +312,7 @@ class NnxStack(nnx.Module):
 
 @model(prefixed("layers", stacked(BLOCK)))
 def nnx_scan():
-    return split_nnx(NnxStack(nnx.Rngs(0)), normal(1, 2, 4, 8))
+    return split_nnx(NnxStack, normal(1, 2, 4, 8))
 
 
 class NnxEnsemble(NnxStack):
@@ -316,7 +324,7 @@ class NnxEnsemble(NnxStack):
 
 @model(prefixed("layers", stacked(BLOCK)))
 def nnx_vmap():
-    return split_nnx(NnxEnsemble(nnx.Rngs(0)), normal(1, 2, 4, 8))
+    return split_nnx(NnxEnsemble, normal(1, 2, 4, 8))
 
 
 # dm-haiku ---------------------------------------------------------------------------------------------
@@ -324,7 +332,7 @@ def nnx_vmap():
 
 def haiku(fn: Callable, *args: Any) -> tuple:
     transformed = hk.without_apply_rng(hk.transform(fn))
-    return transformed.apply, transformed.init(KEY, *args), args
+    return transformed.apply, jax.eval_shape(transformed.init, KEY, *args), args
 
 
 @model({"mlp/~/linear_0/w": "io", "mlp/~/linear_1/w": "io"})
@@ -350,7 +358,7 @@ def haiku_conv():
 
 @model({"embed/embeddings": "io", "linear/w": "io"}, targets=("embed", "linear"))
 def haiku_embedding():
-    return haiku(lambda ids: hk.Linear(5)(hk.Embed(11, 8)(ids)), jnp.array([[1, 4, 10], [0, 0, 2]]))
+    return haiku(lambda ids: hk.Linear(5)(hk.Embed(11, 8)(ids)), np.array([[1, 4, 10], [0, 0, 2]]))
 
 
 @model({"__layer_stack_no_per_layer/linear/w": "sio", "__layer_stack_no_per_layer/linear_1/w": "sio"})
@@ -363,44 +371,57 @@ def haiku_layer_stack():
 
 # Equinox ----------------------------------------------------------------------------------------------
 
-KEYS = jax.random.split(KEY, 4)
+
+def equinox(make: Callable, *args: Any, call: Callable | None = None) -> tuple:
+    """A layer, called on each example; its leaves that are no arrays stay leaves."""
+    params = eqx.filter_eval_shape(make, KEY)
+    return call or (lambda layer, x: jax.vmap(layer)(x)), params, args
 
 
 @model({"weight": "oi"})
 def equinox_linear():
-    return lambda layer, x: jax.vmap(layer)(x), eqx.nn.Linear(8, 6, key=KEY), (normal(1, 3, 8),)
+    return equinox(lambda key: eqx.nn.Linear(8, 6, key=key), normal(1, 3, 8))
 
 
 @model({f"layers/{i}/weight": "oi" for i in range(3)})
 def equinox_mlp():
-    mlp = eqx.nn.MLP(8, 5, 7, 2, activation=jax.nn.gelu, key=KEY)
-    return lambda mlp, x: jax.vmap(mlp)(x), mlp, (normal(1, 3, 8),)
+    return equinox(lambda key: eqx.nn.MLP(8, 5, 7, 2, activation=jax.nn.gelu, key=key), normal(1, 3, 8))
 
 
 @model({f"{name}_proj/weight": "oi" for name in ("query", "key", "value", "output")})
 def equinox_attention():
-    attention = eqx.nn.MultiheadAttention(2, 8, use_query_bias=True, key=KEY)
-    return lambda attention, x: jax.vmap(lambda x: attention(x, x, x))(x), attention, (normal(1, 2, 5, 8),)
+    def call(attention, x):
+        return jax.vmap(lambda x: attention(x, x, x))(x)
+
+    return equinox(lambda key: eqx.nn.MultiheadAttention(2, 8, key=key), normal(1, 2, 5, 8), call=call)
 
 
 @model({"layers/0/weight": "oii", "layers/2/weight": "oii"}, targets=("layers/0", "layers/2"))
 def equinox_conv():
-    first = eqx.nn.Conv1d(3, 6, 3, stride=2, key=KEYS[0])
-    layers = [first, eqx.nn.Lambda(jax.nn.gelu), eqx.nn.Conv1d(6, 4, 3, groups=2, key=KEYS[1])]
-    return lambda net, x: jax.vmap(net)(x), eqx.nn.Sequential(layers), (normal(1, 2, 3, 11),)
+    def make(key):
+        first, last = eqx.nn.Conv1d(3, 6, 3, stride=2, key=key), eqx.nn.Conv1d(6, 4, 3, groups=2, key=key)
+        return eqx.nn.Sequential([first, eqx.nn.Lambda(jax.nn.gelu), last])
+
+    return equinox(make, normal(1, 2, 3, 11))
 
 
 @model({"0/weight": "io", "1/weight": "oi"}, targets=("0", "1"))
 def equinox_embedding():
-    layers = [eqx.nn.Embedding(11, 8, key=KEYS[0]), eqx.nn.Linear(8, 5, key=KEYS[1])]
-    return lambda net, ids: jax.vmap(lambda i: net[1](net[0](i)))(ids), layers, (jnp.array([1, 4, 10, 1]),)
+    def make(key):
+        return [eqx.nn.Embedding(11, 8, key=key), eqx.nn.Linear(8, 5, key=key)]
+
+    def call(layers, ids):
+        return jax.vmap(lambda i: layers[1](layers[0](i)))(ids)
+
+    return equinox(make, np.array([1, 4, 10, 1]), call=call)
 
 
 @model({"layers/0/weight": "soi", "layers/1/weight": "soi"})
 def equinox_scan():
-    stack = eqx.filter_vmap(lambda key: eqx.nn.MLP(8, 8, 12, 1, key=key))(KEYS)
+    def make(key):
+        return eqx.filter_vmap(lambda key: eqx.nn.MLP(8, 8, 12, 1, key=key))(jax.random.split(key, 4))
 
-    def fn(stack, x):
+    def call(stack, x):
         arrays, static = eqx.partition(stack, eqx.is_array)
 
         def layer(x, arrays):
@@ -408,7 +429,7 @@ def equinox_scan():
 
         return jax.lax.scan(layer, x, arrays)[0]
 
-    return fn, stack, (normal(1, 3, 8),)
+    return equinox(make, normal(1, 3, 8), call=call)
 
 
 # Whole blocks ----------------------------------------------------------------------------------------
@@ -480,8 +501,8 @@ class Encoder(nn.Module):
     def __call__(self, mel):
         x = nn.gelu(nn.Conv(8, (3,), name="conv1")(mel))
         x = nn.gelu(nn.Conv(8, (3,), strides=2, name="conv2")(x))
-        angle = jnp.arange(x.shape[1])[:, None] / 100.0 ** (jnp.arange(4)[None, :] / 4)
-        x = x + jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], -1)[None]
+        angle = np.arange(x.shape[1])[:, None] / 100.0 ** (np.arange(4, dtype=np.float32)[None, :] / 4)
+        x = x + np.concatenate([np.sin(angle), np.cos(angle)], -1, dtype=np.float32)[None]
         return nn.LayerNorm()(LinenScanned(name="blocks")(x))
 
 

@@ -227,7 +227,7 @@ SCALES = [
     Case("negative", lambda p, x: x @ (-p["w"]), (8, 6), IO, X),
     Case("along inputs", lambda p, x: x @ (p["w"] * _ramp(p, 8, 1)), (8, 6), IO, X),
     Case("along outputs", lambda p, x: x @ (p["w"] / _ramp(p, 1, 8)), (6, 8), IO, (2, 6)),
-    Case("along a stack", lambda p, x: _over_layers({"w": p["w"] / _ramp(p, 8, 1, 1)}, x), (8, 3, 3), SIO,
+    Case("along a stack", lambda p, x: _over_layers({"w": p["w"] * (2 / _ramp(p, 8, 1, 1)[:3])}, x), (3, 3, 3), SIO,
          (2, 3)),
     Case("cast up", lambda p, x: (x.astype(jnp.float32) @ p["w"].astype(jnp.float32)).astype(x.dtype),
          (8, 6), IO, X),

@@ -263,4 +263,13 @@ class Walk:
 
 
 class LoraFallbackWarning(UserWarning):
-    """A weight had to be built in full because an operation on it has no low-rank rule."""
+    """A weight had to be built in full because an operation on it has no low-rank rule.
+
+    Example:
+      >>> import warnings, jax.numpy as jnp, lorax_fn as lx
+      >>> params, lora = lx.split({"kernel": jnp.ones((3, 2))}, rank=1)
+      >>> with warnings.catch_warnings(record=True) as caught:
+      ...     _ = lx.adapt(lambda params: jnp.sin(params["kernel"]))(params, lora)
+      >>> caught[0].category.__name__
+      'LoraFallbackWarning'
+    """
