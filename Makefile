@@ -42,8 +42,8 @@ test: .venv/.installed
 	$(PY) -m pytest -n 2 $(ARGS)
 
 # The two ends of what is supported. The newest JAX wants a newer Python: the newest that can make a venv is taken.
-NEWEST_PYTHON ?= $(shell for p in python3.14 python3.13 python3.12 \
-	$$(ls -d $$HOME/.pyenv/versions/3.1[2-9]*/bin/python3 2>/dev/null | sort -rV) $(PYTHON); do \
+NEWEST_PYTHON ?= $(shell for p in python3.12 python3.13 python3.14 \
+	$$(ls -d $$HOME/.pyenv/versions/3.1[2-9]*/bin/python3 2>/dev/null) $(PYTHON); do \
 	if $$p -c 'import ensurepip, venv' >/dev/null 2>&1; then echo $$p; break; fi; done)
 OLDEST := jax==0.10.0 jaxlib==0.10.0 flax==0.12.7 optax==0.2.8 orbax-checkpoint==0.11.36 chex==0.1.91
 

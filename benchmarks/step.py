@@ -176,7 +176,9 @@ def make_variants(sizes: Sizes) -> tuple[dict[str, Variant], dict[str, jax.Array
         return lambda lora, params, batch: mse(model.apply(lx.merge(params, lora), batch["x"]), batch)
 
     def hand_loss():
-        return lambda factors, params, batch: mse(by_hand.apply({**params, "lora": factors}, batch["x"]), batch)
+        return lambda factors, params, batch: mse(
+            by_hand.apply({**params, "lora": factors}, batch["x"]), batch
+        )
 
     def adapt_loss():
         apply = lx.adapt(model.apply, fallback="error")
@@ -241,7 +243,9 @@ def check_losses(variants: dict, programs: dict, batch: dict, steps: int = 3) ->
     return losses
 
 
-def step_times(variants: dict, programs: dict, batch: dict, rounds: int, warmup: int) -> dict[str, np.ndarray]:
+def step_times(
+    variants: dict, programs: dict, batch: dict, rounds: int, warmup: int
+) -> dict[str, np.ndarray]:
     """Seconds of a step, name -> ``[rounds]``; the variants take turns within each round."""
     states = {name: variant.fresh() for name, variant in variants.items()}
     seconds: dict[str, list[float]] = {name: [] for name in variants}
@@ -272,7 +276,9 @@ def spread(ratios: np.ndarray) -> str:
 
 def table(rows: list[list[str]]) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in rows]
+    lines = [
+        "| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in rows
+    ]
     return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
 
 
@@ -288,7 +294,9 @@ def cost_rows(found: dict[str, dict], of: str) -> list[list[str]]:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Times one training step four ways.")
     parser.add_argument("--rounds", type=int, help="timed rounds (default: 25, with --quick 5)")
-    parser.add_argument("--compiles", type=int, help="timed compilations of each (default: 7, with --quick 3)")
+    parser.add_argument(
+        "--compiles", type=int, help="timed compilations of each (default: 7, with --quick 3)"
+    )
     parser.add_argument("--quick", action="store_true", help="fewer rounds and compilations, for CI")
     parser.add_argument("--check", action="store_true", help="exit with status 1 where a target is missed")
     args = parser.parse_args()
@@ -301,10 +309,14 @@ def main() -> int:
     print(f"{device.device_kind}, {os.cpu_count()} cores{load}; JAX {jax.__version__}; {Sizes()}\n")
     compiling, programs = compile_times(variants, batch, compiles)
     losses = check_losses(variants, programs, batch)
-    print("losses of the first steps, equal to 1e-4:", ", ".join(f"{v[0]:.6f}" for v in losses.values()), "\n")
+    print(
+        "losses of the first steps, equal to 1e-4:", ", ".join(f"{v[0]:.6f}" for v in losses.values()), "\n"
+    )
     seconds = step_times(variants, programs, batch, rounds, warmup=2)
 
-    rows = [["variant", "ms / step", "/ by hand", "/ full", "trace ms", "compile ms", "trace + compile / by hand"]]
+    rows = [
+        ["variant", "ms / step", "/ by hand", "/ full", "trace ms", "compile ms", "trace + compile / by hand"]
+    ]
     for name, took in seconds.items():
         trace, build = 1e3 * np.median(compiling[name], axis=0)
         both = compiling[name].sum(1) / compiling[HAND].sum(1)
@@ -313,7 +325,9 @@ def main() -> int:
     print(f"{table(rows)}\n\nmedian [quartiles] of {rounds} rounds; compilations: {compiles}\n")
     found = {name: costs(program) for name, program in programs.items()}
     gradient = {name: costs(lowered(v, batch, "gradient").compile()) for name, v in variants.items()}
-    print(table(cost_rows(found, "step")), table(cost_rows(gradient, "gradient only")), sep="\n\n", end="\n\n")
+    print(
+        table(cost_rows(found, "step")), table(cost_rows(gradient, "gradient only")), sep="\n\n", end="\n\n"
+    )
 
     missed = 0
     for (measure, against), most in TARGETS.items():
@@ -324,7 +338,9 @@ def main() -> int:
         else:
             ratio = max(of[ADAPT][measure] / of[against][measure] for of in (found, gradient))
         missed += ratio > most
-        print(f"{'MISS' if ratio > most else 'PASS'}  {measure} / {against}: {ratio:.4f}, target at most {most}")
+        print(
+            f"{'MISS' if ratio > most else 'PASS'}  {measure} / {against}: {ratio:.4f}, target at most {most}"
+        )
     return int(args.check and missed > 0)
 
 

@@ -2,7 +2,11 @@
 
 from lorax_fn import checkpoint as checkpoint
 from lorax_fn.dropping import dropout as dropout
+from lorax_fn.methods.dora import DoRA as DoRA
+from lorax_fn.methods.loha import LoHa as LoHa
 from lorax_fn.methods.lora import LoRA as LoRA
+from lorax_fn.methods.lora import LoRAFA as LoRAFA
+from lorax_fn.methods.vera import VeRA as VeRA
 from lorax_fn.methods.whole import Full as Full
 from lorax_fn.report import Summary as Summary
 from lorax_fn.report import summary as summary

@@ -141,7 +141,7 @@ def by_use(path: str, leaf: Any, use: WeightUse | None) -> Role:
         return Role("unserved" if weight_like else "other", reason=reason)
     if "conv_general_dilated" in use.ops:
         return Role("convolution", use.layout, "convolution")
-    matmul = "dot_general" in use.ops or "ragged_dot" in use.ops
+    matmul = "dot_general" in use.ops or "ragged_dot_general" in use.ops
     if "gather" in use.ops or name in EMBEDDING_NAMES:
         return Role("embedding", use.layout, "embedding, also used for logits" if matmul else "embedding")
     if not matmul:

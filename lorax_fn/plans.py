@@ -10,11 +10,15 @@ from typing import Any
 import numpy as np
 
 from lorax_fn.inits import INITS
-from lorax_fn.methods.lora import SCALINGS, LoRA
+from lorax_fn.methods.dora import DoRA
+from lorax_fn.methods.loha import LoHa
+from lorax_fn.methods.lora import LoRA, LoRAFA
+from lorax_fn.methods.low_rank import SCALINGS
+from lorax_fn.methods.vera import VeRA
 from lorax_fn.targets import find, matches
 from lorax_fn.types import Layout, error
 
-METHODS = {"lora": LoRA}
+METHODS = {"lora": LoRA, "dora": DoRA, "lora_fa": LoRAFA, "vera": VeRA, "loha": LoHa}
 DEFAULTS = {"rank": 16, "alpha": 32.0, "scaling": "lora", "method": "lora", "init": "kaiming"}
 
 
@@ -29,15 +33,6 @@ class Plan:
     method: str
     init: str
 
-    @property
-    def scale(self) -> float | tuple[float, ...]:
-        """Factor of ``A @ B``; one a stack entry where ranks differ, 0 for rank 0."""
-        rule = SCALINGS[self.scaling]
-        if not isinstance(self.rank, tuple):
-            return rule(self.alpha, self.rank)
-        alphas = self.alpha if isinstance(self.alpha, tuple) else (self.alpha,) * len(self.rank)
-        return tuple(rule(a, r) if r else 0.0 for a, r in zip(alphas, self.rank, strict=True))
-
 
 def make_plans(leaves: Mapping[str, Any], layouts: Mapping[str, Layout], **choices: Any) -> dict[str, Plan]:
     """Resolves rank, alpha, scaling, method and init for each weight of ``layouts``, or raises."""
@@ -45,11 +40,36 @@ def make_plans(leaves: Mapping[str, Any], layouts: Mapping[str, Layout], **choic
     for name, table in (("method", METHODS), ("scaling", SCALINGS), ("init", INITS)):
         _check_known(name, given[name], table)
     ranks = {path: _as_rank(rank) for path, rank in given["rank"].items()}
-    _check_ranks(ranks, leaves, layouts, choices["rank"])
+    _check_ranks(ranks, leaves, layouts, choices["rank"], given["method"])
     alphas = {path: _as_alpha(alpha, ranks[path]) for path, alpha in given["alpha"].items()}
     _check_alphas(alphas)
     words = (given["scaling"], given["method"], given["init"])
-    return {p: Plan(layouts[p], ranks[p], alphas[p], *(word[p] for word in words)) for p in layouts}
+    plans = {p: Plan(layouts[p], ranks[p], alphas[p], *(word[p] for word in words)) for p in layouts}
+    _check_methods(plans, leaves)
+    return plans
+
+
+def _check_methods(plans: Mapping[str, Plan], leaves: Mapping[str, Any]) -> None:
+    """What a method cannot serve is said here, before anything is built."""
+    refused = {}
+    for path, plan in plans.items():
+        method = METHODS[plan.method]
+        why = method.refuses(tuple(leaves[path].shape), plan)
+        if why is None and not method.takes_init and plan.init != DEFAULTS["init"]:
+            why = f"no init=: it starts from its paper's own values, not from {plan.init!r}"
+        if why is not None:
+            refused[path] = why
+    if refused:
+        raise error(
+            "a method cannot serve these weights as asked.",
+            path=list(refused),
+            got=[
+                f"method={plans[p].method!r}, shape {tuple(leaves[p].shape)}, {plans[p].layout}"
+                for p in refused
+            ],
+            want=list(refused.values()),
+            do="give these weights another method by {pattern: method}, or leave them out by exclude=.",
+        )
 
 
 def _per_path(
@@ -106,13 +126,11 @@ def _is_int(x: Any) -> bool:
     return isinstance(x, numbers.Integral) and not isinstance(x, bool)
 
 
-def _check_ranks(
-    ranks: Mapping[str, Any], leaves: Mapping[str, Any], layouts: Mapping[str, Layout], given: Any
-):
+def _check_ranks(ranks: Mapping[str, Any], leaves: Mapping, layouts: Mapping, given: Any, methods: Mapping):
     wrong, too_large = {}, {}
     for path, rank in ranks.items():
         stack, n, m = layouts[path].shapes(leaves[path].shape)
-        entries, limit = math.prod(stack), min(math.prod(n), math.prod(m))
+        entries, limit = math.prod(stack), METHODS[methods[path]].rank_limit(math.prod(n), math.prod(m))
         problem = _rank_problem(rank, entries if stack else None)
         if problem:
             wrong[path] = problem

@@ -9,9 +9,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from lorax_fn.inits import INITS, factor_shapes
+from lorax_fn.inits import INITS
+from lorax_fn.methods.low_rank import Start
 from lorax_fn.methods.whole import Full
 from lorax_fn.plans import METHODS, Plan, make_plans
 from lorax_fn.targets import arrays, check_fits, check_lora, choose, classify
@@ -127,7 +127,7 @@ def merge(params: PyTree, lora: dict[str, Adapter], *, dtype: Any = None, requan
 def delta(lora: dict[str, Adapter]) -> dict[str, jax.Array]:
     """What each adapter adds to its weight: ``dW = scale * A @ B``.
 
-    Adapters that replace a leaf (`Full`) have no delta without that leaf; they are left out.
+    Adapters whose change depends on the weight itself (`Full`, `DoRA`) have none; they are left out.
 
     Args:
       lora: adapters by path.
@@ -150,7 +150,7 @@ def delta(lora: dict[str, Adapter]) -> dict[str, jax.Array]:
         raise error(
             "adapters under dropout have no one dW.", path=dropped, do="use the lora from before dropout."
         )
-    able = {path: adapter for path, adapter in lora.items() if hasattr(adapter, "delta")}
+    able = {path: adapter for path, adapter in lora.items() if getattr(adapter, "adds", False)}
     return {path: _run(lambda adapter: adapter.delta(), adapter) for path, adapter in able.items()}
 
 
@@ -159,24 +159,13 @@ def delta(lora: dict[str, Adapter]) -> dict[str, jax.Array]:
 
 def _build(plan: Plan, key: jax.Array, path: str, w: Any, dtype: Any) -> tuple[Adapter, Any]:
     """The adapter of one weight, and the weight to freeze."""
+    start = Start(
+        leaf_key(key, path), plan.layout, plan.rank, plan.alpha, plan.scaling, INITS[plan.init], dtype
+    )
+    create = METHODS[plan.method].create
     if isinstance(w, jax.ShapeDtypeStruct):
-        a, b = (jax.ShapeDtypeStruct(s, dtype) for s in factor_shapes(w.shape, plan.layout, plan.rank))
-        frozen = w
-    else:
-        a, b, frozen = INITS[plan.init](leaf_key(key, path), w, plan.layout, plan.rank, plan.scale, dtype)
-        if isinstance(plan.rank, tuple):
-            a, b = _zero_pads(a, b, plan.rank, len(plan.layout.stack))
-    adapter = METHODS[plan.method](a, b, plan.alpha, plan.rank, plan.scaling, plan.layout)
-    return adapter, frozen
-
-
-def _zero_pads(a: jax.Array, b: jax.Array, ranks: tuple[int, ...], s: int) -> tuple[jax.Array, jax.Array]:
-    """Exact zeros in A and B beyond each entry's rank: both then stay zero under elementwise optimizers."""
-    used = np.arange(a.shape[-1])[None, :] < np.asarray(ranks)[:, None]
-    stack, r = a.shape[:s], a.shape[-1]
-    used_a = used.reshape(*stack, *(1,) * (a.ndim - s - 1), r)
-    used_b = used.reshape(*stack, r, *(1,) * (b.ndim - s - 1))
-    return jnp.where(used_a, a, jnp.zeros_like(a)), jnp.where(used_b, b, jnp.zeros_like(b))
+        return jax.eval_shape(lambda w: create(w, start)[0], w), w
+    return create(w, start)
 
 
 def _checked_key(key: Any) -> jax.Array:

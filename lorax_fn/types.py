@@ -82,10 +82,10 @@ class Factors:
     """The low-rank form ``W' = column * (W + scale * A @ B)`` that the transform contracts.
 
     Args:
-      a: ``[*s, *n, r]``.
+      a: ``[*s, *n, r]``; without ``*s`` where all stack entries share it.
       b: ``[*s, r, *m]``.
       layout: which axes of the weight are stack, inputs and outputs.
-      scale: a number, or an array ``[*s]``.
+      scale: a number, an array ``[*s]``, or ``[*s, r]``.
       column: ``[*s, *m]`` factor of the whole weight (DoRA), or None for 1.
       key: PRNG keys ``[*s]`` that drop inputs of A, or None.
       rate: the share of inputs dropped.

@@ -33,15 +33,14 @@ class Model:
       make: gives ``(fn, params, args)``, where array leaves of params may be abstract.
       layouts: layout of each weight that must be adapted, by path.
       targets: patterns, where the default leaves the weights in question out.
-      plain: what `split` without a layout must do: `SAME`, or raise a message that holds this text.
-      loose: the model itself needs implicit dtype or rank promotion.
+      plain: what `split` without a layout must do: find `SAME`, or only these paths, or raise a message that
+        matches this text.
     """
 
     make: Callable[[], tuple[Callable, Any, tuple]]
     layouts: Mapping[str, Layout]
     targets: tuple[str, ...] | None = None
-    plain: str = SAME
-    loose: bool = False
+    plain: str | set[str] = SAME
 
 
 def model(layouts: Mapping[str, str], **facts: Any) -> Callable:
@@ -213,7 +212,7 @@ def linen_conv_grouped():
 @model(
     {"params/layers_0/kernel": "iiio", "params/layers_1/kernel": "iioi"},
     targets=("layers_0", "layers_1"),
-    plain="which axes it contracts is open",
+    plain="is open",
 )
 def linen_conv_transpose():
     return linen_layers(
@@ -303,7 +302,7 @@ class NnxStack(nnx.Module):
     """Layers made by `nnx.vmap`, run by `nnx.scan` with rematerialisation."""
 
     def __init__(self, rngs: nnx.Rngs):
-        self.layers = nnx.vmap(NnxBlock, in_axes=(0,))(rngs.fork(split=3))
+        self.layers = nnx.vmap(NnxBlock, in_axes=(0,))(rngs.split(3))
 
     def __call__(self, x):
         run = nnx.scan(nnx.remat(lambda x, layer: layer(x)), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
@@ -454,7 +453,7 @@ class Experts(nn.Module):
 
 @model(
     {"params/router/kernel": "io", **{f"params/w_{name}": "sio" for name in ("gate", "up", "down")}},
-    plain="{'params/router/kernel'}",
+    plain={"params/router/kernel"},
 )
 def mixture_of_experts():
     return linen(Experts(), normal(1, 10, 8))
@@ -484,12 +483,12 @@ def unet(*convolutions):
     return linen(UNetBlock(), normal(1, 2, 8, 8, 4), normal(2, 2, 6))
 
 
-@model(UNET_ATTENTION, plain="is open")
+@model(UNET_ATTENTION)
 def unet_block():
     return unet()
 
 
-@model(UNET_ATTENTION | dict.fromkeys(UNET_CONVOLUTIONS, "iiio"), targets=("kernel",), plain="is open")
+@model(UNET_ATTENTION | dict.fromkeys(UNET_CONVOLUTIONS, "iiio"), targets=("kernel",))
 def unet_block_with_convolutions():
     return unet()
 

@@ -5,21 +5,19 @@ W' = W + scale * A @ B,   scale = alpha / rank         "lora", equation (3)
 """
 
 import dataclasses
-import math
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lorax_fn.types import Adapter, Factors, Layout
-
-SCALINGS = {"lora": lambda alpha, rank: alpha / rank, "rslora": lambda alpha, rank: alpha / math.sqrt(rank)}
+from lorax_fn.methods.low_rank import LowRank, Start, scale_of
+from lorax_fn.types import Factors, Layout
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class LoRA(Adapter):
+class LoRA(LowRank):
     """A low-rank update of one weight, ``dW = scale * A @ B``.
 
     Equation (3) of Hu et al. (https://arxiv.org/abs/2106.09685).
@@ -52,28 +50,24 @@ class LoRA(Adapter):
     key: Any = None
     rate: float = dataclasses.field(default=0.0, metadata={"static": True})
 
+    @classmethod
+    def create(cls, w: Any, start: Start) -> tuple["LoRA", Any]:
+        stack = start.layout.shapes(w.shape)[0]
+        scale = scale_of(start.alpha, start.rank, start.scaling, stack)
+        a, b, frozen = start.init(start.key, w, start.layout, start.rank, scale, start.dtype)
+        if isinstance(start.rank, tuple):
+            a, b = _zero_pads(a, b, start.rank, len(stack))
+        return cls(a, b, start.alpha, start.rank, start.scaling, start.layout), frozen
+
+    @classmethod
+    def refuses(cls, shape: tuple[int, ...], start: Any) -> str | None:
+        return None
+
     @property
     def scale(self) -> float | np.ndarray:
         """The number before ``A @ B``; ``[*s]`` float32 where ranks differ along the stack, 0 for rank 0."""
-        rule = SCALINGS[self.scaling]
-        if not isinstance(self.rank, tuple):
-            return rule(self.alpha, self.rank)
-        alphas = self.alpha if isinstance(self.alpha, tuple) else (self.alpha,) * len(self.rank)
-        scales = [rule(alpha, rank) if rank else 0.0 for alpha, rank in zip(alphas, self.rank, strict=True)]
-        return np.asarray(scales, np.float32).reshape(np.shape(self.a)[: len(self.layout.stack)])
-
-    def delta(self) -> jax.Array:
-        """``dW`` in float32 on the weight's own axes."""
-        layout, shape = self.layout, self.shape
-        stack, n, m = layout.shapes(shape)
-        s, i, o = math.prod(stack), math.prod(n), math.prod(m)
-        a = self.a.astype(jnp.float32).reshape(s, i, -1)
-        b = self.b.astype(jnp.float32).reshape(s, -1, o)
-        scale = jnp.asarray(self.scale, jnp.float32)
-        b = b * (scale.reshape(s, 1, 1) if scale.ndim else scale)
-        dw = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST).reshape(*stack, *n, *m)
-        order = (*layout.stack, *layout.inputs, *layout.outputs)
-        return jnp.transpose(dw, [order.index(i) for i in range(layout.ndim)])
+        stack = np.shape(self.a)[: len(self.layout.stack)]
+        return scale_of(self.alpha, self.rank, self.scaling, stack)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -83,14 +77,55 @@ class LoRA(Adapter):
         sizes.update(zip(layout.outputs, b[len(layout.stack) + 1 :], strict=True))
         return tuple(sizes[i] for i in range(layout.ndim))
 
-    def weight(self, w: jax.Array) -> jax.Array:
-        return (w.astype(jnp.float32) + self.delta()).astype(w.dtype)
-
-    def factors(self, w: jax.Array) -> Factors:
-        del w
+    def pair(self) -> Factors:
         return Factors(self.a, self.b, self.layout, self.scale, key=self.key, rate=self.rate)
 
     def problem(self, w: Any) -> str | None:
         if len(w.shape) != self.layout.ndim or tuple(w.shape) != self.shape:
             return f"factors {np.shape(self.a)} @ {np.shape(self.b)} for a weight of shape {self.shape}"
         return None
+
+
+def _zero_pads(a: Any, b: Any, ranks: tuple[int, ...], s: int) -> tuple[Any, Any]:
+    """Exact zeros in A and B beyond each entry's rank: both then stay zero under elementwise optimizers."""
+    used = np.arange(a.shape[-1])[None, :] < np.asarray(ranks)[:, None]
+    stack, r = a.shape[:s], a.shape[-1]
+    used_a = used.reshape(*stack, *(1,) * (a.ndim - s - 1), r)
+    used_b = used.reshape(*stack, r, *(1,) * (b.ndim - s - 1))
+    return jnp.where(used_a, a, jnp.zeros_like(a)), jnp.where(used_b, b, jnp.zeros_like(b))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LoRAFA(LoRA):
+    """LoRA-FA: A stays as it was drawn, B trains; backward keeps ``x @ A`` and not ``x``.
+
+    Zhang et al., "LoRA-FA" (https://arxiv.org/abs/2308.03303), equation (2). Fields as `LoRA`.
+
+    Args:
+      a: ``[*s, *n, r]``, frozen.
+      b: ``[*s, r, *m]``.
+      alpha: as in `LoRA`.
+      rank: as in `LoRA`.
+      scaling: as in `LoRA`.
+      layout: as in `LoRA`.
+      key: as in `LoRA`.
+      rate: as in `LoRA`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lorax_fn as lx
+      >>> _, lora = lx.split({"kernel": jnp.ones((3, 2))}, rank=1, method="lora_fa")
+      >>> lx.mask(lora)["kernel"].a, lx.mask(lora)["kernel"].b
+      (False, True)
+    """
+
+    frozen: ClassVar[tuple[str, ...]] = ("a",)
+
+    @classmethod
+    def refuses(cls, shape: tuple[int, ...], start: Any) -> str | None:
+        if getattr(start.init, "__name__", start.init) == "zero_a":
+            return "an init whose A is not zero: A is frozen, and B gets no gradient through a zero A"
+        return None
+
+    def pair(self) -> Factors:
+        return dataclasses.replace(super().pair(), a=jax.lax.stop_gradient(self.a))

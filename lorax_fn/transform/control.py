@@ -180,14 +180,21 @@ def scan(walk, eqn, index, values):
                 invariant = [with_new_key(v, counter) for v in invariant]
             slices = [leaf if fn is None else fn(leaf) for leaf, fn in zip(leaves, rebuild, strict=True)]
             results = walk.evaluate(jaxpr, fixed, [*invariant, *slices])
-            return carry.parted(carry.settled(results[:m]))[1], walk.dense(eqn, results[m:])
+            # Flax NNX hands every layer's weights out again: they stay factored. Looked-up rows are activations.
+            ys = [v if is_factored(v) and not v.lookup else walk.dense(eqn, [v])[0] for v in results[m:]]
+            return carry.parted(carry.settled(results[:m]))[1], ys
 
         moving, ys = lax.scan(body, moving, (counter, [leaf for leaf, _ in pieces]), **options)
-        return [*carry.joined(constant, moving), *ys]
+        return [*carry.joined(constant, moving), *(_restacked(y) if is_factored(y) else y for y in ys)]
 
     values = [with_new_key(v, index) for v in values]
     init = carry.settled(values[n : n + m])
     return walk.in_one_piece(eqn, run, values[:n], init, values[n + m :])
+
+
+def _restacked(w: Factored) -> Factored:
+    """A weight that every iteration handed out: all its arrays got a leading axis, which is a stack axis."""
+    return w.with_parts(w.base, lambda part: Part(part.array, (0, *part.renamed(lambda i: i + 1).axes)))
 
 
 def unstack(w: Factored) -> tuple[Any, Any]:

@@ -32,7 +32,8 @@ class Part:
     axes: tuple[int, ...] = dataclasses.field(metadata={"static": True})
 
     def renamed(self, new: Callable[[int], int]) -> "Part":
-        return Part(self.array, tuple(i if i == RANK else new(i) for i in self.axes))
+        # int: vmap writes numpy integers into equations, and those compare elementwise with other names.
+        return Part(self.array, tuple(i if i == RANK else int(new(i)) for i in self.axes))
 
 
 @jax.tree_util.register_dataclass
@@ -84,12 +85,12 @@ def factor(path: str, base: Any, factors: Factors) -> Factored:
     """Puts an adapter's factors beside its base weight."""
     layout, stack = factors.layout, factors.layout.stack
     parts = {
-        "a": Part(factors.a, (*stack, *layout.inputs, RANK)),
+        "a": Part(factors.a, (*stack, *layout.inputs, RANK)[-factors.a.ndim :]),
         "b": Part(factors.b, (*stack, RANK, *layout.outputs)),
     }
     scale = factors.scale
     if np.ndim(scale):
-        parts["scale"], scale = Part(jnp.asarray(scale), stack), 1.0
+        parts["scale"], scale = Part(jnp.asarray(scale), (*stack, RANK)[: np.ndim(scale)]), 1.0
     if factors.column is not None:
         parts["column"] = Part(factors.column, (*stack, *layout.outputs))
     if factors.key is not None:
@@ -151,7 +152,7 @@ def contract(
     else:
         sizes = {**dict(zip(ys, y.shape, strict=True)), **dict(zip(xs, x.shape, strict=True))}
         (x, xs), (y, ys) = merged
-        x, y = (_with_flat_gradient(x), y) if swapped else (x, _with_flat_gradient(y))
+        x, y = (_with_flat_gradient(x, y), y) if swapped else (x, _with_flat_gradient(y, x))
         names = [n for n in (*xs, *ys) if n in ("x", "y")]
         result = _dot(x, xs, y, ys, batch, ["sum"] if summed else [], names, dtype, precision)
         result = lax.reshape(result, [sizes[name] for name in batch + x_free + y_free])
@@ -167,21 +168,21 @@ def _same(x: Any) -> Any:
 
 
 @_same.defjvp
-def _same_but_transposed(primals, tangents):
-    turned = lax.optimization_barrier(jnp.matrix_transpose(tangents[0]))
-    return _same(*primals), jnp.matrix_transpose(turned)
+def _same_but_turned(primals, tangents):
+    turned = lax.optimization_barrier(lax.transpose(tangents[0], (1, 0)))
+    return _same(*primals), lax.transpose(turned, (1, 0))
 
 
-def _with_flat_gradient(factor: Any) -> Any:
+def _with_flat_gradient(factor: Any, other: Any) -> Any:
     """``factor`` itself; if it is ``[n, r]``, its gradient is computed as ``[r, n]`` and then transposed.
 
     ``x^T @ dh`` with its ``r`` columns takes a CPU four to eight times as long as ``dh^T @ x`` with its
     ``r`` rows. XLA turns the second into the first when it sees the transpose, hence the barrier; it
-    stands in the tangent alone, so that values, and residuals of the gradient, are as they were.
+    stands in the tangent alone, so that values, and residuals of the gradient, are as they were. Not for
+    small or batched products: they gain nothing, and XLA of JAX 0.10 aborts on some batched ones of 3 tokens.
     """
-    if factor.ndim < 2 or factor.shape[-1] >= factor.shape[-2]:
-        return factor
-    return _same(factor)
+    small = factor.ndim != 2 or other.ndim != 2 or min(factor.shape[0], *other.shape) < 64
+    return factor if small or factor.shape[1] >= factor.shape[0] else _same(factor)
 
 
 def _merged_pair(x, xs, y, ys, batch, summed, x_free, y_free):

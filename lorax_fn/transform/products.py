@@ -83,6 +83,11 @@ def _convolution(eqn, index, values):
             raise _undroppable(w)
         x, _ = dropped(w, x, [("x", i) for i in range(x.ndim)], index)
     groups, dtype = params["feature_group_count"], x.dtype
+    if "scale" in w.parts:  # one number a rank: no other scale has axes here
+        by = w.parts["scale"]
+        if by.axes != (RANK,):
+            return NotImplemented
+        point = Part(point.array * align(by.array.astype(point.array.dtype), by.axes, point.axes), point.axes)
     at_x, at_y = params["dimension_numbers"].lhs_spec[1], params["dimension_numbers"].out_spec[1]
     swapped = out_axis if window_first else in_axis  # the axis of the kernel that the rank takes
     kernel = align(wide.array.astype(dtype), wide.axes, [RANK if i == swapped else i for i in range(w.ndim)])
@@ -232,15 +237,17 @@ def _stacked(factors: list, sizes: list[int], axis: int, side: str) -> list[Part
 
 def _blocks(factors: list, sizes: list[int], axis: int, side: str) -> list[Part]:
     """Along an input or output axis: ranks side by side, that axis in blocks. Exact, at the summed rank."""
-    joined: dict[str, list] = {"a": [], "b": []}
-    for i, f in enumerate(factors):
-        for name in joined if f is not None else ():
+    known = [(sum(sizes[:i]), f) for i, f in enumerate(factors) if f is not None]
+    joined = []
+    for name in "ab":
+        axes, arrays = known[0][1][name].axes, []
+        for start, f in known:
             array = f[name].array
             if name == side:
-                array = _padded(array, f[name].axes.index(axis), sum(sizes[:i]), sum(sizes))
-            joined[name].append(array)
-    axes = {name: part.axes for f in factors if f is not None for name, part in f.items()}
-    return [Part(lax.concatenate(joined[name], joined[name][0].ndim - 1), axes[name]) for name in joined]
+                array = _padded(array, axes.index(axis), start, sum(sizes))
+            arrays.append(array)
+        joined.append(Part(lax.concatenate(arrays, len(axes) - 1), axes))
+    return joined
 
 
 def _padded(array: Any, axis: int, before: int, total: int) -> Any:

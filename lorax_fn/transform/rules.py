@@ -329,5 +329,6 @@ def _gather(eqn, index, values):
         axes = (*index_place, *(axis if axis == RANK else place[axis] for axis in inner))
         return Part(rows, axes)
 
-    stacked = all(w.has("a", axis) and w.has("b", axis) for axis in dims.start_index_map)
+    cut = [axis for axis in dims.start_index_map if sizes[axis] < w.shape[axis]]
+    stacked = all(w.has("a", axis) and w.has("b", axis) for axis in cut)
     return [w.with_parts(_one(eqn, w.base, indices), gathered, lookup=w.lookup or not stacked)]

@@ -196,6 +196,7 @@ def _stacked(eqn: Any, ref: Ref) -> Ref:
 def _gathered(eqn: Any, views: list) -> list[list[Ref]]:
     dims = eqn.params["dimension_numbers"]
     index_ndim = len(eqn.invars[1].aval.shape) - 1
+    sizes, shape = eqn.params["slice_sizes"], eqn.invars[0].aval.shape
     results = []
     for ref in views[0]:
         kept = [
@@ -203,10 +204,12 @@ def _gathered(eqn: Any, views: list) -> list[list[Ref]]:
             for i in range(len(ref.axes))
             if i not in (*dims.collapsed_slice_dims, *dims.operand_batching_dims)
         ]
+        # A vmapped dynamic_slice indexes every axis and keeps those that it takes one entry of, at size 1.
+        taken = [i for i in dims.start_index_map if i not in kept or sizes[i] == 1 < shape[i]]
         axes: list[tuple[int, ...]] = [()] * (index_ndim + len(dims.offset_dims))
         for i, place in zip(kept, sorted(dims.offset_dims), strict=True):
-            axes[place] = ref.axes[i]
-        indexed = [axis for i in dims.start_index_map if i not in kept for axis in ref.axes[i]]
+            axes[place] = () if i in taken else ref.axes[i]
+        indexed = [axis for i in taken for axis in ref.axes[i]]
         batched = [axis for i in dims.operand_batching_dims for axis in ref.axes[i]]
         looked_up = ref.looked_up | frozenset(indexed)
         results.append(dataclasses.replace(ref.moved(axes, batched), looked_up=looked_up))
@@ -267,8 +270,11 @@ def _scan(reader: Reader, eqn: Any, views: list, times: int):
     carry = _carry(reader, eqn, body, n, views[n : n + m], times)
     slices = [[ref.moved(ref.axes[1:], ref.axes[0]) for ref in refs] for refs in views[n + m :]]
     results = reader.read(body, [*views[:n], *carry, *slices], times * eqn.params["length"])
-    reader.leave("scan", jx.source_line(eqn), results[m:], times)
-    return [*carry, *[[]] * (len(eqn.outvars) - m)]
+    stacked = []
+    for refs in results[m:]:  # a weight handed out by every iteration (Flax NNX) is that weight again
+        reader.leave("scan", jx.source_line(eqn), [[ref for ref in refs if ref.looked_up]], times)
+        stacked.append([ref.moved([(), *ref.axes]) for ref in refs if not ref.looked_up])
+    return [*carry, *stacked]
 
 
 _INNER = {

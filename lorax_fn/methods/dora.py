@@ -1,0 +1,120 @@
+"""DoRA: Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation" (https://arxiv.org/abs/2402.09353).
+
+W' = m * V / ||V||,   V = W + scale * A @ B,   ||.|| over the inputs of each output, equation (5)
+
+The norm is a constant in backward (section 4.3), and is never taken of a built V:
+
+||V||^2 = ||W||^2 + 2 scale <W^T A, B> + scale^2 <(A^T A) B, B>, each summed over inputs or the rank.
+"""
+
+import dataclasses
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from lorax_fn.methods.lora import LoRA
+from lorax_fn.methods.low_rank import Start
+from lorax_fn.types import Factors
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DoRA(LoRA):
+    """LoRA of the direction, and a trained magnitude of each output: ``W' = m * V / ||V||``.
+
+    Equation (5) of Liu et al. (https://arxiv.org/abs/2402.09353), the norm constant in backward. An output
+    whose norm is zero is left unscaled.
+
+    Args:
+      a: ``[*s, *n, r]`` down-projection.
+      b: ``[*s, r, *m]`` up-projection.
+      alpha: as in `LoRA`.
+      rank: as in `LoRA`.
+      scaling: as in `LoRA`.
+      layout: as in `LoRA`.
+      key: as in `LoRA`.
+      rate: as in `LoRA`.
+      magnitude: ``[*s, *m]``, starts as the norm of ``W``.
+
+    Example:
+      >>> import jax.numpy as jnp, lorax_fn as lx
+      >>> _, lora = lx.split({"kernel": jnp.ones((4, 2))}, rank=1, method="dora")
+      >>> lora["kernel"].magnitude
+      Array([2., 2.], dtype=float32)
+    """
+
+    adds: ClassVar[bool] = False
+    magnitude: Any = None
+
+    @classmethod
+    def create(cls, w: Any, start: Start) -> tuple["DoRA", Any]:
+        plain, frozen = super().create(w, start)
+        norm = jnp.sqrt(_sum_over_inputs(jnp.square(w.astype(jnp.float32)), start.layout))
+        facts = (plain.a, plain.b, plain.alpha, plain.rank, plain.scaling, plain.layout)
+        return cls(*facts, magnitude=norm.astype(start.dtype)), frozen
+
+    def delta(self) -> jax.Array:
+        """``scale * A @ B``, the change of the direction before it is normalised."""
+        return super().delta()
+
+    def weight(self, w: jax.Array) -> jax.Array:
+        direction = w.astype(jnp.float32) + self.delta()
+        norm = jnp.sqrt(_sum_over_inputs(jnp.square(direction), self.layout))
+        gain = self._gain(jax.lax.stop_gradient(norm))
+        return (direction * _on_weight_axes(gain, self.layout)).astype(w.dtype)
+
+    def factors(self, w: jax.Array) -> Factors:
+        return dataclasses.replace(self.pair(), column=self._gain(self.norm(w)))
+
+    def norm(self, w: jax.Array) -> jax.Array:
+        """``||W + scale * A @ B||`` over inputs, ``[*s, *m]`` float32, constant in backward."""
+        w, a, b = jax.lax.stop_gradient((w, self.a, self.b))
+        layout = self.layout
+        letters = "abcdefghijklmnopq"[: layout.ndim]
+        s, n, m = (
+            "".join(letters[i] for i in axes) for axes in (layout.stack, layout.inputs, layout.outputs)
+        )
+        exact = jax.lax.Precision.HIGHEST
+        # W keeps its dtype: a float32 copy of a bfloat16 base would be as large as the base twice over.
+        wa = jnp.einsum(
+            f"{letters},{s}{n}y->{s}y{m}",
+            w,
+            a.astype(w.dtype),
+            precision=exact,
+            preferred_element_type=jnp.float32,
+        )
+        a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+        aab = jnp.einsum(f"{s}{n}y,{s}{n}z->{s}yz", a, a, precision=exact)
+        aab = jnp.einsum(f"{s}yz,{s}z{m}->{s}y{m}", aab, b, precision=exact)
+        scale = jnp.asarray(self.scale, jnp.float32)
+        scale = scale.reshape(scale.shape + (1,) * (wa.ndim - scale.ndim)) if scale.ndim else scale
+        change = ((2.0 * scale * wa + scale * scale * aab) * b).sum(len(layout.stack))
+        square = _sum_over_inputs(jnp.square(w.astype(jnp.float32)), layout)
+        return jnp.sqrt(jnp.maximum(square + change, jnp.zeros_like(square)))
+
+    def _gain(self, norm: jax.Array) -> jax.Array:
+        zero = norm == 0
+        magnitude = self.magnitude.astype(jnp.float32)
+        ones = jnp.ones_like(norm)
+        return jnp.where(zero, ones, magnitude / jnp.where(zero, ones, norm))
+
+    def problem(self, w: Any) -> str | None:
+        wrong = super().problem(w)
+        stack, _, m = self.layout.shapes(self.shape)
+        if wrong is None and tuple(self.magnitude.shape) != (*stack, *m):
+            return f"a magnitude of shape {tuple(self.magnitude.shape)}, not {(*stack, *m)}"
+        return wrong
+
+
+def _sum_over_inputs(x: jax.Array, layout: Any) -> jax.Array:
+    """``[*s, *m]`` from an array on the weight's axes."""
+    kept = [i for i in range(layout.ndim) if i not in layout.inputs]
+    return jnp.transpose(x.sum(layout.inputs), [kept.index(i) for i in (*layout.stack, *layout.outputs)])
+
+
+def _on_weight_axes(x: jax.Array, layout: Any) -> jax.Array:
+    """``[*s, *m]`` with axes of size 1 for the inputs, on the weight's axes."""
+    order = (*layout.stack, *layout.outputs)
+    x = jnp.transpose(x, [order.index(i) for i in sorted(order)])
+    return jnp.expand_dims(x, [i for i in range(layout.ndim) if i in layout.inputs])

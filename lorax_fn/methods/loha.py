@@ -1,0 +1,74 @@
+"""LoHa: Hyeon-Woo et al., "FedPara" (https://arxiv.org/abs/2108.06098), as LyCORIS uses it.
+
+W' = W + scale * (A1 @ B1) * (A2 @ B2),   * elementwise, proposition 1; rank up to r^2
+"""
+
+import dataclasses
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from lorax_fn.methods.low_rank import LowRank, Start, scale_of
+from lorax_fn.types import Factors, Layout
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LoHa(LowRank):
+    """A Hadamard product of two low-rank products: ``dW = scale * (A1 @ B1) * (A2 @ B2)``.
+
+    Proposition 1 of Hyeon-Woo et al. (https://arxiv.org/abs/2108.06098). The transform contracts it as
+    the low-rank product of the Khatri-Rao products of its factors, of rank r^2, which is the same number.
+
+    Args:
+      a1: ``[*s, *n, r]``.
+      b1: ``[*s, r, *m]``.
+      a2: ``[*s, *n, r]``.
+      b2: ``[*s, r, *m]``, starts at 0.
+      alpha: numerator of the scale.
+      rank: ``r``.
+      scaling: ``"lora"`` or ``"rslora"``.
+      layout: which axes of the weight are stack, inputs and outputs.
+
+    Example:
+      >>> import jax.numpy as jnp, lorax_fn as lx
+      >>> _, lora = lx.split({"kernel": jnp.ones((4, 2))}, rank=2, method="loha")
+      >>> float(abs(lx.delta(lora)["kernel"]).max())
+      0.0
+    """
+
+    takes_init: ClassVar[bool] = False
+    a1: Any
+    b1: Any
+    a2: Any
+    b2: Any
+    alpha: float = dataclasses.field(metadata={"static": True})
+    rank: int = dataclasses.field(metadata={"static": True})
+    scaling: str = dataclasses.field(metadata={"static": True})
+    layout: Layout = dataclasses.field(metadata={"static": True})
+
+    @classmethod
+    def create(cls, w: Any, start: Start) -> tuple["LoHa", Any]:
+        stack, n, m = start.layout.shapes(w.shape)
+        at_a, at_b = (*stack, *n, start.rank), (*stack, start.rank, *m)
+        k1, k2, k3 = jax.random.split(start.key, 3)
+        a1 = jax.random.normal(k1, at_a, start.dtype)
+        b1 = jax.random.normal(k2, at_b, start.dtype) * 0.1
+        a2 = jax.random.normal(k3, at_a, start.dtype)
+        b2 = jnp.zeros(at_b, start.dtype)
+        return cls(a1, b1, a2, b2, start.alpha, start.rank, start.scaling, start.layout), w
+
+    @property
+    def scale(self) -> Any:
+        """The number before the products."""
+        return scale_of(self.alpha, self.rank, self.scaling, ())
+
+    def pair(self) -> Factors:
+        at = len(self.layout.stack)
+        a = self.a1[..., :, None] * self.a2[..., None, :]
+        b = jnp.expand_dims(self.b1, at + 1) * jnp.expand_dims(self.b2, at)
+        r2 = self.rank * self.rank
+        a = a.reshape(*a.shape[:-2], r2)
+        b = b.reshape(*b.shape[:at], r2, *b.shape[at + 2 :])
+        return Factors(a, b, self.layout, self.scale)

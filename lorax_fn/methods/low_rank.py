@@ -1,0 +1,115 @@
+"""What the low-rank methods share: ``W' = W + scale * A @ B`` from any pair of factors."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lorax_fn.types import Adapter, Factors, Layout
+
+SCALINGS = {"lora": lambda alpha, rank: alpha / rank, "rslora": lambda alpha, rank: alpha / math.sqrt(rank)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """What a method is made from, every part of it checked by `lorax_fn.split`.
+
+    ``init(key, w, layout, rank, scale, dtype) -> (a, b, w)`` gives the first factors, the weight to freeze.
+    """
+
+    key: Any
+    layout: Layout
+    rank: Any
+    alpha: Any
+    scaling: str
+    init: Callable
+    dtype: Any
+
+
+def scale_of(alpha: Any, rank: Any, scaling: str, stack: tuple[int, ...]) -> float | np.ndarray:
+    """The number before ``A @ B``; ``[*s]`` float32 where ranks differ along the stack, 0 for rank 0."""
+    rule = SCALINGS[scaling]
+    if not isinstance(rank, tuple):
+        return rule(alpha, rank)
+    alphas = alpha if isinstance(alpha, tuple) else (alpha,) * len(rank)
+    scales = [rule(a, r) if r else 0.0 for a, r in zip(alphas, rank, strict=True)]
+    return np.asarray(scales, np.float32).reshape(stack)
+
+
+class LowRank(Adapter):
+    """A method whose change is a product of two factors, whatever it stores.
+
+    A subclass has a ``layout`` and `pair`; it says by `refuses` what it cannot serve, and by `create` how
+    it starts.
+    """
+
+    adds: ClassVar[bool] = True  # W' = W + dW, with dW known without W
+    takes_init: ClassVar[bool] = True  # starts from `init=`; else from its paper's own values
+    layout: Layout  # a field of every subclass, in its own place
+
+    @classmethod
+    def create(cls, w: Any, start: Start) -> tuple[Adapter, Any]:
+        """The adapter of ``w``, and the weight to freeze: ``w`` itself unless the init moves some of it."""
+        raise TypeError(f"{cls.__name__} must define create(w, start)")
+
+    @classmethod
+    def refuses(cls, shape: tuple[int, ...], start: Any) -> str | None:
+        """What this method cannot do for a weight of ``shape``, or None where it can."""
+        del shape
+        return f"one rank for the whole stack, not {start.rank}" if isinstance(start.rank, tuple) else None
+
+    @classmethod
+    def rank_limit(cls, n: int, m: int) -> int:
+        """The largest rank that makes sense for ``n`` inputs and ``m`` outputs."""
+        return min(n, m)
+
+    def pair(self) -> Factors:
+        """A, B and the scale of this method, as `Factors`."""
+        raise TypeError(f"{type(self).__name__} must define pair()")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The weight's shape, as the factors and the layout tell it."""
+        pair = jax.eval_shape(lambda adapter: (adapter.pair().a, adapter.pair().b), self)
+        layout, a, b = self.layout, pair[0].shape[:-1], pair[1].shape
+        whole = (*layout.stack, *layout.inputs)
+        sizes = dict(zip(whole[len(whole) - len(a) :], a, strict=True))
+        sizes.update(zip((*layout.stack, -1, *layout.outputs)[-len(b) :], b, strict=True))
+        return tuple(sizes[i] for i in range(layout.ndim))
+
+    def delta(self) -> jax.Array:
+        """``dW`` in float32 on the weight's own axes."""
+        return product(self.pair(), self.shape)
+
+    def weight(self, w: jax.Array) -> jax.Array:
+        return (w.astype(jnp.float32) + self.delta()).astype(w.dtype)
+
+    def factors(self, w: jax.Array) -> Factors:
+        del w
+        return self.pair()
+
+    def problem(self, w: Any) -> str | None:
+        if len(w.shape) != self.layout.ndim or tuple(w.shape) != self.shape:
+            return f"factors for a weight of shape {self.shape}"
+        return None
+
+
+def product(factors: Factors, shape: tuple[int, ...]) -> jax.Array:
+    """``scale * A @ B`` in float32 on the axes of a weight of ``shape``."""
+    layout = factors.layout
+    stack, n, m = layout.shapes(shape)
+    s, i, o = math.prod(stack), math.prod(n), math.prod(m)
+    a = factors.a.astype(jnp.float32).reshape(-1, i, factors.a.shape[-1])
+    b = factors.b.astype(jnp.float32).reshape(-1, a.shape[-1], o)
+    scale = jnp.asarray(factors.scale, jnp.float32)
+    if scale.ndim > len(stack):  # one number a rank
+        b = b * scale.reshape(s, -1, 1)
+    else:
+        b = b * (scale.reshape(s, 1, 1) if scale.ndim else scale)
+    dw = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST).reshape(*stack, *n, *m)
+    order = (*layout.stack, *layout.inputs, *layout.outputs)
+    return jnp.transpose(dw, [order.index(axis) for axis in range(layout.ndim)])
