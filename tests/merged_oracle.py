@@ -50,7 +50,7 @@ def randomised(tree: Any) -> Any:
 
 def check_values(fn: Callable, params: Any, lora: Any, args: tuple) -> None:
     """Outputs and gradients by ``lora`` of the adapted function and of the plain one on merged weights."""
-    adapted = lx.adapt(fn, fallback="error")
+    adapted, args = lx.adapt(fn, fallback="error"), jax.tree.map(jnp.asarray, args)
     leaves, treedef = jax.tree.flatten(params)
     arrays = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array)}
 

@@ -92,7 +92,7 @@ def test_a_usage_needs_no_convention():
         for u in [
             use("q", (8, 6), ("dot_general",), plain),
             use("t", (6, 8), ("dot_general",), swapped),
-            use("moe", (4, 8, 6), ("ragged_dot",), Layout((0,), (1,), (2,))),
+            use("moe", (4, 8, 6), ("ragged_dot_general",), Layout((0,), (1,), (2,))),
             use("table", (9, 8), ("gather",), plain),
             use("tied", (9, 8), ("gather", "dot_general"), plain),
             use("conv", (3, 8, 6), ("conv_general_dilated",), Layout((), (0, 1), (2,))),

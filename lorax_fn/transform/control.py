@@ -180,7 +180,7 @@ def scan(walk, eqn, index, values):
                 invariant = [with_new_key(v, counter) for v in invariant]
             slices = [leaf if fn is None else fn(leaf) for leaf, fn in zip(leaves, rebuild, strict=True)]
             results = walk.evaluate(jaxpr, fixed, [*invariant, *slices])
-            # Flax NNX hands every layer's weights out again: they stay factored. Looked-up rows are activations.
+            # Flax NNX hands every layer's weights out again: they stay factored; looked-up rows do not.
             ys = [v if is_factored(v) and not v.lookup else walk.dense(eqn, [v])[0] for v in results[m:]]
             return carry.parted(carry.settled(results[:m]))[1], ys
 

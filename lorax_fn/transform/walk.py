@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import inspect
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
@@ -80,7 +81,33 @@ def adapt(fn: Callable, *, argnum: int = 0, fallback: str = "warn") -> Callable:
         results = walk.returned(walk.evaluate(trace.jaxpr, trace.consts, trace.values))
         return jax.tree_util.tree_unflatten(trace.out_tree, results)
 
+    # jax.jit reads the signature for static_argnames: it must be that of the function with lora in it.
+    del adapted.__wrapped__
+    signature = _with_lora(fn, argnum)
+    if signature is not None:
+        adapted.__signature__ = signature  # pyright: ignore[reportAttributeAccessIssue]
     return adapted
+
+
+def _with_lora(fn: Callable, argnum: int) -> inspect.Signature | None:
+    """``fn``'s signature with ``lora`` after argument ``argnum``; None where that has no place in it."""
+    try:
+        signature = inspect.signature(fn)
+    except (TypeError, ValueError):  # some callables have none
+        return None
+    parameters = list(signature.parameters.values())
+    if argnum >= len(parameters) or parameters[argnum].kind not in (
+        inspect.Parameter.POSITIONAL_ONLY,
+        inspect.Parameter.POSITIONAL_OR_KEYWORD,
+    ):
+        return None
+    name = "lora"
+    while name in signature.parameters:
+        name = "new_" + name
+    before = parameters[argnum]
+    return signature.replace(
+        parameters=[*parameters[: argnum + 1], before.replace(name=name), *parameters[argnum + 1 :]]
+    )
 
 
 class Leaves:
