@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help setup test test-jax lint demo bench clean
+.PHONY: help setup test test-jax test-extra lint demo bench clean
 
 # The first interpreter that starts, is new enough and can make a venv (a version manager's shim may do neither).
 # python3 goes first: it is the one the user chose. PYTHON=... overrides.
@@ -19,6 +19,7 @@ help:
 	@echo 'make demo [ARGS=--smoke]  fine-tune a real language model (examples/finetune_smollm2.py)'
 	@echo 'make test [ARGS=...]      the tests; ARGS go to pytest'
 	@echo 'make test-jax              the tests on the oldest and the newest JAX, each in a venv of its own'
+	@echo 'make test-extra            the models of google-tunix and gemma, each in a venv of its own (about 4 GB)'
 	@echo 'make lint                 ruff, pyright and the import arrows'
 	@echo 'make bench [ARGS=...]     one training step, timed (benchmarks/step.py)'
 	@echo 'make setup                .venv alone; PYTHON=... chooses the interpreter'
@@ -62,6 +63,26 @@ test-jax: .venv-oldest/.installed .venv-newest/.installed
 	.venv-$$env/bin/python -c 'import jax, sys; print("Python", sys.version.split()[0], "JAX", jax.__version__)'; \
 	.venv-$$env/bin/python -m pytest -n 2 $(ARGS); done
 
+# Models of others. The two do not install beside each other, and gemma's own requirements take too long to resolve.
+MODEL_BASE := jax flax optax orbax-checkpoint chex numpy pytest pytest-xdist hypothesis einops
+
+.venv-tunix/.installed: pyproject.toml
+	@$(NEWEST_PYTHON) -m venv --clear .venv-tunix
+	@.venv-tunix/bin/python $(wordlist 2,99,$(PIP)) $(MODEL_BASE) google-tunix
+	@.venv-tunix/bin/python $(wordlist 2,99,$(PIP)) --no-deps -e .
+	@touch $@
+
+.venv-gemma/.installed: pyproject.toml
+	@$(NEWEST_PYTHON) -m venv --clear .venv-gemma
+	@.venv-gemma/bin/python $(wordlist 2,99,$(PIP)) $(MODEL_BASE) 'etils[edc,enp,epath,epy,etree,ecolab]' jaxtyping \
+	  sentencepiece treescope dialog absl-py immutabledict typeguard clu tensorflow-cpu
+	@.venv-gemma/bin/python $(wordlist 2,99,$(PIP)) --no-deps gemma kauldron -e .
+	@touch $@
+
+test-extra: .venv-tunix/.installed .venv-gemma/.installed
+	.venv-tunix/bin/python -m pytest tests/test_tunix.py $(ARGS)
+	.venv-gemma/bin/python -m pytest tests/test_gemma.py $(ARGS)
+
 lint: .venv/.installed
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -75,4 +96,4 @@ bench: .venv/.installed
 	$(PY) benchmarks/step.py $(ARGS)
 
 clean:
-	rm -rf .venv .venv-oldest .venv-newest
+	rm -rf .venv .venv-oldest .venv-newest .venv-tunix .venv-gemma

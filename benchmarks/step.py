@@ -1,4 +1,4 @@
-"""One AdamW step, timed four ways in one run: full fine-tuning, merging in the loss, LoRA by hand, `lx.adapt`.
+"""One AdamW step, timed four ways: full fine-tuning, merging in the loss, LoRA by hand, `lx.adapt`.
 
     python benchmarks/step.py                 # the table of README.md
     python benchmarks/step.py --quick         # fewer rounds and compilations, for CI

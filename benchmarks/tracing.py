@@ -1,4 +1,4 @@
-"""Seconds to trace and lower the gradient of an unrolled 32-layer Llama stack: `lx.adapt` against LoRA by hand.
+"""Tracing and lowering the gradient of an unrolled 32-layer Llama stack: `lx.adapt` against LoRA by hand.
 
     python benchmarks/tracing.py              # the table of README.md
     python benchmarks/tracing.py --quick      # fewer layers and rounds, for CI

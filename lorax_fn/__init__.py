@@ -8,6 +8,11 @@ from lorax_fn.methods.lora import LoRA as LoRA
 from lorax_fn.methods.lora import LoRAFA as LoRAFA
 from lorax_fn.methods.vera import VeRA as VeRA
 from lorax_fn.methods.whole import Full as Full
+from lorax_fn.ranks import Spectrum as Spectrum
+from lorax_fn.ranks import effective_rank as effective_rank
+from lorax_fn.ranks import resize as resize
+from lorax_fn.ranks import to_plain as to_plain
+from lorax_fn.ranks import truncate as truncate
 from lorax_fn.report import Summary as Summary
 from lorax_fn.report import summary as summary
 from lorax_fn.splitting import delta as delta

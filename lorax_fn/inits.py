@@ -5,12 +5,15 @@ It returns the very ``w`` it was given unless it moves a part of W into the fact
 differ along a stack come as a tuple; the factors are then as wide as the largest; `split` zeroes the pads.
 """
 
+import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lorax_fn.residual_inits import olora, pissa, used_ranks
 from lorax_fn.types import Layout
 
 
@@ -106,7 +109,79 @@ def zero_a(key, w, layout: Layout, rank, scale, dtype):
     return jnp.zeros(shape_a, dtype), b.astype(dtype), w
 
 
-INITS = {"kaiming": kaiming, "gaussian": gaussian, "zero_a": zero_a}
+def orthogonal(key, w, layout: Layout, rank, scale, dtype):
+    """Both factors far from zero, their product zero: they use orthogonal halves of the rank.
+
+    ``Q`` is a random rotation of the rank; ``A = G1 Q[1::2] / 10`` and ``B = Q[0::2]^T G2 / 10`` with normal
+    ``G1, G2``, as PEFT's ``init_lora_weights="orthogonal"``.
+
+    Args:
+      key: one PRNG key for the whole leaf; stack entries draw independent values.
+      w: the weight, of which only the shape is read.
+      layout: its axes.
+      rank: ``r``, even; or one even int a stack entry.
+      scale: unused.
+      dtype: dtype of A and B; values are drawn in float32.
+
+    Returns:
+      ``(a [*s, *n, r], b [*s, r, *m], w)`` with ``a @ b = 0``.
+
+    Example:
+      >>> import jax.numpy as jnp, lorax_fn as lx
+      >>> _, lora = lx.split({"kernel": jnp.ones((8, 6))}, rank=4, init="orthogonal")
+      >>> bool(abs(lora["kernel"].a).max() > 0.01), bool(abs(lx.delta(lora)["kernel"]).max() < 1e-5)
+      (True, True)
+    """
+    del scale
+    stack, n, m = layout.shapes(w.shape)
+    used = jnp.asarray(used_ranks(rank, math.prod(stack)))
+    r = used.shape[1]
+
+    def one(key, used):
+        k1, k2, k3 = jax.random.split(key, 3)
+        # the pad turns into itself: each entry's rotation is of its own rank
+        both = used[:, None] * used[None, :]
+        rotation = both * jax.random.normal(k1, (r, r), jnp.float32)
+        q = jnp.linalg.qr(rotation + (1.0 - both) * jnp.eye(r, dtype=jnp.float32))[0]
+        g1 = jax.random.normal(k2, (math.prod(n), r // 2), jnp.float32)
+        g2 = jax.random.normal(k3, (r // 2, math.prod(m)), jnp.float32)
+        exact = jax.lax.Precision.HIGHEST
+        a = jnp.matmul(g1, q[1::2], precision=exact) / 10.0 * used[None, :]
+        return a, jnp.matmul(q[0::2].T, g2, precision=exact) / 10.0 * used[:, None]
+
+    a, b = jax.vmap(one)(jax.random.split(key, math.prod(stack)), used)
+    return a.reshape(*stack, *n, r).astype(dtype), b.reshape(*stack, r, *m).astype(dtype), w
+
+
+INITS = {
+    "kaiming": kaiming,
+    "gaussian": gaussian,
+    "zero_a": zero_a,
+    "orthogonal": orthogonal,
+    "pissa": pissa,
+    "olora": olora,
+}
+
+
+def find_init(name: object) -> Callable | None:
+    """The init of a name, ``"pissa:n"`` included; None for any other value."""
+    if not isinstance(name, str):
+        return None
+    base, colon, count = name.partition(":")
+    if base == "pissa" and colon and count.isdecimal():
+        return functools.partial(pissa, iterations=int(count))
+    return INITS.get(name)
+
+
+def refuses(init: str, rank: int | tuple[int, ...], alpha: float | tuple[float, ...]) -> str | None:
+    """What an init needs that it has not got here, or None."""
+    ranks = rank if isinstance(rank, tuple) else (rank,)
+    alphas = alpha if isinstance(alpha, tuple) else (alpha,) * len(ranks)
+    if init == "orthogonal" and any(r % 2 for r in ranks):
+        return f"an even rank for init='orthogonal', not {rank}: each factor uses half of it"
+    if init.startswith("pissa") and any(a <= 0 for r, a in zip(ranks, alphas, strict=True) if r):
+        return f"an alpha above 0 for init={init!r}, not {alpha}: singular values are divided by the scale"
+    return None
 
 
 def factor_shapes(shape, layout: Layout, rank) -> tuple[tuple[int, ...], tuple[int, ...]]:

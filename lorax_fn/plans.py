@@ -4,12 +4,12 @@ import dataclasses
 import glob
 import math
 import numbers
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from lorax_fn.inits import INITS
+from lorax_fn import inits
 from lorax_fn.methods.dora import DoRA
 from lorax_fn.methods.loha import LoHa
 from lorax_fn.methods.lora import LoRA, LoRAFA
@@ -37,8 +37,9 @@ class Plan:
 def make_plans(leaves: Mapping[str, Any], layouts: Mapping[str, Layout], **choices: Any) -> dict[str, Plan]:
     """Resolves rank, alpha, scaling, method and init for each weight of ``layouts``, or raises."""
     given = {name: _per_path(name, value, layouts, leaves) for name, value in choices.items()}
-    for name, table in (("method", METHODS), ("scaling", SCALINGS), ("init", INITS)):
-        _check_known(name, given[name], table)
+    _check_known("method", given["method"], METHODS, METHODS.get)
+    _check_known("scaling", given["scaling"], SCALINGS, SCALINGS.get)
+    _check_known("init", given["init"], [*inits.INITS, "pissa:4"], inits.find_init)
     ranks = {path: _as_rank(rank) for path, rank in given["rank"].items()}
     _check_ranks(ranks, leaves, layouts, choices["rank"], given["method"])
     alphas = {path: _as_alpha(alpha, ranks[path]) for path, alpha in given["alpha"].items()}
@@ -57,18 +58,21 @@ def _check_methods(plans: Mapping[str, Plan], leaves: Mapping[str, Any]) -> None
         why = method.refuses(tuple(leaves[path].shape), plan)
         if why is None and not method.takes_init and plan.init != DEFAULTS["init"]:
             why = f"no init=: it starts from its paper's own values, not from {plan.init!r}"
+        if why is None:
+            why = inits.refuses(plan.init, plan.rank, plan.alpha)
         if why is not None:
             refused[path] = why
     if refused:
         raise error(
-            "a method cannot serve these weights as asked.",
+            "a method or init cannot serve these weights as asked.",
             path=list(refused),
             got=[
-                f"method={plans[p].method!r}, shape {tuple(leaves[p].shape)}, {plans[p].layout}"
+                f"method={plans[p].method!r}, init={plans[p].init!r}, rank={plans[p].rank}, "
+                f"shape {tuple(leaves[p].shape)}, {plans[p].layout}"
                 for p in refused
             ],
             want=list(refused.values()),
-            do="give these weights another method by {pattern: method}, or leave them out by exclude=.",
+            do="give these weights another method, init or rank by {pattern: value}, or exclude= them.",
         )
 
 
@@ -98,15 +102,15 @@ def _per_path(
     return chosen
 
 
-def _check_known(name: str, values: Mapping[str, Any], table: Mapping[str, Any]) -> None:
-    unknown = [path for path, value in values.items() if not isinstance(value, str) or value not in table]
+def _check_known(name: str, values: Mapping[str, Any], names: Iterable[str], known: Callable) -> None:
+    unknown = [path for path, value in values.items() if not isinstance(value, str) or known(value) is None]
     if unknown:
         raise error(
             f"unknown {name}.",
             path=unknown,
             got=[repr(values[path]) for path in unknown],
-            want=f"one of {sorted(table)}",
-            do=f"{name}={next(iter(table))!r}, or another of these.",
+            want=f"one of {sorted(names)}",
+            do=f"{name}={DEFAULTS[name]!r}, or another of these.",
         )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lorax_fn.inits import INITS
+from lorax_fn.inits import find_init
 from lorax_fn.methods.low_rank import Start
 from lorax_fn.methods.whole import Full
 from lorax_fn.plans import METHODS, Plan, make_plans
@@ -46,8 +46,9 @@ def split(
       alpha: numerator of the scale, or a function of the rank. One value for every rank keeps the first step
         on the data independent of the rank.
       scaling: ``"lora"`` for alpha / rank, ``"rslora"`` for alpha / sqrt(rank).
-      method: ``"lora"``.
-      init: ``"kaiming"``, ``"gaussian"`` or ``"zero_a"``.
+      method: ``"lora"``, ``"dora"``, ``"lora_fa"``, ``"vera"`` or ``"loha"``.
+      init: ``"kaiming"``, ``"gaussian"``, ``"orthogonal"`` or ``"zero_a"``; or ``"pissa"``, ``"pissa:4"`` (by
+        a randomised SVD of four iterations) or ``"olora"``, which take a part of W into the factors.
       targets: patterns: a glob over whole path components, a compiled regex, or ``f(path, leaf) -> bool``;
         one or a sequence. None is every linear weight: no embedding, norm, convolution or output head.
       exclude: patterns that win over ``targets``.
@@ -60,7 +61,8 @@ def split(
 
     Returns:
       ``(params, lora)``: the same tree of the same objects, and ``{path: Adapter}``. `LoRA` holds
-      ``a [*s, *n, r]`` and ``b [*s, r, *m]``; B is zero, so that step 0 is the base model.
+      ``a [*s, *n, r]`` and ``b [*s, r, *m]``; step 0 is the base model. Only where an init takes a part of W
+      is that leaf of ``params`` another: what remains of it.
 
     Raises:
       LoraError: a pattern matches nothing; a rank, alpha, method, scaling, init, key or dtype is not valid; a
@@ -159,9 +161,8 @@ def delta(lora: dict[str, Adapter]) -> dict[str, jax.Array]:
 
 def _build(plan: Plan, key: jax.Array, path: str, w: Any, dtype: Any) -> tuple[Adapter, Any]:
     """The adapter of one weight, and the weight to freeze."""
-    start = Start(
-        leaf_key(key, path), plan.layout, plan.rank, plan.alpha, plan.scaling, INITS[plan.init], dtype
-    )
+    init = find_init(plan.init)
+    start = Start(leaf_key(key, path), plan.layout, plan.rank, plan.alpha, plan.scaling, init, dtype)
     create = METHODS[plan.method].create
     if isinstance(w, jax.ShapeDtypeStruct):
         return jax.eval_shape(lambda w: create(w, start)[0], w), w

@@ -1,4 +1,4 @@
-"""The one check of every model: `adapt` against the untouched model on merged weights, and what `usage` finds."""
+"""The one check of every model: `adapt` against the untouched model on merged weights; what `usage` finds."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any

@@ -76,7 +76,9 @@ def linen(module: nn.Module, *args: Any, **kwargs: Any) -> tuple:
 
 @model({"params/layers_0/kernel": "io", "params/layers_3/kernel": "io"})
 def linen_dense():
-    return linen(nn.Sequential([nn.Dense(6), nn.LayerNorm(), nn.gelu, nn.Dense(5, use_bias=False)]), normal(1, 3, 8))
+    return linen(
+        nn.Sequential([nn.Dense(6), nn.LayerNorm(), nn.gelu, nn.Dense(5, use_bias=False)]), normal(1, 3, 8)
+    )
 
 
 @model({"params/layers_0/kernel": "ioo", "params/layers_1/kernel": "iio"})
@@ -136,7 +138,10 @@ class LinenScanned(nn.Module):
     def __call__(self, x):
         block = nn.remat(LinenBlock, prevent_cse=False) if self.remat else LinenBlock
         scan = nn.scan(
-            lambda block, x: (block(x), None), variable_axes={"params": 0}, split_rngs={"params": True}, length=3
+            lambda block, x: (block(x), None),
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            length=3,
         )
         return scan(block(self.use_bias, name="layers"), x)[0]
 
@@ -158,7 +163,9 @@ def linen_remat():
 
 @model(prefixed("params", stacked(BLOCK)))
 def linen_vmap():
-    members = nn.vmap(LinenBlock, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=None, axis_size=3)
+    members = nn.vmap(
+        LinenBlock, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=None, axis_size=3
+    )
     return linen(members(), normal(1, 2, 4, 8))
 
 
@@ -194,9 +201,11 @@ def linen_layers(*layers: Any, x: jax.Array):
 )
 def linen_conv():
     return linen_layers(
-        nn.Conv(6, (3, 3), strides=2), nn.GroupNorm(2), nn.Conv(4, (3, 3), kernel_dilation=2, padding="VALID"),
+        nn.Conv(6, (3, 3), strides=2),
+        nn.GroupNorm(2),
+        nn.Conv(4, (3, 3), kernel_dilation=2, padding="VALID"),
         x=normal(1, 2, 12, 12, 4),
-    )  # fmt: skip
+    )
 
 
 @model(
@@ -205,7 +214,9 @@ def linen_conv():
 )
 def linen_conv_grouped():
     return linen_layers(
-        nn.Conv(6, (3,), feature_group_count=2), nn.Conv(12, (3,), feature_group_count=6), x=normal(1, 2, 7, 4)
+        nn.Conv(6, (3,), feature_group_count=2),
+        nn.Conv(12, (3,), feature_group_count=6),
+        x=normal(1, 2, 7, 4),
     )
 
 
@@ -352,7 +363,9 @@ def haiku_attention():
 
 @model({"conv2_d/w": "iiio", "conv2_d_transpose/w": "iioi"}, targets=("conv2_d*",), plain="is open")
 def haiku_conv():
-    return haiku(lambda x: hk.Conv2DTranspose(4, 3, stride=2)(hk.Conv2D(6, 3, stride=2)(x)), normal(1, 2, 8, 8, 3))
+    return haiku(
+        lambda x: hk.Conv2DTranspose(4, 3, stride=2)(hk.Conv2D(6, 3, stride=2)(x)), normal(1, 2, 8, 8, 3)
+    )
 
 
 @model({"embed/embeddings": "io", "linear/w": "io"}, targets=("embed", "linear"))
@@ -476,7 +489,9 @@ class UNetBlock(nn.Module):
 
 
 UNET_ATTENTION = {"params/time/kernel": "io", **prefixed("params/attn", ATTENTION)}
-UNET_CONVOLUTIONS = [f"params/{name}/kernel" for name in ("conv_in", "conv_out", "skip", "down", "up", "merge")]
+UNET_CONVOLUTIONS = [
+    f"params/{name}/kernel" for name in ("conv_in", "conv_out", "skip", "down", "up", "merge")
+]
 
 
 def unet(*convolutions):
@@ -514,7 +529,8 @@ def whisper_encoder():
 
 
 @model(
-    ENCODER_BLOCKS | {"params/conv1/kernel": "iio", "params/conv2/kernel": "iio"}, targets=("conv*", "attn", "up", "down")
+    ENCODER_BLOCKS | {"params/conv1/kernel": "iio", "params/conv2/kernel": "iio"},
+    targets=("conv*", "attn", "up", "down"),
 )
 def whisper_encoder_with_convolutions():
     return whisper_encoder()

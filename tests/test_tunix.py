@@ -46,7 +46,12 @@ def tunix(family: str, config: dict, name: str, **arguments) -> tuple:
 
 
 SIZES = dict(
-    num_layers=LAYERS, embed_dim=DIM, hidden_dim=HIDDEN, num_heads=HEADS, head_dim=HEAD_DIM, num_kv_heads=KV_HEADS
+    num_layers=LAYERS,
+    embed_dim=DIM,
+    hidden_dim=HIDDEN,
+    num_heads=HEADS,
+    head_dim=HEAD_DIM,
+    num_kv_heads=KV_HEADS,
 )
 ROPE = dict(vocab_size=VOCAB, rope_theta=10_000, norm_eps=1e-6)
 
@@ -77,8 +82,12 @@ def test_llama3(tied):
     layouts = in_layers(PROJECTIONS | MLP)
     assert len(layouts) == 14
     check_model(*model, layouts)
+    with pytest.raises(lx.LoraError, match=r"(?s)is open.*layers/0/attn/q_proj/w.*usage"):
+        lx.split(model[1], rank=2)
     head = {} if tied else {"lm_head/w": inputs_first(2)}
-    check_model(*model, layouts | EMBEDDING | head, targets=["layers", "embedder", *(["lm_head"] if head else [])])
+    check_model(
+        *model, layouts | EMBEDDING | head, targets=["layers", "embedder", *(["lm_head"] if head else [])]
+    )
 
 
 def test_qwen3():
@@ -114,5 +123,8 @@ def test_gemma(kv_heads):
     if kv_heads == HEADS:
         attention = {"attn/qkv_einsum/w": lx.Layout((), (2,), (0, 1, 3))}
     else:
-        attention = {"attn/q_einsum/w": lx.Layout((), (1,), (0, 2)), "attn/kv_einsum/w": lx.Layout((), (2,), (0, 1, 3))}
+        attention = {
+            "attn/q_einsum/w": lx.Layout((), (1,), (0, 2)),
+            "attn/kv_einsum/w": lx.Layout((), (2,), (0, 1, 3)),
+        }
     check_model(*model, in_layers(attention | out | MLP) | EMBEDDING, targets=["layers", "embedder"])

@@ -11,6 +11,7 @@ it only renames axes.
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -279,19 +280,52 @@ def low_rank_product(
                 do="leave it out: lx.dropout of a part of the adapters, joined with the rest by |.",
             )
         x, xs = dropped(w, x, xs, use)
+    stacked = w.parts.get("scale")
+    axes = tuple(xs), first.axes, second.axes, stacked.axes if stacked else (), tuple(out)
+    arrays = x, first.array, second.array, stacked.array if stacked else None
+    return _two_products(*arrays, scale=w.scale, axes=axes, dtype=jnp.dtype(dtype), precision=precision)
+
+
+@partial(jax.jit, static_argnames=("scale", "axes", "dtype", "precision"))
+def _two_products(x, first, second, stacked, scale, axes, dtype, precision):
+    """``scale * (x @ first) @ second``, jitted: all uses alike share one trace and one lowered function.
+
+    An unrolled model of many layers holds many of them; the compiler puts each in its place again.
+    """
+    xs, first_axes, second_axes, stacked_axes, out = axes
     compute = x.dtype if jnp.issubdtype(x.dtype, jnp.floating) else dtype
-    x = x.astype(compute)
-    scale = w.parts.get("scale")
-    later = {*out, *second.axes, *(scale.axes if scale else ())}
-    h_names = [n for n in xs if n in later] + [n for n in first.axes if n in later and n not in xs]
-    h = contract(x, xs, first.array.astype(compute), first.axes, h_names, dtype=compute, precision=precision)
-    if scale is not None:
-        h = h * align(scale.array.astype(compute), scale.axes, h_names)
-    if w.scale != 1.0:
-        h = h * w.scale
-    return contract(
-        h, h_names, second.array.astype(compute), second.axes, out, dtype=dtype, precision=precision
-    )
+    x, xs, out, split = _tokens_merged(x, xs, {*first_axes, *second_axes, *stacked_axes}, out)
+    later = {*out, *second_axes, *stacked_axes}
+    h_axes = [n for n in xs if n in later] + [n for n in first_axes if n in later and n not in xs]
+    x, first, second = x.astype(compute), first.astype(compute), second.astype(compute)
+    h = contract(x, xs, first, first_axes, h_axes, dtype=compute, precision=precision)
+    if stacked is not None:
+        h = h * align(stacked.astype(compute), stacked_axes, h_axes)
+    if scale != 1.0:
+        h = h * scale
+    return split(contract(h, h_axes, second, second_axes, out, dtype=dtype, precision=precision))
+
+
+def _tokens_merged(
+    x: Any, xs: Sequence, known: set, out: Sequence
+) -> tuple[Any, Sequence, Sequence, Callable]:
+    """``x`` with all axes that no factor has merged into one, if they are neighbours here and in ``out``.
+
+    One reshape before both products and one after them. The last value undoes it on a result.
+    """
+    tokens = tuple(n for n in xs if n not in known)
+    i, count = (xs.index(tokens[0]), len(tokens)) if tokens else (0, 0)
+    j = out.index(tokens[0]) if tokens and tokens[0] in out else 0
+    if count < 2 or xs[i : i + count] != tokens or out[j : j + count] != tokens or explicit_mesh(x):
+        return x, xs, out, lambda y: y
+    sizes = x.shape[i : i + count]
+    x = lax.reshape(x, (*x.shape[:i], math.prod(sizes), *x.shape[i + count :]))
+
+    def split(y: Any) -> Any:
+        at = sum(n in known for n in out[:j])  # axes of `out` that no factor has are not in the result
+        return lax.reshape(y, (*y.shape[:at], *sizes, *y.shape[at + 1 :]))
+
+    return x, (*xs[:i], "tokens", *xs[i + count :]), (*out[:j], "tokens", *out[j + count :]), split
 
 
 def align(x: Any, names: Sequence[Any], out: Sequence[Any]) -> Any:

@@ -146,9 +146,10 @@ def _scales(eqn: Any, views: list) -> bool:
         return False
     weight, by = eqn.invars if views[0] else reversed(eqn.invars)
     many = [n for n in by.aval.shape if n != 1]
-    return (len(many) <= 1 or by.aval.shape != weight.aval.shape) and not (
-        eqn.primitive.name == "div" and views[1]
-    )
+    # What is larger than the weight on some axis is an activation: the weight scales it (a norm's scale).
+    fits = all(n in (1, size) for n, size in zip(by.aval.shape, weight.aval.shape, strict=False))
+    by_axis = len(many) <= 1 or by.aval.shape != weight.aval.shape
+    return fits and by_axis and not (eqn.primitive.name == "div" and views[1])
 
 
 def _squeezed(eqn: Any, ref: Ref) -> Ref:

@@ -1,0 +1,193 @@
+"""`usage`: what a traced function does with each weight; models of the frameworks are in test_models.py."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from rule_cases import IO, OI, RULE_CASES, SIO, make_adapter, normal
+
+import lorax_fn as lx
+
+L = lx.Layout
+
+
+def abstract(*shape, dtype=jnp.float32):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def of(fn, shape, *args):
+    return lx.usage(lambda p, *args: fn(p["w"], *args), {"w": abstract(*shape)}, *args)["w"]
+
+
+@pytest.mark.parametrize("case", RULE_CASES, ids=lambda c: c.name)
+def test_every_rule_is_called_served(case):
+    """What the matrix proves to be served is reported as served, and no product goes without a layout."""
+    use = lx.usage(case.fn, {"w": case.weight}, case.input)["w"]
+    assert use.times >= 1 and use.ops and use.shape == case.shape
+    if use.layout is not None:
+        assert use.served, use.source
+        assert use.layout.ndim == len(case.shape)
+
+
+X = abstract(2, 3, 8)
+HEADS = abstract(2, 3, 4, 5)
+IDS = abstract(2, 3, dtype=jnp.int32)
+KERNEL = ("NHWC", "HWIO", "NHWC")
+# name -> function, shape of w, inputs, layout, ops, times, flops
+TABLE = {
+    "dense": (lambda w, x: x @ w, (8, 6), [X], IO, ("dot_general",), 1, 2 * 6 * 8 * 6),
+    "equinox": (lambda w, x: x @ w.T, (6, 8), [X], OI, ("dot_general",), 1, 2 * 6 * 8 * 6),
+    "query": (lambda w, x: jnp.einsum("btd,dhk->bthk", x, w), (8, 2, 3), [X], L((), (0,), (1, 2)),
+              ("dot_general",), 1, 2 * 6 * 8 * 6),
+    "attention output": (lambda w, x: jnp.einsum("bthk,hkd->btd", x, w), (4, 5, 6), [HEADS],
+                         L((), (0, 1), (2,)), ("dot_general",), 1, 2 * 6 * 20 * 6),
+    "embedding": (lambda w, i: jnp.tanh(w[i]), (11, 6), [IDS], IO, ("gather",), 1, 0),
+    "tied": (lambda w, i: jnp.tanh(w[i]) @ w.T, (11, 6), [IDS], IO, ("gather", "dot_general"), 2,
+             2 * 6 * 6 * 11),
+    "conv": (lambda w, x: lax.conv_general_dilated(x, w, (2, 2), "SAME", dimension_numbers=KERNEL),
+             (3, 3, 4, 6), [abstract(2, 8, 8, 4)], L((), (0, 1, 2), (3,)), ("conv_general_dilated",), 1,
+             2 * 2 * 16 * 6 * 36),
+    "experts gathered": (lambda w, i: jnp.einsum("td,tdh->th", jnp.ones((5, 8)), w[i]), (3, 8, 4),
+                         [abstract(5, dtype=jnp.int32)], SIO, ("dot_general",), 1, 2 * 5 * 8 * 4),
+    "ragged": (lambda w, x, n: lax.ragged_dot(x, w, n), (3, 8, 4),
+               [abstract(6, 8), abstract(3, dtype=jnp.int32)], SIO, ("ragged_dot_general",), 1,
+               2 * 6 * 8 * 4),
+    "scanned": (lambda w, x: lax.scan(lambda c, w: (c @ w, None), x, w)[0], (5, 8, 8), [X], SIO,
+                ("dot_general",), 5, 5 * 2 * 6 * 64),
+    "scan constant": (lambda w, x: lax.scan(lambda c, _: (c @ w, None), x, length=7)[0], (8, 8), [X], IO,
+                      ("dot_general",), 7, 7 * 2 * 6 * 64),
+    "scanned experts": (lambda w, x: lax.scan(
+                            lambda c, w: (jnp.einsum("etd,edh->eth", c, w), None), x, w)[0],
+                        (5, 2, 8, 8), [X], L((0, 1), (2,), (3,)), ("dot_general",), 5, 5 * 2 * 6 * 64),
+    "remat in jit": (lambda w, x: jax.jit(jax.checkpoint(lambda x: x @ w))(x), (8, 6), [X], IO,
+                     ("dot_general",), 1, 2 * 6 * 48),
+    "layer list": (lambda w, x: x @ w[0] @ w[1], (2, 8, 8), [X], SIO, ("dot_general",), 2, 2 * 2 * 6 * 64),
+    "norm scale": (lambda w, x: x * w[None, None], (8,), [X], None, ("mul",), 1, 0),
+    "stacked norm scale": (lambda w, x: lax.scan(lambda c, w: (c * w[None, None], None), x, w)[0], (5, 8),
+                           [X], None, ("mul",), 5, 0),
+    "norm scale by heads": (lambda w, x: jnp.einsum("bthk,kd->bthd", x * w[None, None], jnp.ones((5, 3))),
+                            (4, 5), [HEADS], None, ("mul",), 1, 0),
+    "unused": (lambda w, x: x, (8, 6), [X], None, (), 0, 0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_layout_ops_times_and_flops(name):
+    fn, shape, args, layout, ops, times, flops = TABLE[name]
+    use = of(fn, shape, *args)
+    assert use.ops == ops
+    assert use.times == times
+    if flops is not None:
+        assert use.layout == layout
+        assert use.flops == flops
+        assert use.served == (layout is not None)
+
+
+def test_unserved_use_names_its_source_line():
+    use = of(lambda w, x: x @ w + x @ jnp.sin(w), (8, 6), X)
+    assert use.layout == IO and not use.served
+    assert len(use.source) == 1 and "sin" in use.source[0] and "test_usage.py:" in use.source[0]
+
+
+def test_17_constants_and_vectors():
+    """Acceptance 17: a constant operand is no parameter, a fully contracted vector is skipped."""
+    params = {"w": abstract(8, 6), "v": abstract(8), "step": abstract(dtype=jnp.int32)}
+    use = lx.usage(lambda p, x: (x @ p["w"]) @ jnp.ones((6, 2)) + (x @ p["v"])[..., None], params, X)
+    assert set(use) == {"w", "v", "step"}
+    assert use["w"].layout == IO and use["v"].layout is None and use["step"].layout is None
+
+
+def test_20_scan_stacked_kernel_and_tied_table():
+    """Acceptance 20: (3, 8, 8) gives A (3, 8, 2) and B (3, 2, 8); a tied table has one layout."""
+
+    def fn(p, ids):
+        x = jnp.tanh(p["embed"][ids])
+        x = lax.scan(lambda c, w: (jnp.tanh(c @ w), None), x, p["layers"])[0]
+        return x @ p["embed"].T
+
+    params = {"embed": normal(1, (11, 8)), "layers": normal(2, (3, 8, 8))}
+    ids = jnp.array([[1, 2, 10]])
+    layout = lx.usage(fn, params, ids)
+    params, lora = lx.split(params, rank=2, targets=["embed", "layers"], layout=layout)
+    assert lora["layers"].a.shape == (3, 8, 2) and lora["layers"].b.shape == (3, 2, 8)
+    moved = jax.tree.map(lambda x: x + 0.1, lora)
+    got = lx.adapt(fn, fallback="error")(params, moved, ids)
+    np.testing.assert_allclose(got, fn(lx.merge(params, moved), ids), rtol=1e-4, atol=1e-4)
+
+
+def test_28_module_called_twice_has_one_adapter():
+    """Acceptance 28: Dense(2) applied twice, x (1, 4) padded back: one adapter, A (4, 1), B (1, 2)."""
+
+    class Twice(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            dense = nn.Dense(2)
+            return dense(jnp.pad(dense(x), ((0, 0), (0, 2))))
+
+    x = jnp.ones((1, 4))
+    variables = Twice().init(jax.random.key(0), x)
+    use = lx.usage(Twice().apply, variables, x)
+    assert use["params/Dense_0/kernel"].times == 2
+    params, lora = lx.split(variables, rank=1, layout=use)
+    (adapter,) = lora.values()
+    assert adapter.a.shape == (4, 1) and adapter.b.shape == (1, 2)
+    moved = jax.tree.map(lambda x: x + 0.5, lora)
+    got = lx.adapt(Twice().apply, fallback="error")(params, moved, x)
+    np.testing.assert_allclose(got, Twice().apply(lx.merge(params, moved), x), rtol=1e-5)
+
+
+def test_32_dtypes_follow_the_function():
+    """Acceptance 32: float16 compute over float32 params stays float16; a bfloat16 base stays bfloat16."""
+    x = jnp.ones((1, 3))
+    half = lx.adapt(lambda p, x: x.astype(jnp.float16) @ p["w"].astype(jnp.float16), fallback="error")
+    lora = {"w": make_adapter((3, 4), IO)}
+    params = {"w": normal(1, (3, 4))}
+    assert half(params, lora, x).dtype == jnp.float16
+    want = x @ lx.merge(params, lora)["w"]
+    np.testing.assert_allclose(half(params, lora, x).astype(jnp.float32), want, atol=1e-2)  # 4: cast to fp16
+    base = {"w": params["w"].astype(jnp.bfloat16)}
+    got = lx.adapt(lambda p, x: x.astype(jnp.bfloat16) @ p["w"])(base, lora, x)
+    assert got.dtype == jnp.bfloat16 and lx.merge(base, lora)["w"].dtype == jnp.bfloat16
+
+
+def test_the_table_as_text():
+    params = {"q": abstract(8, 2, 3), "norm": abstract(8), "odd": abstract(8, 6)}
+
+    def fn(p, x):
+        x = x * p["norm"][None, None]
+        return jnp.einsum("btd,dhk->bthk", x, p["q"]).sum() + (x @ p["odd"] + x @ jnp.cos(p["odd"])).sum()
+
+    lines = str(lx.usage(fn, params, X)).splitlines()
+    assert lines[0].split()[:4] == ["path", "shape", "ops", "stack"]
+    rows = {line.split()[0]: line for line in lines[2:]}
+    assert set(rows) == {"q", "norm", "odd"}
+    assert (
+        "8x2x3" in rows["q"] and "(0,)" in rows["q"] and "(1, 2)" in rows["q"] and rows["q"].endswith("yes")
+    )
+    assert "mul" in rows["norm"] and " - " in rows["norm"]
+    assert "no: cos" in rows["odd"] and "test_usage.py:" in rows["odd"]
+
+
+def test_plain_lists_need_no_names():
+    def mlp(layers, x):
+        for w, b in layers:
+            x = jnp.tanh(x @ w + b[None])
+        return x
+
+    layers = [(normal(i, (8, 8), 0.3), jnp.zeros(8)) for i in range(3)]
+    x = normal(9, (4, 8))
+    layout = lx.usage(mlp, layers, x)
+    params, lora = lx.split(layers, rank=2, layout=layout)
+    assert set(lora) == {"0/0", "1/0", "2/0"}
+    lora = {path: make_adapter((8, 8), IO, seed=int(path[0])) for path in lora}
+    got = lx.adapt(mlp, fallback="error")(params, lora, x)
+    np.testing.assert_allclose(got, mlp(lx.merge(params, lora), x), rtol=1e-4, atol=1e-5)
+
+
+def test_nothing_is_computed_or_allocated():
+    huge = {"w": abstract(80, 28672, 8192, dtype=jnp.bfloat16)}
+    x = abstract(1, 2048, 28672, dtype=jnp.bfloat16)
+    use = lx.usage(lambda p, x: lax.scan(lambda c, w: (c, (x @ w)[0, 0, 0]), 0, p["w"])[1], huge, x)["w"]
+    assert use.layout == SIO and use.times == 80 and use.flops == 80 * 2 * 2048 * 28672 * 8192
