@@ -8,6 +8,7 @@ from lorax_fn.methods.lora import LoRA as LoRA
 from lorax_fn.methods.lora import LoRAFA as LoRAFA
 from lorax_fn.methods.vera import VeRA as VeRA
 from lorax_fn.methods.whole import Full as Full
+from lorax_fn.methods.whole import Rows as Rows
 from lorax_fn.ranks import Spectrum as Spectrum
 from lorax_fn.ranks import effective_rank as effective_rank
 from lorax_fn.ranks import resize as resize
@@ -18,7 +19,10 @@ from lorax_fn.report import summary as summary
 from lorax_fn.splitting import delta as delta
 from lorax_fn.splitting import merge as merge
 from lorax_fn.splitting import split as split
+from lorax_fn.training.optim import lora_fa_gradient as lora_fa_gradient
+from lorax_fn.training.optim import loraplus as loraplus
 from lorax_fn.training.optim import mask as mask
+from lorax_fn.training.optim import riemannian as riemannian
 from lorax_fn.training.optim import train_only as train_only
 from lorax_fn.training.step import TrainState as TrainState
 from lorax_fn.training.step import make_train_step as make_train_step

@@ -7,6 +7,7 @@ import numbers
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from lorax_fn import inits
@@ -16,7 +17,7 @@ from lorax_fn.methods.lora import LoRA, LoRAFA
 from lorax_fn.methods.low_rank import SCALINGS
 from lorax_fn.methods.vera import VeRA
 from lorax_fn.targets import find, matches
-from lorax_fn.types import Layout, error
+from lorax_fn.types import Layout, error, is_float
 
 METHODS = {"lora": LoRA, "dora": DoRA, "lora_fa": LoRAFA, "vera": VeRA, "loha": LoHa}
 DEFAULTS = {"rank": 16, "alpha": 32.0, "scaling": "lora", "method": "lora", "init": "kaiming"}
@@ -211,3 +212,42 @@ def _check_alphas(alphas: Mapping[str, Any]) -> None:
             want="a finite number, a function of the rank that gives one, or {pattern: either}",
             do="alpha=32.0, or alpha=lambda rank: 2 * rank.",
         )
+
+
+def make_row_plans(leaves: Mapping[str, Any], rows: Any) -> dict[str, tuple[int, ...]]:
+    """The rows to train of each leaf that ``rows={pattern: ids}`` names, or raises."""
+    if rows is None:
+        return {}
+    if not isinstance(rows, Mapping):
+        raise error(
+            "rows= is no mapping.", got=repr(rows), want="{pattern: ids}", do="rows={'embed': [3, 7]}"
+        )
+    ids: dict[str, Any] = {}
+    for pattern, given in rows.items():
+        ((_, hits),) = find([pattern], leaves, "rows")
+        tables = [path for path in hits if is_float(leaves[path]) and len(leaves[path].shape) > 1]
+        ids.update((path, given) for path in tables or hits if path not in ids)
+    wrong = {path: why for path, given in ids.items() if (why := _rows_problem(given, leaves[path]))}
+    if wrong:
+        raise error(
+            "rows= cannot be trained as asked.",
+            path=list(wrong),
+            got=[f"{leaves[p].dtype}{tuple(leaves[p].shape)}, ids {str(ids[p])[:60]}" for p in wrong],
+            want=list(wrong.values()),
+            do="rows={'embed': [3, 7]}: each id once, from 0 to the number of rows less one.",
+        )
+    return {path: tuple(int(i) for i in given) for path, given in ids.items()}
+
+
+def _rows_problem(ids: Any, leaf: Any) -> str | None:
+    if not is_float(leaf) or len(leaf.shape) < 2:
+        return "a float table of two or more axes"
+    listed = isinstance(ids, Sequence) and not isinstance(ids, str) or isinstance(ids, np.ndarray | jax.Array)
+    ids = list(np.asarray(ids)) if listed and np.ndim(ids) == 1 else []
+    if not ids or not all(map(_is_int, ids)):
+        return "a sequence of one or more ints"
+    outside = sorted({int(i) for i in ids if not 0 <= i < leaf.shape[0]})
+    if outside:
+        return f"ids from 0 to {leaf.shape[0] - 1}, not {outside[:8]}"
+    twice = sorted({int(i) for i in ids if ids.count(i) > 1})
+    return f"each id once: {twice[:8]} repeat" if twice else None

@@ -93,7 +93,7 @@ def entries(w, layout: Layout) -> jax.Array:
     """A weight as float32 matrices ``[s, n, m]``, one a stack entry, whatever its axes."""
     stack, n, m = layout.shapes(w.shape)
     order = (*layout.stack, *layout.inputs, *layout.outputs)
-    wide = jnp.promote_types(w.dtype, jnp.float32)
+    wide = jnp.float32 if w.dtype.itemsize < 4 else w.dtype
     return jnp.transpose(jnp.asarray(w, wide), order).reshape(math.prod(stack), math.prod(n), math.prod(m))
 
 

@@ -9,11 +9,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lorax_fn.inits import find_init
 from lorax_fn.methods.low_rank import Start
-from lorax_fn.methods.whole import Full
-from lorax_fn.plans import METHODS, Plan, make_plans
+from lorax_fn.methods.whole import Full, Rows
+from lorax_fn.plans import METHODS, Plan, make_plans, make_row_plans
 from lorax_fn.targets import arrays, check_fits, check_lora, choose, classify
 from lorax_fn.types import Adapter, PyTree, error, flatten_with_paths, leaf_key
 
@@ -53,7 +54,7 @@ def split(
         one or a sequence. None is every linear weight: no embedding, norm, convolution or output head.
       exclude: patterns that win over ``targets``.
       full: patterns of leaves trained whole, which win over both.
-      rows: rows of embeddings to train; not available in this version.
+      rows: ``{pattern: ids}``: rows of a table to train, such as new tokens of an embedding; see `Rows`.
       layout: `lorax_fn.usage` of the function, or ``{pattern: Layout}``; without it conventions decide.
       key: PRNG key; None is ``jax.random.key(0)``. Each leaf folds in the crc32 of its path, so that another
         target never changes the values of the others.
@@ -65,8 +66,9 @@ def split(
       is that leaf of ``params`` another: what remains of it.
 
     Raises:
-      LoraError: a pattern matches nothing; a rank, alpha, method, scaling, init, key or dtype is not valid; a
-        weight is not float or its layout is open; there is no weight. All offending paths are listed.
+      LoraError: a pattern matches nothing; a rank, alpha, method, scaling, init, key or dtype is not valid, or
+        not for a weight; ids of rows are out of range or repeat; a weight is not float or its layout is open;
+        there is no weight. All offending paths are listed.
 
     Example:
       >>> import jax.numpy as jnp, lorax_fn as lx
@@ -74,16 +76,13 @@ def split(
       >>> lora["q/kernel"].a.shape, lora["q/kernel"].b.shape, lora["q/kernel"].scale
       ((8, 2), (2, 6), 16.0)
     """
-    if rows is not None:
-        raise error(
-            "rows= is not available in this version.", got=repr(rows), do="adapt the embedding: targets=."
-        )
     if not jnp.issubdtype(dtype, jnp.floating):
         raise error("adapters train in a float dtype.", got=f"dtype={dtype!r}", do="dtype=jnp.float32.")
     key = _checked_key(key)
     leaves = arrays(params)
     roles = classify(params, layout)
-    layouts, whole = choose(leaves, roles, targets, exclude, full)
+    chosen_rows = make_row_plans(leaves, rows)
+    layouts, whole = choose(leaves, roles, targets, exclude, full, list(chosen_rows))
     plans = make_plans(leaves, layouts, rank=rank, alpha=alpha, scaling=scaling, method=method, init=init)
 
     lora: dict[str, Adapter] = {}
@@ -95,6 +94,8 @@ def split(
                 residuals[path] = frozen
         elif path in whole:
             lora[path] = Full(_copy(leaves[path], dtype))
+        elif path in chosen_rows:
+            lora[path] = _run(lambda w, ids=chosen_rows[path]: _rows(w, ids, dtype), leaves[path])
     return _replace(params, residuals), lora
 
 
@@ -129,7 +130,7 @@ def merge(params: PyTree, lora: dict[str, Adapter], *, dtype: Any = None, requan
 def delta(lora: dict[str, Adapter]) -> dict[str, jax.Array]:
     """What each adapter adds to its weight: ``dW = scale * A @ B``.
 
-    Adapters whose change depends on the weight itself (`Full`, `DoRA`) have none; they are left out.
+    Adapters whose change depends on the weight itself (`Full`, `Rows`, `DoRA`) have none; they are left out.
 
     Args:
       lora: adapters by path.
@@ -177,6 +178,10 @@ def _checked_key(key: Any) -> jax.Array:
     if new or (dtype == jnp.uint32 and key.ndim == 1):
         return key
     raise error("key= is not one PRNG key.", got=repr(key), want="a single key", do="key=jax.random.key(0).")
+
+
+def _rows(w: Any, ids: tuple[int, ...], dtype: Any) -> Rows:
+    return Rows(jnp.asarray(w)[np.asarray(ids, np.int32)].astype(dtype), ids)
 
 
 def _copy(leaf: Any, dtype: Any) -> Any:

@@ -210,7 +210,7 @@ def _stated(leaves: Mapping[str, Any], layouts: Mapping[Pattern, Layout]) -> dic
 
 
 def choose(
-    leaves: Mapping[str, Any], roles: Mapping[str, Role], targets, exclude, full
+    leaves: Mapping[str, Any], roles: Mapping[str, Role], targets, exclude, full, rows: Sequence[str] = ()
 ) -> tuple[dict[str, Layout], list[str]]:
     """The leaves to adapt and the leaves to train whole, in the tree's order.
 
@@ -220,13 +220,14 @@ def choose(
       targets: patterns, or None for every linear weight.
       exclude: patterns or None; wins over ``targets``.
       full: patterns or None; wins over both.
+      rows: paths of leaves of which rows train, no patterns.
 
     Returns:
       ``({path: Layout}, [path])``: the weights to adapt, and the leaves to train whole.
 
     Raises:
-      LoraError: a pattern names nothing or no weight, a named leaf is not float, a layout is open, or nothing
-        is left to train.
+      LoraError: a pattern names nothing or no weight, a named leaf is not float, a layout is open, a leaf is
+        asked for in two ways, or nothing is left to train.
 
     Example:
       >>> import jax.numpy as jnp
@@ -249,6 +250,14 @@ def choose(
             want="float leaves: others have no gradient",
             do="narrow the pattern.",
         )
+    twice = [path for path in rows if path in asked or path in whole]
+    if twice:
+        raise error(
+            "rows= names leaves that are adapted or trained whole, too.",
+            path=twice,
+            want="one way to train a leaf",
+            do=f"exclude={twice!r}, or leave them out of rows=.",
+        )
     unserved = [path for path in asked if roles[path].kind == "unserved"]
     if unserved:
         raise error(
@@ -268,7 +277,9 @@ def choose(
             want="one reading of which axes are stack, inputs and outputs",
             do=f"{PASTE}, or layout={{{undecided[0]!r}: lx.Layout(inputs=..., outputs=...)}}",
         )
-    if not (asked or whole) or (targets is None and not named):  # with targets=() full= may stand alone
+    if not (asked or whole or rows) or (
+        targets is None and not named
+    ):  # with targets=() full= may stand alone
         large = [path for path in leaves if len(leaves[path].shape) > 1]
         raise error(
             "there is no weight to adapt.",

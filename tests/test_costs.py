@@ -265,10 +265,7 @@ def test_an_unrolled_stack_lowers_to_no_more_than_a_hand_written_one():
     text, hand_text = lowered.as_text(), by_hand_lowered.as_text()
     lines, hand_lines = len(text.splitlines()), len(hand_text.splitlines())
     print(f"{lines} lines of StableHLO, {hand_lines} by hand")
-    # A layer is one function, shared by 32 calls; inside it the 2-D products add reshapes, once.
-    assert text.count("func.func") <= hand_text.count("func.func")
-    assert text.count("call @") <= hand_text.count("call @")
-    assert lines <= 1.2 * hand_lines
+    assert lines <= hand_lines
 
 
 def test_a_second_step_compiles_nothing():

@@ -272,7 +272,8 @@ LOOPS = {
         lambda c, s: (c @ p["w"] * s, c), x, jnp.arange(1.0, 6.0), unroll=2)[0],
     "nested": lambda p, x: lax.scan(
         lambda c, _: (nested_step(p["w"], c), None), x, length=3)[0],
-    "switch": lambda p, x: lax.switch(jnp.int32(1), [lambda w: x, lambda w: x @ w, lambda w: x @ w.T], p["w"]),
+    "switch": lambda p, x: lax.switch(
+        jnp.int32(1), [lambda w: x, lambda w: x @ w, lambda w: x @ w.T], p["w"]),
     "checkpoint policy": lambda p, x: jax.checkpoint(
         lambda x: jnp.tanh(x @ p["w"]) @ p["w"], policy=jax.checkpoint_policies.dots_saveable)(x),
     "named policy": lambda p, x: jax.checkpoint(

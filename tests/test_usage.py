@@ -191,3 +191,63 @@ def test_nothing_is_computed_or_allocated():
     x = abstract(1, 2048, 28672, dtype=jnp.bfloat16)
     use = lx.usage(lambda p, x: lax.scan(lambda c, w: (c, (x @ w)[0, 0, 0]), 0, p["w"])[1], huge, x)["w"]
     assert use.layout == SIO and use.times == 80 and use.flops == 80 * 2 * 2048 * 28672 * 8192
+
+
+def conv(dims, **options):
+    def fn(p, x):
+        strides = options.get("strides", (1,) * (x.ndim - 2))
+        rest = {k: v for k, v in options.items() if k not in ("strides", "padding")}
+        return lax.conv_general_dilated(
+            x, p["w"], strides, options.get("padding", "VALID"), dimension_numbers=dims, **rest
+        )
+
+    return fn
+
+
+NWC = ("NWC", "WIO", "NWC")
+QUAX = (((4,), (2,)), ((2, 0), (1, 4)))
+# id -> function, W, x, rank, shapes of A and B
+PEERS = {
+    "6 19 conv": (jax.checkpoint(conv(NWC)), (2, 13, 17), (7, 11, 13), 3, (2, 13, 3), (3, 17)),
+    "6 strides": (conv(NWC, strides=(2,), padding="SAME"), (2, 13, 17), (7, 11, 13), 3, (2, 13, 3), (3, 17)),
+    "6 kernel dilation": (conv(NWC, rhs_dilation=(2,)), (2, 13, 17), (7, 11, 13), 3, (2, 13, 3), (3, 17)),
+    "6 input dilation": (conv(NWC, lhs_dilation=(2,), padding=((1, 0),)), (2, 13, 17), (7, 11, 13), 3,
+                         (2, 13, 3), (3, 17)),
+    "6 groups": (conv(NWC, feature_group_count=2), (2, 6, 8), (7, 11, 12), 3, (2, 6, 3), (3, 8)),
+    "18": (conv(KERNEL, padding="SAME"), (3, 3, 16, 32), (1, 5, 5, 16), 3, (3, 3, 16, 3), (3, 32)),
+    "7": (lambda p, i: jnp.take(p["w"], i, axis=0), (4321, 100), None, 19, (4321, 19), (19, 100)),
+    "29 q": (lambda p, x: jnp.einsum("btd,ndh->btnh", x, p["w"]), (4, 8, 5), (2, 3, 8), 2, (8, 2),
+             (2, 4, 5)),
+    "29 o": (lambda p, x: jnp.einsum("btnh,nhd->btd", x, p["w"]), (4, 5, 8), (2, 3, 4, 5), 2, (4, 5, 2),
+             (2, 8)),
+    "48 left": (lambda p, x: lax.dot_general(p["w"], x, QUAX), (3, 2, 1, 4, 5), (8, 1, 5, 7, 3, 9, 10), 5,
+                (3, 1, 5, 5), (3, 1, 5, 2, 4)),
+    "48 right": (lambda p, x: lax.dot_general(x, p["w"], QUAX), (8, 1, 5, 7, 3, 9, 10), (3, 2, 1, 4, 5), 5,
+                 (1, 3, 5, 5), (1, 3, 5, 8, 7, 9, 10)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_peers_shapes(name):
+    """Acceptance 6, 7, 18, 19, 29, 48: the factors that `usage` gives, and the function on them."""
+    fn, shape, x, rank, a, b = PEERS[name]
+    x = jnp.arange(143).reshape(11, 13) * 30 if x is None else normal(2, x)
+    params = {"w": normal(1, shape)}
+    params, lora = lx.split(params, rank=rank, targets="w", layout=lx.usage(fn, params, x))
+    assert lora["w"].a.shape == a and lora["w"].b.shape == b
+    run = lx.adapt(fn, fallback="error")
+    np.testing.assert_allclose(run(params, lora, x), fn(params, x), rtol=1e-5, atol=1e-4)
+    moved = {"w": make_adapter(shape, lora["w"].layout, rank)}
+    want = fn(lx.merge(params, moved), x)
+    np.testing.assert_allclose(run(params, moved, x), want, rtol=1e-3, atol=1e-5 * np.abs(want).max())
+
+
+def test_6_two_convolutions_have_different_factors():
+    params = {"one": normal(1, (2, 4, 4)), "two": normal(1, (2, 4, 4))}
+
+    def fn(p, x):
+        return conv(NWC)({"w": p["two"]}, conv(NWC)({"w": p["one"]}, x))
+
+    layout = lx.usage(fn, params, abstract(1, 9, 4))
+    _, lora = lx.split(params, rank=2, targets=["one", "two"], layout=layout)
+    assert np.abs(lora["one"].a - lora["two"].a).max() > 0.1

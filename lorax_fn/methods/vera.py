@@ -71,7 +71,8 @@ class VeRA(LowRank):
 
     def pair(self) -> Factors:
         a, b = jax.lax.stop_gradient((self.a, self.b))
-        b = b * jnp.expand_dims(self.gain, len(self.layout.stack))
+        stack = len(self.layout.stack)
+        b = jnp.expand_dims(b, tuple(range(stack))) * jnp.expand_dims(self.gain, stack)
         return Factors(a, b, self.layout, self.d)
 
 

@@ -1,12 +1,13 @@
-"""Whole leaves: `Full` trains a leaf as it is (a bias, a norm, a new head)."""
+"""Whole values: `Full` trains a leaf as it is (a bias, a norm, a new head), `Rows` some rows of one."""
 
 import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from lorax_fn.types import Adapter
+from lorax_fn.types import Adapter, Factors, Layout
 
 
 @jax.tree_util.register_dataclass
@@ -31,4 +32,47 @@ class Full(Adapter):
     def problem(self, w: Any) -> str | None:
         if tuple(w.shape) != np.shape(self.value):
             return f"a whole leaf of shape {np.shape(self.value)}"
+        return None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rows(Adapter):
+    """Chosen rows of a table, such as new tokens of an embedding: ``W' = W`` but ``W'[ids] = values``.
+
+    The transform contracts it as the low-rank ``W + S (values - W[ids])``, ``S`` the columns ``ids`` of the
+    identity, so that neither a lookup nor tied logits build the table.
+
+    Args:
+      values: ``[k, *m]``, the rows as they train.
+      ids: which rows of axis 0 they are, each once.
+
+    Example:
+      >>> import jax.numpy as jnp, lorax_fn as lx
+      >>> lx.Rows(jnp.ones((1, 2)), ids=(2,)).weight(jnp.zeros((3, 2)))[2]
+      Array([1., 1.], dtype=float32)
+    """
+
+    values: Any
+    ids: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+
+    @property
+    def rank(self) -> int:
+        """How many rows train."""
+        return len(self.ids)
+
+    def weight(self, w: jax.Array) -> jax.Array:
+        return w.at[np.asarray(self.ids, np.int32)].set(self.values.astype(w.dtype))
+
+    def factors(self, w: jax.Array) -> Factors:
+        ids = np.asarray(self.ids, np.int32)
+        table = np.arange(w.shape[0], dtype=np.int32)
+        a = (jnp.asarray(table)[:, None] == ids[None, :]).astype(self.values.dtype)
+        b = self.values - w[ids].astype(self.values.dtype)
+        return Factors(a, b, Layout((), (0,), tuple(range(1, w.ndim))), 1.0)
+
+    def problem(self, w: Any) -> str | None:
+        shape = np.shape(self.values)
+        if len(w.shape) < 2 or shape != (len(self.ids), *w.shape[1:]) or max(self.ids) >= w.shape[0]:
+            return f"rows {self.ids[:8]} of shape {shape[1:]}"
         return None

@@ -1,10 +1,18 @@
-"""Which leaves train, and an optimizer that touches no other."""
+"""Which leaves train, an optimizer that touches no other, and gradients that know of A and B."""
 
+import dataclasses
+import math
+import numbers
 import operator
+from collections.abc import Callable
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
+from lorax_fn.methods.lora import LoRA, LoRAFA
+from lorax_fn.targets import check_lora
 from lorax_fn.types import Adapter, PyTree, error, is_adapter, is_float
 
 
@@ -77,7 +85,7 @@ def train_only(
     """
     if isinstance(tx, optax.MultiSteps):
         tx = tx.gradient_transformation()
-    if not (callable(getattr(tx, "init", None)) and callable(getattr(tx, "update", None))):
+    if not _is_optimizer(tx):
         raise error(
             "tx is not an optimizer.",
             got=f"{type(tx).__name__} {getattr(tx, '__name__', '')}".strip(),
@@ -102,3 +110,180 @@ def _own_promotion(tx: optax.GradientTransformation) -> optax.GradientTransforma
             return tx.update(updates, state, params, **extra_args)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+# Optimizers of the low-rank factors -------------------------------------------------------------------
+
+UP = ("b", "b1", "b2")  # the factors on the side of the outputs
+
+
+def loraplus(tx_or_lr: Any, ratio: Any = 16.0) -> optax.GradientTransformationExtraArgs:
+    """LoRA+: B learns ``ratio`` times as fast as A.
+
+    Hayou et al., "LoRA+" (https://arxiv.org/abs/2402.12354): ``lr_B = ratio * lr_A``. The updates of every
+    ``b`` field are multiplied, so decoupled weight decay inside ``tx_or_lr`` is, too, as with a second
+    parameter group; with ratio 1 it is ``tx_or_lr`` itself.
+
+    Args:
+      tx_or_lr: an optimizer, learning rate and all; or a learning rate or schedule for `optax.adam`.
+      ratio: how much faster B learns; a number or a scalar array, so ``optax.inject_hyperparams`` may set it.
+
+    Returns:
+      A transformation that composes with `optax.chain`, ``inject_hyperparams`` and ``MultiSteps``.
+
+    Raises:
+      LoraError: ``tx_or_lr`` is neither an optimizer nor a learning rate.
+
+    Example:
+      >>> import jax.numpy as jnp, lorax_fn as lx, optax
+      >>> _, lora = lx.split({"kernel": jnp.ones((2, 2))}, rank=1)
+      >>> tx = lx.loraplus(optax.sgd(0.5), ratio=4)
+      >>> updates, _ = tx.update(lora, tx.init(lora), lora)
+      >>> bool((updates["kernel"].a == -0.5 * lora["kernel"].a).all())
+      True
+    """
+    if isinstance(tx_or_lr, optax.MultiSteps):
+        tx_or_lr = tx_or_lr.gradient_transformation()
+    if not _is_optimizer(tx_or_lr):
+        if not (callable(tx_or_lr) or is_float(tx_or_lr) or isinstance(tx_or_lr, numbers.Real)):
+            raise error(
+                "loraplus takes an optimizer or a learning rate.",
+                got=type(tx_or_lr).__name__,
+                want="an optax.GradientTransformation, a number, or a schedule",
+                do="lx.loraplus(1e-4), or lx.loraplus(optax.adamw(1e-4)).",
+            )
+        tx_or_lr = optax.adam(tx_or_lr)
+
+    def faster(_, adapter, __):
+        def scaled(path, update):
+            up = getattr(path[0], "name", None) in UP
+            return update * jnp.asarray(ratio, update.dtype) if up else update
+
+        return jax.tree_util.tree_map_with_path(scaled, adapter)
+
+    return optax.chain(_own_promotion(tx_or_lr), _of_adapters(faster))
+
+
+def lora_fa_gradient(lora: dict[str, Adapter], eps: float = 1e-8) -> optax.GradientTransformationExtraArgs:
+    """LoRA-FA's gradient: that of B as if the change of W itself took a gradient step, A frozen.
+
+    Wang et al. (https://arxiv.org/abs/2308.03303), as PEFT's ``create_lorafa_optimizer``:
+    ``g_B <- (A^T A + eps I)^-1 g_B / s^2``. Put it before the optimizer: ``chain(this, adamw(lr))``.
+
+    Args:
+      lora: the adapters that will train. A never changes, so the inverses, ``[*s, r, r]``, are made here.
+      eps: added to the diagonal.
+
+    Returns:
+      A transformation. Adapters that are no `LoRAFA` pass as they are.
+
+    Raises:
+      LoraError: ``lora`` is not a dict of adapters.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lorax_fn as lx, optax
+      >>> _, lora = lx.split({"kernel": jnp.ones((4, 2))}, rank=1, alpha=2.0, method="lora_fa")
+      >>> tx = optax.chain(lx.lora_fa_gradient(lora), optax.sgd(1.0))
+      >>> grads = jax.tree.map(jnp.ones_like, lora)
+      >>> update = tx.update(grads, tx.init(lora))[0]["kernel"].b
+      >>> bool(jnp.allclose(update, -1.0 / (4 * jnp.sum(lora["kernel"].a ** 2)), rtol=1e-5))
+      True
+    """
+    check_lora(lora)
+    able = {path: adapter for path, adapter in lora.items() if isinstance(adapter, LoRAFA)}
+    inverses = {}
+    for path, adapter in able.items():
+        a = _matrices(adapter.a, len(adapter.layout.stack), last=True)
+        scale = jnp.asarray(adapter.scale, jnp.float32).reshape(-1, 1, 1)
+        scale = jnp.where(scale == 0, jnp.ones_like(scale), scale)  # rank 0: its gradient is 0
+        inverses[path] = _inverse(jnp.swapaxes(a, -1, -2), eps) / jnp.square(scale)
+
+    def corrected(path, adapter, _):
+        name = getattr(path[-1], "key", None) if path else None
+        if not isinstance(adapter, LoRAFA) or name not in inverses:
+            return adapter
+        b = _matrices(adapter.b, len(adapter.layout.stack))
+        b = jnp.matmul(inverses[name], b, precision=jax.lax.Precision.HIGHEST)
+        return dataclasses.replace(adapter, b=b.reshape(adapter.b.shape).astype(adapter.b.dtype))
+
+    return _of_adapters(corrected)
+
+
+def riemannian(damping: float = 1e-2) -> optax.GradientTransformationExtraArgs:
+    """Each factor's gradient in the metric of the other: training that depends on ``A B`` alone.
+
+    Zhang and Pilanci, "Riemannian Preconditioned LoRA" (https://arxiv.org/abs/2402.02347), equation (4):
+    ``g_A <- g_A (B B^T + d I)^-1`` and ``g_B <- (A^T A + d I)^-1 g_B``, in float32. Put it before the
+    optimizer: ``chain(riemannian(), sgd(lr))``.
+
+    Args:
+      damping: ``d``, added to the diagonals.
+
+    Returns:
+      A transformation, whose ``update`` needs the adapters as ``params``. Those that are no `LoRA` pass as
+      they are.
+
+    Raises:
+      LoraError: at the update, without ``params``, or for a `LoRAFA`, whose A is not in reach.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lorax_fn as lx
+      >>> layout = lx.Layout(inputs=(0,), outputs=(1,))
+      >>> lora = {"w": lx.LoRA(2 * jnp.ones((1, 1)), jnp.ones((1, 1)), 1.0, 1, "lora", layout)}
+      >>> tx = lx.riemannian(damping=0.0)
+      >>> tx.update(jax.tree.map(jnp.ones_like, lora), tx.init(lora), lora)[0]["w"].b
+      Array([[0.25]], dtype=float32)
+    """
+    exact = jax.lax.Precision.HIGHEST
+
+    def preconditioned(path, grad, adapter):
+        if not isinstance(grad, LoRA):
+            return grad
+        if adapter is None or isinstance(grad, LoRAFA):
+            raise error(
+                "riemannian needs both factors.",
+                path=jax.tree_util.keystr(path, simple=True, separator="/"),
+                got="no params" if adapter is None else "LoRAFA, whose A does not train",
+                want="tx.update(grads, state, lora) of adapters whose A and B train",
+                do="pass params, or use lx.lora_fa_gradient(lora) for LoRA-FA.",
+            )
+        stack = len(grad.layout.stack)
+        a, ga = (_matrices(x.a, stack, last=True) for x in (adapter, grad))
+        b, gb = (_matrices(x.b, stack) for x in (adapter, grad))
+        ga = jnp.matmul(ga, _inverse(b, damping), precision=exact)
+        gb = jnp.matmul(_inverse(jnp.swapaxes(a, -1, -2), damping), gb, precision=exact)
+        new = [g.reshape(x.shape).astype(x.dtype) for g, x in ((ga, grad.a), (gb, grad.b))]
+        return dataclasses.replace(grad, a=new[0], b=new[1])
+
+    return _of_adapters(preconditioned)
+
+
+def _matrices(factor: jax.Array, stack: int, *, last: bool = False) -> jax.Array:
+    """A factor as float32 matrices: ``[s, r, m]`` of B; with ``last`` ``[s, n, r]`` of A."""
+    shape = factor.shape
+    count = math.prod(shape[:stack])
+    wide = jnp.asarray(factor, jnp.float32)
+    return wide.reshape(count, -1, shape[-1]) if last else wide.reshape(count, shape[stack], -1)
+
+
+def _inverse(rows: jax.Array, damping: float) -> jax.Array:
+    """``(X X^T + damping I)^-1`` of each matrix ``X [r, n]``."""
+    gram = jnp.einsum("srn,stn->srt", rows, rows, precision=jax.lax.Precision.HIGHEST)
+    return jnp.linalg.inv(gram + damping * jnp.eye(gram.shape[-1], dtype=jnp.float32)[None])
+
+
+def _of_adapters(change: Callable) -> optax.GradientTransformationExtraArgs:
+    """A stateless transformation that maps ``change(path, update, param)`` over the adapters of a tree."""
+
+    def update(updates, state, params=None, **_):
+        def one(path, node, param=None):
+            return change(path, node, param) if is_adapter(node) else node
+
+        trees = (updates,) if params is None else (updates, params)
+        return jax.tree_util.tree_map_with_path(one, *trees, is_leaf=is_adapter), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
+def _is_optimizer(tx: Any) -> bool:
+    return callable(getattr(tx, "init", None)) and callable(getattr(tx, "update", None))

@@ -66,6 +66,8 @@ def _convolution(eqn, index, values):
     """
     x, w = values
     params = eqn.params
+    if is_factored(x) and x.lookup and is_factored(w):
+        x = build(x)  # looked-up rows are an activation
     if is_factored(x) or params["batch_group_count"] != 1:
         return NotImplemented
     out_axis, in_axis, *window = params["dimension_numbers"].rhs_spec
