@@ -91,7 +91,7 @@ class Transformer(nn.Module):
 
 
 class LoRADense(nn.Module):
-    """LoRA as one writes it by hand: nn.Dense, and ``s * ((x @ a) @ b)`` from a collection of its own."""
+    """LoRA as one writes it by hand: ``y`` of nn.Dense, bias included, and then ``y + s * ((x @ a) @ b)``."""
 
     features: int
     rank: int
@@ -100,11 +100,11 @@ class LoRADense(nn.Module):
     @nn.compact
     def __call__(self, x):
         n = x.shape[-1]
-        y = x @ self.param("kernel", nn.initializers.lecun_normal(), (n, self.features))
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (n, self.features))
+        y = x @ kernel + self.param("bias", nn.initializers.zeros, (self.features,))
         a = self.variable("lora", "a", jnp.zeros, (n, self.rank)).value
         b = self.variable("lora", "b", jnp.zeros, (self.rank, self.features)).value
-        y = y + self.scale * ((x @ a) @ b)
-        return y + self.param("bias", nn.initializers.zeros, (self.features,))
+        return y + self.scale * ((x @ a) @ b)
 
 
 # The variants. Each is a loss of (trainable, frozen, batch); one optimizer steps them all.

@@ -4,6 +4,7 @@ from lorax_fn import checkpoint as checkpoint
 from lorax_fn.dropping import dropout as dropout
 from lorax_fn.methods.dora import DoRA as DoRA
 from lorax_fn.methods.loha import LoHa as LoHa
+from lorax_fn.methods.lokr import LoKr as LoKr
 from lorax_fn.methods.lora import LoRA as LoRA
 from lorax_fn.methods.lora import LoRAFA as LoRAFA
 from lorax_fn.methods.vera import VeRA as VeRA
@@ -14,6 +15,8 @@ from lorax_fn.ranks import effective_rank as effective_rank
 from lorax_fn.ranks import resize as resize
 from lorax_fn.ranks import to_plain as to_plain
 from lorax_fn.ranks import truncate as truncate
+from lorax_fn.reallocation import reallocate as reallocate
+from lorax_fn.reallocation import sensitivity as sensitivity
 from lorax_fn.report import Summary as Summary
 from lorax_fn.report import summary as summary
 from lorax_fn.splitting import delta as delta

@@ -7,7 +7,7 @@ differ along a stack come as a tuple; the factors are then as wide as the larges
 
 import functools
 import math
-from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -163,7 +163,7 @@ INITS = {
 }
 
 
-def find_init(name: object) -> Callable | None:
+def find_init(name: object) -> Any:
     """The init of a name, ``"pissa:n"`` included; None for any other value."""
     if not isinstance(name, str):
         return None

@@ -1,5 +1,6 @@
 """One value a target for rank, alpha, scaling, method and init, all checked before anything is built."""
 
+import collections
 import dataclasses
 import glob
 import math
@@ -13,13 +14,14 @@ import numpy as np
 from lorax_fn import inits
 from lorax_fn.methods.dora import DoRA
 from lorax_fn.methods.loha import LoHa
+from lorax_fn.methods.lokr import LoKr
 from lorax_fn.methods.lora import LoRA, LoRAFA
 from lorax_fn.methods.low_rank import SCALINGS
 from lorax_fn.methods.vera import VeRA
 from lorax_fn.targets import find, matches
 from lorax_fn.types import Layout, error, is_float
 
-METHODS = {"lora": LoRA, "dora": DoRA, "lora_fa": LoRAFA, "vera": VeRA, "loha": LoHa}
+METHODS = {"lora": LoRA, "dora": DoRA, "lora_fa": LoRAFA, "vera": VeRA, "loha": LoHa, "lokr": LoKr}
 DEFAULTS = {"rank": 16, "alpha": 32.0, "scaling": "lora", "method": "lora", "init": "kaiming"}
 
 
@@ -154,9 +156,13 @@ def _check_ranks(ranks: Mapping[str, Any], leaves: Mapping, layouts: Mapping, gi
             "a rank is larger than its weight allows.",
             path=list(too_large),
             got=[f"rank={ranks[path]} for shape {tuple(leaves[path].shape)}" for path in too_large],
-            want=[f"at most {limit}, the smaller of n and m" for limit in too_large.values()],
+            want=[f"at most {limit}{_of(methods[path])}" for path, limit in too_large.items()],
             do=f"rank={_remedy(ranks, too_large, given)!r}",
         )
+
+
+def _of(method: str) -> str:
+    return f", for method={method!r}" if method == "lokr" else ", the smaller of n and m"
 
 
 def _rank_problem(rank: Any, entries: int | None) -> str | None:
@@ -246,8 +252,9 @@ def _rows_problem(ids: Any, leaf: Any) -> str | None:
     ids = list(np.asarray(ids)) if listed and np.ndim(ids) == 1 else []
     if not ids or not all(map(_is_int, ids)):
         return "a sequence of one or more ints"
-    outside = sorted({int(i) for i in ids if not 0 <= i < leaf.shape[0]})
+    counts = collections.Counter(map(int, ids))
+    outside = sorted(i for i in counts if not 0 <= i < leaf.shape[0])
     if outside:
         return f"ids from 0 to {leaf.shape[0] - 1}, not {outside[:8]}"
-    twice = sorted({int(i) for i in ids if ids.count(i) > 1})
+    twice = sorted(i for i, count in counts.items() if count > 1)
     return f"each id once: {twice[:8]} repeat" if twice else None

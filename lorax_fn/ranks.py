@@ -149,12 +149,13 @@ def resize(lora: dict[str, Adapter], rank: int | Mapping[str, int]) -> dict[str,
     """
     check_lora(lora)
     ranks = _asked_ranks(lora, rank)
-    uneven = [p for p, r in ranks.items() if isinstance(lora[p].rank, tuple) and r > _width(lora[p])]
+    had = {path: adapter.rank for path, adapter in lora.items() if isinstance(adapter, LoRA)}
+    uneven = [p for p, r in ranks.items() if isinstance(had[p], tuple) and r > _width(lora[p])]
     if uneven:
         raise error(
             "ranks that differ along a stack cannot be enlarged.",
             path=uneven,
-            got=[f"rank={lora[p].rank}" for p in uneven],
+            got=[f"rank={had[p]}" for p in uneven],
             want="one rank for the whole stack",
             do="split again with the ranks you want.",
         )
@@ -217,7 +218,7 @@ def to_plain(params0: PyTree, params: PyTree, lora: dict[str, Adapter]) -> dict[
         raise error(
             "params0 and params differ by more than these adapters took out.",
             path=list(wrong),
-            got=[f"{share:.2%} of the weight beyond rank {lora[p].rank}" for p, share in wrong.items()],
+            got=[f"{share:.2%} of the weight beyond its adapter's rank" for share in wrong.values()],
             want="params0 as split was given them, params as it returned them",
             do="keep the original tree: params, lora = lx.split(params0, init='pissa').",
         )
@@ -227,7 +228,7 @@ def to_plain(params0: PyTree, params: PyTree, lora: dict[str, Adapter]) -> dict[
 # One adapter --------------------------------------------------------------------------------------------
 
 
-def _factor_entries(adapter: LowRank) -> tuple[jax.Array, jax.Array, jax.Array]:
+def factor_entries(adapter: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
     """A ``[s, n, r]`` and B ``[s, r, m]`` in float32, and the scale as ``[s, r]``."""
     pair, stack = adapter.pair(), len(adapter.layout.stack)
     a, b = jnp.asarray(pair.a, jnp.float32), jnp.asarray(pair.b, jnp.float32)
@@ -255,7 +256,7 @@ def _svd(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 
 def _spectrum(adapter: LowRank) -> Spectrum:
-    a, b, scale = _factor_entries(adapter)
+    a, b, scale = factor_entries(adapter)
     values = _svd(a, b * scale[:, :, None])[1]
     total, largest = values.sum(-1), values[:, 0]
     none = largest == 0
@@ -270,11 +271,11 @@ def _spectrum(adapter: LowRank) -> Spectrum:
     )
 
 
-def _width(adapter: LoRA) -> int:
+def _width(adapter: Any) -> int:
     return np.shape(adapter.a)[-1]
 
 
-def _rank_of_energy(adapter: LoRA, energy: float) -> int:
+def _rank_of_energy(adapter: Any, energy: float) -> int:
     values = np.asarray(_spectrum(adapter).values, np.float64).reshape(-1, _width(adapter))
     squares = np.cumsum(np.square(values), axis=-1)
     enough = squares >= energy * squares[:, -1:] * (1.0 - 1e-12)
@@ -284,7 +285,7 @@ def _rank_of_energy(adapter: LoRA, energy: float) -> int:
 def _asked_ranks(lora: Mapping[str, Adapter], rank: Any) -> dict[str, int]:
     """The rank asked of each `LoRA`, checked."""
     able = {path for path, adapter in lora.items() if isinstance(adapter, LoRA)}
-    asked = dict(rank) if isinstance(rank, Mapping) else dict.fromkeys((p for p in lora if p in able), rank)
+    asked: Any = rank if isinstance(rank, Mapping) else {path: rank for path in lora if path in able}
     unknown = [path for path in asked if path not in able]
     if unknown:
         raise error(
@@ -299,10 +300,10 @@ def _asked_ranks(lora: Mapping[str, Adapter], rank: Any) -> dict[str, int]:
             want="an int of 1 or more",
             do="rank=8, or {path: rank}.",
         )
-    return asked
+    return dict(asked)
 
 
-def _with_rank(adapter: LoRA, a: jax.Array, b: jax.Array, rank: Any) -> LoRA:
+def with_rank(adapter: LoRA, a: jax.Array, b: jax.Array, rank: Any) -> LoRA:
     """The adapter with factors ``[s, n, r], [s, r, m]`` of ``rank``, alpha such that the scale stays."""
     stack, n, m = adapter.layout.shapes(adapter.shape)
     rule = SCALINGS[adapter.scaling]
@@ -311,9 +312,10 @@ def _with_rank(adapter: LoRA, a: jax.Array, b: jax.Array, rank: Any) -> LoRA:
         return alpha * rule(1.0, old) / rule(1.0, new) if old and new else alpha
 
     alpha: Any
-    if isinstance(adapter.rank, tuple):
-        alphas = adapter.alpha if isinstance(adapter.alpha, tuple) else (adapter.alpha,) * len(adapter.rank)
-        alpha = tuple(map(kept, alphas, adapter.rank, rank))
+    if isinstance(rank, tuple):
+        alphas = adapter.alpha if isinstance(adapter.alpha, tuple) else (adapter.alpha,) * len(rank)
+        ranks = adapter.rank if isinstance(adapter.rank, tuple) else (adapter.rank,) * len(rank)
+        alpha = tuple(map(kept, alphas, ranks, rank))
     else:
         alpha = kept(adapter.alpha, adapter.rank, rank)
     r = a.shape[-1]
@@ -322,22 +324,22 @@ def _with_rank(adapter: LoRA, a: jax.Array, b: jax.Array, rank: Any) -> LoRA:
     return dataclasses.replace(adapter, a=a, b=b, rank=rank, alpha=alpha)
 
 
-def _cut(adapter: LoRA, rank: int) -> LoRA:
-    a, b, _ = _factor_entries(adapter)
+def _cut(adapter: Any, rank: int) -> LoRA:
+    a, b, _ = factor_entries(adapter)
     u, size, vt = _svd(a, b)
-    root = jnp.sqrt(size[:, :rank])
     new = tuple(min(r, rank) for r in adapter.rank) if isinstance(adapter.rank, tuple) else rank
-    return _with_rank(adapter, u[:, :, :rank] * root[:, None, :], root[:, :, None] * vt[:, :rank], new)
+    root = jnp.sqrt(size[:, :rank]) * used_ranks(new, a.shape[0])  # pads stay exactly zero
+    return with_rank(adapter, u[:, :, :rank] * root[:, None, :], root[:, :, None] * vt[:, :rank], new)
 
 
-def _padded(adapter: LoRA, rank: int) -> LoRA:
-    a, b, _ = _factor_entries(adapter)
+def _padded(adapter: Any, rank: int) -> LoRA:
+    a, b, _ = factor_entries(adapter)
     count, extra = a.shape[0], rank - a.shape[-1]
     # a fixed key: any numbers of A's size will do, and B's zeros keep dW
     draw = jax.random.normal(jax.random.key(rank), (count, a.shape[1], extra), jnp.float32)
     a = jnp.concatenate([a, draw * jnp.sqrt(jnp.mean(jnp.square(a)))], axis=-1)
     b = jnp.concatenate([b, jnp.zeros((count, extra, b.shape[-1]), jnp.float32)], axis=1)
-    return _with_rank(adapter, a, b, rank)
+    return with_rank(adapter, a, b, rank)
 
 
 def _differ(w0: Any, w: Any) -> bool:
@@ -350,9 +352,9 @@ def _is_tracer(x: Any) -> bool:
     return isinstance(x, jax.core.Tracer)  # noqa: TID251  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _relative_to(adapter: LoRA, w0: Any, w: Any) -> tuple[LoRA, jax.Array]:
+def _relative_to(adapter: Any, w0: Any, w: Any) -> tuple[LoRA, jax.Array]:
     """The adapter of ``w0``, and the share of ``w0`` that lies in neither ``w`` nor its rank."""
-    a, b, scale = _factor_entries(adapter)
+    a, b, scale = factor_entries(adapter)
     first, last = (entries(x, adapter.layout).astype(jnp.float32) for x in (w0, w))
     used = jnp.asarray(used_ranks(adapter.rank, a.shape[0]))
     s = jnp.where(scale == 0, jnp.ones_like(scale), scale)
@@ -365,8 +367,8 @@ def _relative_to(adapter: LoRA, w0: Any, w: Any) -> tuple[LoRA, jax.Array]:
     a0, b0 = u[:, :, :r] * root[:, None, :], (root * jnp.sign(s))[:, :, None] * vt[:, :r]
     a, b = jnp.concatenate([a, a0], axis=-1), jnp.concatenate([b, -b0], axis=1)
     if not isinstance(adapter.rank, tuple):
-        return _with_rank(adapter, a, b, 2 * adapter.rank), share
+        return with_rank(adapter, a, b, 2 * adapter.rank), share
     # pads go behind both parts, as everywhere
     order = np.argsort(1 - np.concatenate([used_ranks(adapter.rank, a.shape[0])] * 2, -1), kind="stable")
     a, b = jnp.take_along_axis(a, order[:, None, :], -1), jnp.take_along_axis(b, order[:, :, None], 1)
-    return _with_rank(adapter, a, b, tuple(2 * r for r in adapter.rank)), share
+    return with_rank(adapter, a, b, tuple(2 * r for r in adapter.rank)), share

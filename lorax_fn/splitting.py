@@ -47,7 +47,7 @@ def split(
       alpha: numerator of the scale, or a function of the rank. One value for every rank keeps the first step
         on the data independent of the rank.
       scaling: ``"lora"`` for alpha / rank, ``"rslora"`` for alpha / sqrt(rank).
-      method: ``"lora"``, ``"dora"``, ``"lora_fa"``, ``"vera"`` or ``"loha"``.
+      method: ``"lora"``, ``"dora"``, ``"lora_fa"``, ``"vera"``, ``"loha"`` or ``"lokr"``.
       init: ``"kaiming"``, ``"gaussian"``, ``"orthogonal"`` or ``"zero_a"``; or ``"pissa"``, ``"pissa:4"`` (by
         a randomised SVD of four iterations) or ``"olora"``, which take a part of W into the factors.
       targets: patterns: a glob over whole path components, a compiled regex, or ``f(path, leaf) -> bool``;
@@ -66,9 +66,9 @@ def split(
       is that leaf of ``params`` another: what remains of it.
 
     Raises:
-      LoraError: a pattern matches nothing; a rank, alpha, method, scaling, init, key or dtype is not valid, or
-        not for a weight; ids of rows are out of range or repeat; a weight is not float or its layout is open;
-        there is no weight. All offending paths are listed.
+      LoraError: a pattern matches nothing; a rank, alpha, method, scaling, init, key or dtype is not valid,
+        or not for a weight; ids of rows are out of range or repeat; a weight is not float or its layout is
+        open; there is no weight. All offending paths are listed.
 
     Example:
       >>> import jax.numpy as jnp, lorax_fn as lx

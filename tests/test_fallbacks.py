@@ -173,3 +173,9 @@ def test_unknown_fallback_and_missing_adapters():
         lx.adapt(lambda p: p, fallback="ignore")
     with pytest.raises(lx.LoraError, match="adapters are missing"):
         lx.adapt(lambda p, x: x)(PARAMS)
+
+
+def test_a_bfloat16_weight_is_built_under_strict_promotion():
+    params, lora = lx.split({"kernel": jnp.full((3, 2), 0.5, jnp.bfloat16)}, rank=1)
+    got = lx.adapt(lambda params: jnp.sin(params["kernel"]), fallback="allow")(params, lora)
+    assert got.dtype == jnp.bfloat16 and bool((got == jnp.sin(params["kernel"])).all())

@@ -115,3 +115,29 @@ def test_pissa_starts_where_peft_starts():
         np.testing.assert_allclose(
             np.linalg.norm(lora[name].a, axis=0), np.linalg.norm(a, axis=0), atol=TOLERANCE
         )
+
+
+def conv_net(params, biases, x):
+    """The network of the conv data: three convolutions, the middle one 1 x 1, with tanh between."""
+    nchw, nch = ("NCHW", "HWIO", "NCHW"), ("NCH", "HIO", "NCH")
+    x = lax.conv_general_dilated(x, params["conv"], (1, 1), [(1, 1)] * 2, dimension_numbers=nchw)
+    x = jnp.tanh(x + biases["conv"][None, :, None, None])
+    x = lax.conv_general_dilated(x, params["pw"], (1, 1), "VALID", dimension_numbers=nchw)
+    x = jnp.tanh(x + biases["pw"][None, :, None, None]).reshape(2, 8, 20)
+    x = lax.conv_general_dilated(x, params["conv1"], (2,), "VALID", dimension_numbers=nch)
+    return x + biases["conv1"][None, :, None]
+
+
+def test_outputs_of_the_adapted_network_are_those_of_peft():
+    modules, base = adapted_modules("conv"), tensors("base_conv.safetensors")
+    params = {name: w for name, (w, _, _) in modules.items()}
+    lora = {name: adapter for name, (_, adapter, _) in modules.items()}
+    biases = {name: jnp.asarray(base[f"{name}.bias"]) for name in modules}
+    io, out = np.load(GOLDEN / "base_conv_io.npz"), np.load(GOLDEN / "conv" / "out.npz")
+    x = jnp.asarray(io["x"])
+    np.testing.assert_allclose(conv_net(params, biases, x), io["y"], rtol=0, atol=TOLERANCE)
+    got = lx.adapt(conv_net, fallback="error")(params, lora, biases, x)
+    np.testing.assert_allclose(got, out["y"], rtol=0, atol=TOLERANCE)
+    merged = conv_net(lx.merge(params, lora), biases, x)
+    np.testing.assert_allclose(merged, out["y_merged"], rtol=0, atol=TOLERANCE)
+    assert np.abs(out["y"] - io["y"]).max() > 1e-3

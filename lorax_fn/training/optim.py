@@ -152,7 +152,8 @@ def loraplus(tx_or_lr: Any, ratio: Any = 16.0) -> optax.GradientTransformationEx
                 want="an optax.GradientTransformation, a number, or a schedule",
                 do="lx.loraplus(1e-4), or lx.loraplus(optax.adamw(1e-4)).",
             )
-        tx_or_lr = optax.adam(tx_or_lr)
+        lr: Any = tx_or_lr
+        tx_or_lr = optax.adam(lr)
 
     def faster(_, adapter, __):
         def scaled(path, update):

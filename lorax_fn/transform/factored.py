@@ -361,7 +361,7 @@ def build(w: Factored) -> Any:
             path=list(w.paths),
             do="leave this weight out of lx.dropout, or train it without dropout.",
         )
-    compute = w.dtype if w.lookup else jnp.promote_types(w.dtype, jnp.float32)
+    compute = w.dtype if w.lookup or w.dtype.itemsize >= 4 else jnp.dtype(jnp.float32)
     a = w.parts["a"]
     rows, names = a.array.astype(compute), list(a.axes)
     if "key" in w.parts:

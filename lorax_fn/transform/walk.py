@@ -296,6 +296,7 @@ class LoraFallbackWarning(UserWarning):
       >>> import warnings, jax.numpy as jnp, lorax_fn as lx
       >>> params, lora = lx.split({"kernel": jnp.ones((3, 2))}, rank=1)
       >>> with warnings.catch_warnings(record=True) as caught:
+      ...     warnings.simplefilter("always")
       ...     _ = lx.adapt(lambda params: jnp.sin(params["kernel"]))(params, lora)
       >>> caught[0].category.__name__
       'LoraFallbackWarning'

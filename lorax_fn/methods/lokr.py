@@ -1,0 +1,103 @@
+"""LoKr: a Kronecker product, from LyCORIS, Yeh et al. (https://arxiv.org/abs/2309.14859).
+
+W' = W + scale * kron(W1, A @ B),   W1 small and full, A @ B of rank r, section 3.3
+"""
+
+import dataclasses
+import math
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from lorax_fn.methods.low_rank import LowRank, Start, scale_of
+from lorax_fn.types import Factors, Layout
+
+LARGEST = 8  # of W1's sides: its product with r is the width that the transform contracts
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LoKr(LowRank):
+    """A Kronecker product of a small matrix and a low-rank one: ``dW = scale * kron(W1, A @ B)``.
+
+    Section 3.3 of Yeh et al. (https://arxiv.org/abs/2309.14859); its rank is ``rank(W1) r``. ``n`` and ``m``
+    (each flattened) split into ``n1 n2`` and ``m1 m2``, the first the largest divisor up to 8 and the root.
+    The transform contracts it as a low-rank product of width ``min(n1, m1) r``, which is the same number.
+
+    Args:
+      w1: ``[*s, n1, m1]``, starts at 0.
+      a: ``[*s, n2, r]``.
+      b: ``[*s, r, m2]``.
+      alpha: numerator of the scale.
+      rank: ``r``.
+      scaling: ``"lora"`` or ``"rslora"``.
+      layout: which axes of the weight are stack, inputs and outputs.
+      sizes: the weight's shape.
+
+    Example:
+      >>> import jax.numpy as jnp, lorax_fn as lx
+      >>> _, lora = lx.split({"kernel": jnp.ones((512, 250))}, rank=4, method="lokr")
+      >>> lora["kernel"].w1.shape, lora["kernel"].a.shape, lora["kernel"].b.shape
+      ((8, 5), (64, 4), (4, 50))
+    """
+
+    takes_init: ClassVar[bool] = False
+    w1: Any
+    a: Any
+    b: Any
+    alpha: float = dataclasses.field(metadata={"static": True})
+    rank: int = dataclasses.field(metadata={"static": True})
+    scaling: str = dataclasses.field(metadata={"static": True})
+    layout: Layout = dataclasses.field(metadata={"static": True})
+    sizes: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+
+    @classmethod
+    def create(cls, w: Any, start: Start) -> tuple["LoKr", Any]:
+        stack, n, m = start.layout.shapes(w.shape)
+        (n1, n2), (m1, m2), r = _split(math.prod(n)), _split(math.prod(m)), start.rank
+        key_a, key_b = jax.random.split(start.key)
+        a = jax.random.uniform(key_a, (*stack, n2, r), jnp.float32, -1.0, 1.0) / math.sqrt(n2)
+        b = jax.random.uniform(key_b, (*stack, r, m2), jnp.float32, -1.0, 1.0) / math.sqrt(r)
+        factors = jnp.zeros((*stack, n1, m1), start.dtype), a.astype(start.dtype), b.astype(start.dtype)
+        return cls(*factors, start.alpha, r, start.scaling, start.layout, tuple(w.shape)), w
+
+    @classmethod
+    def refuses(cls, shape: tuple[int, ...], start: Any) -> str | None:
+        _, n, m = start.layout.shapes(shape)
+        whole = [size for size in (math.prod(n), math.prod(m)) if size > 1 and _split(size)[0] == 1]
+        if whole:
+            return f"inputs and outputs that have a divisor from 2 to {LARGEST}, not {whole}"
+        return super().refuses(shape, start)
+
+    @classmethod
+    def rank_limit(cls, n: int, m: int) -> int:
+        return min(_split(n)[1], _split(m)[1])
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.sizes
+
+    @property
+    def scale(self) -> Any:
+        """The number before the product."""
+        return scale_of(self.alpha, self.rank, self.scaling, ())
+
+    def pair(self) -> Factors:
+        stack, n, m = self.layout.shapes(self.sizes)
+        n1, m1 = self.w1.shape[-2:]
+        # indices: i, n1; j, n2; k, m1; l, m2; r the rank; and the side of W1 that stays apart, i or k
+        if n1 <= m1:
+            a = jnp.einsum("ik,...jr->...ijkr", jnp.eye(n1, dtype=self.a.dtype), self.a)
+            b = jnp.einsum("...ik,...rl->...irkl", self.w1, self.b)
+        else:
+            a = jnp.einsum("...ik,...jr->...ijkr", self.w1, self.a)
+            b = jnp.einsum("ik,...rl->...irkl", jnp.eye(m1, dtype=self.b.dtype), self.b)
+        width = min(n1, m1) * self.rank
+        return Factors(a.reshape(*stack, *n, width), b.reshape(*stack, width, *m), self.layout, self.scale)
+
+
+def _split(size: int) -> tuple[int, int]:
+    """``size`` as two factors, the first the largest divisor up to `LARGEST` and its root."""
+    first = max((d for d in range(1, min(LARGEST, math.isqrt(size)) + 1) if size % d == 0), default=1)
+    return first, size // first
