@@ -1,8 +1,10 @@
 """Models of Linen, NNX, Haiku and Equinox, unchanged: `usage` finds their weights, `adapt` equals `merge`."""
 
+import models_linen  # noqa: F401  (fills the table)
+import models_others  # noqa: F401
 import pytest
 from merged_oracle import check_model
-from models import MODELS, SAME
+from model_table import MODELS, SAME
 
 import lorax_fn as lx
 

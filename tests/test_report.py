@@ -62,8 +62,22 @@ def test_every_other_leaf_of_two_axes_has_its_reason():
 
 def test_text():
     lines = str(report()).splitlines()
-    assert lines[0].split() == ["path", "shape", "method", "rank", "alpha", "scale", "trainable", "total", "percent"]
-    assert lines[1].split() == ["attn/q/kernel", "(8,", "2,", "4)", "LoRA", "2", "8", "5.65685"] + ["32", "64", "50.000"]
+    assert lines[0].split() == [
+        "path",
+        "shape",
+        "method",
+        "rank",
+        "alpha",
+        "scale",
+        "trainable",
+        "total",
+        "percent",
+    ]
+    assert lines[1].split() == ["attn/q/kernel", "(8,", "2,", "4)", "LoRA", "2", "8", "5.65685"] + [
+        "32",
+        "64",
+        "50.000",
+    ]
     assert lines[2].split() == ["ln/scale", "(8,)", "Full", "-", "-", "-", "8", "8", "100.000"]
     assert lines[3].split() == ["all", "of", "params", "40", "416", "9.615"]
     assert lines[4] == "not adapted:" and len(lines) == 12
