@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help setup test test-jax test-extra lint demo bench clean
+.PHONY: help setup test test-jax test-oldest test-newest test-extra lint demo bench clean
 
 # The first interpreter that starts, is new enough and can make a venv (a version manager's shim may do neither).
 # python3 goes first: it is the one the user chose. PYTHON=... overrides.
@@ -58,10 +58,11 @@ OLDEST := jax==0.10.0 jaxlib==0.10.0 flax==0.12.7 optax==0.2.8 orbax-checkpoint=
 	@.venv-newest/bin/python $(wordlist 2,99,$(PIP)) -e '.[test]'
 	@touch $@
 
-test-jax: .venv-oldest/.installed .venv-newest/.installed
-	for env in oldest newest; do \
-	.venv-$$env/bin/python -c 'import jax, sys; print("Python", sys.version.split()[0], "JAX", jax.__version__)'; \
-	.venv-$$env/bin/python -m pytest -n 2 $(ARGS); done
+test-jax: test-oldest test-newest
+
+test-oldest test-newest: test-%: .venv-%/.installed
+	.venv-$*/bin/python -c 'import jax, sys; print("Python", sys.version.split()[0], "JAX", jax.__version__)'
+	.venv-$*/bin/python -m pytest -n 2 $(ARGS)
 
 # Models of others. The two do not install beside each other, and gemma's own requirements take too long to resolve.
 MODEL_BASE := jax flax optax orbax-checkpoint chex numpy pytest pytest-xdist hypothesis einops

@@ -78,6 +78,20 @@ class Factored:
         return dataclasses.replace(self, base=base, parts={**self.parts, name: part})
 
 
+@dataclasses.dataclass(frozen=True)
+class Sum:
+    """``base + change`` of a product, not added yet: a bias that follows goes to ``base`` first.
+
+    Written so, XLA keeps one array for the gradient of what comes next, not ``base`` and ``change`` both.
+    """
+
+    base: Any
+    change: Any
+
+    def added(self) -> Any:
+        return self.base + self.change
+
+
 def is_factored(x: object) -> bool:
     return isinstance(x, Factored)
 

@@ -73,6 +73,25 @@ def order(jaxpr: Any) -> list[tuple[int, Any, list[Any]]]:
     return steps[::-1]
 
 
+def before_bias(jaxpr: Any) -> set[Any]:
+    """The variables that one equation alone reads, which adds something smaller to them: a bias."""
+    readers: dict[Any, list[Any]] = {}
+    broadcast = set()
+    for eqn in jaxpr.eqns:
+        if eqn.primitive is prims.broadcast_in_dim_p:
+            broadcast.update(eqn.outvars)
+        for var in eqn.invars:
+            if not is_literal(var):
+                readers.setdefault(var, []).append(eqn)
+    found = set()
+    for var, (eqn, *more) in readers.items():
+        if eqn.primitive is prims.add_p and not more and var not in jaxpr.outvars:
+            (other,) = [v for v in eqn.invars if v is not var]
+            if not is_literal(other) and (other in broadcast or other.aval.size < var.aval.size):
+                found.add(var)
+    return found
+
+
 def jit_like(eqn: Any, fn: Callable) -> Callable:
     """``jax.jit(fn)`` with the name, inlining and shardings of a jit equation."""
     fn.__name__ = fn.__qualname__ = eqn.params["name"]

@@ -11,6 +11,7 @@ from lorax_fn.transform.factored import (
     RANK,
     Factored,
     Part,
+    Sum,
     align,
     build,
     contract,
@@ -52,10 +53,11 @@ def _dot_general(eqn, index, values):
     base = jx.bind(eqn, (w.base, x) if w_first else (x, w.base))[0]
     change = low_rank_product(w, x, xs, out, dtype=base.dtype, precision=eqn.params["precision"], use=index)
     known = [n for n in out if not isinstance(n, int) or w.has("a", n) or w.has("b", n) or n in xs]
-    total = base + (align(change, known, out) if known != out else change)
-    if after is not None:
-        total = total * align(after.array.astype(total.dtype), after.axes, out)
-    return [total]
+    change = align(change, known, out) if known != out else change
+    if after is None:
+        return [Sum(base, change)]
+    total = base + change
+    return [total * align(after.array.astype(total.dtype), after.axes, out)]
 
 
 @rule(prims.conv_general_dilated_p)

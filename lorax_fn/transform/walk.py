@@ -14,7 +14,7 @@ import lorax_fn.transform.products  # noqa: F401  (registers its rules)
 from lorax_fn.targets import check_fits
 from lorax_fn.transform import jaxpr as jx
 from lorax_fn.transform.control import CONTROL
-from lorax_fn.transform.factored import build, is_factored, wrap
+from lorax_fn.transform.factored import Sum, build, is_factored, wrap
 from lorax_fn.transform.rules import RULES
 from lorax_fn.types import error, flatten_with_paths, is_array
 
@@ -207,13 +207,21 @@ class Walk:
 
     def evaluate(self, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
         env = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True))
+        biased = self.once(("bias", id(jaxpr)), jaxpr, lambda: jx.before_bias(jaxpr))
         for index, eqn, dying in self.once(("order", id(jaxpr)), jaxpr, lambda: jx.order(jaxpr)):
             values = [v.val if jx.is_literal(v) else env[v] for v in eqn.invars]
             with jx.equation_context(eqn):
                 if any(map(is_factored, values)):
+                    values = [v.added() if isinstance(v, Sum) else v for v in values]
                     results = self._apply(eqn, index, values, env)
+                elif any(isinstance(value, Sum) for value in values):
+                    results = _bias_first(eqn, values)
                 else:
                     results = jx.bind(eqn, values)
+                results = [
+                    r.added() if isinstance(r, Sum) and v not in biased else r
+                    for v, r in zip(eqn.outvars, results, strict=True)
+                ]
             env.update((v, r) for v, r in zip(eqn.outvars, results, strict=True) if not jx.is_dropped(v))
             for var in dying:
                 del env[var]
@@ -287,6 +295,14 @@ class Walk:
         if any(map(jx.is_tracer, jax.tree_util.tree_leaves(values))):
             return fn(*values)
         return self.once(("eager", id(eqn)), eqn, lambda: jax.jit(fn))(*values)
+
+
+def _bias_first(eqn: Any, values: Sequence[Any]) -> list[Any]:
+    """An addition to sums that wait for it; see `Sum`."""
+    (total,) = jx.bind(eqn, [v.base if isinstance(v, Sum) else v for v in values])
+    for value in values:
+        total = total + value.change if isinstance(value, Sum) else total
+    return [total]
 
 
 class LoraFallbackWarning(UserWarning):
