@@ -17,7 +17,7 @@ from lorax_fn.methods.lora import LoRA
 from lorax_fn.methods.low_rank import SCALINGS, LowRank
 from lorax_fn.residual_inits import EXACT, entries, used_ranks
 from lorax_fn.targets import check_fits, check_lora
-from lorax_fn.types import Adapter, PyTree, error, flatten_with_paths
+from lorax_fn.types import Adapter, PyTree, error, flatten_with_paths, is_tracer
 
 
 @jax.tree_util.register_dataclass
@@ -212,7 +212,7 @@ def to_plain(params0: PyTree, params: PyTree, lora: dict[str, Adapter]) -> dict[
             plain[path], left = _relative_to(lora[path], first[path], frozen[path])
             # what rounding of the residual leaves beyond rank r, with room; a tracer tells nothing
             most = max(8.0 * float(jnp.finfo(frozen[path].dtype).eps), 1e-4)
-            if not _is_tracer(left) and float(left) > most:
+            if not is_tracer(left) and float(left) > most:
                 wrong[path] = float(left)
     if wrong:
         raise error(
@@ -345,11 +345,7 @@ def _padded(adapter: Any, rank: int) -> LoRA:
 def _differ(w0: Any, w: Any) -> bool:
     if w0 is w:
         return False
-    return _is_tracer(w0) or _is_tracer(w) or not np.array_equal(np.asarray(w0), np.asarray(w))
-
-
-def _is_tracer(x: Any) -> bool:
-    return isinstance(x, jax.core.Tracer)  # noqa: TID251  # pyright: ignore[reportAttributeAccessIssue]
+    return is_tracer(w0) or is_tracer(w) or not np.array_equal(np.asarray(w0), np.asarray(w))
 
 
 def _relative_to(adapter: Any, w0: Any, w: Any) -> tuple[LoRA, jax.Array]:

@@ -16,7 +16,7 @@ from lorax_fn.methods.low_rank import Start
 from lorax_fn.methods.whole import Full, Rows
 from lorax_fn.plans import METHODS, Plan, make_plans, make_row_plans
 from lorax_fn.targets import arrays, check_fits, check_lora, choose, classify
-from lorax_fn.types import Adapter, PyTree, error, flatten_with_paths, leaf_key
+from lorax_fn.types import Adapter, PyTree, checked_key, error, flatten_with_paths, leaf_key
 
 
 def split(
@@ -78,7 +78,7 @@ def split(
     """
     if not jnp.issubdtype(dtype, jnp.floating):
         raise error("adapters train in a float dtype.", got=f"dtype={dtype!r}", do="dtype=jnp.float32.")
-    key = _checked_key(key)
+    key = checked_key(jax.random.key(0) if key is None else key)
     leaves = arrays(params)
     roles = classify(params, layout)
     chosen_rows = make_row_plans(leaves, rows)
@@ -168,16 +168,6 @@ def _build(plan: Plan, key: jax.Array, path: str, w: Any, dtype: Any) -> tuple[A
     if isinstance(w, jax.ShapeDtypeStruct):
         return jax.eval_shape(lambda w: create(w, start)[0], w), w
     return create(w, start)
-
-
-def _checked_key(key: Any) -> jax.Array:
-    if key is None:
-        return jax.random.key(0)
-    dtype = getattr(key, "dtype", None)
-    new = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key) and key.shape == ()
-    if new or (dtype == jnp.uint32 and key.ndim == 1):
-        return key
-    raise error("key= is not one PRNG key.", got=repr(key), want="a single key", do="key=jax.random.key(0).")
 
 
 def _rows(w: Any, ids: tuple[int, ...], dtype: Any) -> Rows:

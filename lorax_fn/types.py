@@ -141,6 +141,10 @@ def is_array(x: object) -> bool:
     return isinstance(x, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
 
 
+def is_tracer(x: object) -> bool:
+    return isinstance(x, jax.core.Tracer)  # noqa: TID251  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def is_float(x: Any) -> bool:
     return is_array(x) and jax.numpy.issubdtype(x.dtype, jax.numpy.floating)
 
@@ -188,6 +192,15 @@ def flatten_with_paths(tree: PyTree, is_leaf=None) -> tuple[list[tuple[str, Any]
             do="rename a key; keys that hold '/' can collide with nested ones.",
         )
     return named, jax.tree_util.tree_structure(tree, is_leaf=is_leaf)
+
+
+def checked_key(key: Any) -> jax.Array:
+    """``key`` itself, if it is one PRNG key of the new or the old style."""
+    dtype = key.dtype if is_array(key) else None
+    new = dtype is not None and jax.numpy.issubdtype(dtype, jax.dtypes.prng_key) and key.shape == ()
+    if new or (dtype == np.uint32 and key.ndim == 1):
+        return key
+    raise error("key= is not one PRNG key.", got=repr(key), want="a single key", do="key=jax.random.key(0).")
 
 
 def leaf_key(key: jax.Array, path: str) -> jax.Array:

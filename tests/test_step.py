@@ -395,6 +395,6 @@ def test_create_refuses_what_can_not_train():
         with pytest.raises(LoraError, match=text):
             TrainState.create(lora=bad, tx=ADAM, key=KEY)
     for key in (0, None, jnp.zeros(2), jax.random.split(KEY, 2)):
-        with pytest.raises(LoraError, match=r"not a PRNG key(.|\n)*jax.random.key"):
+        with pytest.raises(LoraError, match=r"not one PRNG key(.|\n)*jax.random.key"):
             TrainState.create(lora=lora, tx=ADAM, key=key)
     TrainState.create(lora=lora, tx=ADAM, key=jax.random.PRNGKey(0))

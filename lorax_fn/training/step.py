@@ -11,7 +11,7 @@ import optax
 
 from lorax_fn.targets import check_lora
 from lorax_fn.training.optim import mask, train_only
-from lorax_fn.types import PyTree, error, flatten_with_paths, is_array, is_float
+from lorax_fn.types import PyTree, checked_key, error, flatten_with_paths, is_array, is_float
 
 ARRAYS_ONLY = "arrays, static = eqx.partition(model, eqx.is_array), or graphdef, arrays = nnx.split(model)"
 
@@ -74,7 +74,7 @@ class TrainState:
         """
         check_adapters(lora)
         _check_trains(lora)
-        _check_key(key)
+        checked_key(key)
         return cls(
             lora=lora,
             opt_state=_unaliased(train_only(tx).init(lora), lora),
@@ -317,16 +317,6 @@ def _check_trains(lora: dict) -> None:
             got=f"{len(lora)} adapters",
             want="at least one float leaf that is not frozen",
             do="look at lx.mask(lora); a filter may have dropped every adapter.",
-        )
-
-
-def _check_key(key: Any) -> None:
-    dtype = key.dtype if is_array(key) else None
-    typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key) and np.shape(key) == ()
-    old_style = dtype == np.uint32 and np.ndim(key) == 1
-    if not (typed or old_style):
-        raise error(
-            "key is not a PRNG key.", got=_describe(key), want="one PRNG key", do="jax.random.key(0)."
         )
 
 

@@ -22,10 +22,6 @@ def is_literal(atom: Any) -> bool:
     return isinstance(atom, Literal)
 
 
-def is_tracer(x: Any) -> bool:
-    return isinstance(x, jax.core.Tracer)  # noqa: TID251  # pyright: ignore[reportAttributeAccessIssue]
-
-
 def is_dropped(var: Any) -> bool:
     return isinstance(var, DropVar)
 

@@ -16,7 +16,7 @@ from lorax_fn.transform import jaxpr as jx
 from lorax_fn.transform.control import CONTROL
 from lorax_fn.transform.factored import Sum, build, is_factored, wrap
 from lorax_fn.transform.rules import RULES
-from lorax_fn.types import error, flatten_with_paths, is_array
+from lorax_fn.types import error, flatten_with_paths, is_array, is_tracer
 
 FALLBACKS = ("warn", "error", "allow")
 
@@ -292,7 +292,7 @@ class Walk:
 
     def in_one_piece(self, eqn: Any, fn: Callable, *values: Any) -> Any:
         """Calls ``fn``, jitted once an equation where the call is eager: a loop is one operation there."""
-        if any(map(jx.is_tracer, jax.tree_util.tree_leaves(values))):
+        if any(map(is_tracer, jax.tree_util.tree_leaves(values))):
             return fn(*values)
         return self.once(("eager", id(eqn)), eqn, lambda: jax.jit(fn))(*values)
 
