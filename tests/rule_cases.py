@@ -222,6 +222,7 @@ def _scaled_transpose(w):
 
 SCALES = [
     Case("scalar", lambda p, x: x @ (p["w"] * 0.5), (8, 6), IO, X),
+    Case("vmapped scale", lambda p, x: jax.vmap(lambda x: x @ (p["w"] * x[0, 0]))(x), (8, 6), IO, (3, 2, 8)),
     Case("scalar array", lambda p, x: x @ (p["w"] * x[0, 0, 0]), (8, 6), IO, X),
     Case("divided", lambda p, x: x @ (p["w"] / 3), (8, 6), IO, X),
     Case("negative", lambda p, x: x @ (-p["w"]), (8, 6), IO, X),

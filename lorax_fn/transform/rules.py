@@ -83,17 +83,16 @@ def _scaled(eqn, index, values):
         return NotImplemented
     operation = jnp.divide if eqn.primitive is prims.div_p else jnp.multiply
     varies = [i for i, size in enumerate(jnp.shape(by)) if size != 1]
-    for name in ("b", "a"):
+    for name, other in (("b", "a"), ("a", "b")):
         part = w.parts[name]
-        if set(varies) <= set(part.axes):
-            by_part = align(
-                lax.squeeze(by, [i for i in range(by.ndim) if i not in varies]), varies, part.axes
-            )
+        if not any(w.has(other, i) and not w.has(name, i) for i in varies):
+            new = [i for i in varies if i not in part.axes]  # a broadcast axis, as of a vmapped scale
+            axes = (*new, *part.axes)
+            by_part = lax.squeeze(by, [i for i in range(by.ndim) if i not in varies])
+            by_part = align(by_part, varies, axes).astype(part.array.dtype)
             base = _one(eqn, *(v.base if v is w else v for v in values))
             return [
-                w.with_part(
-                    base, name, Part(operation(part.array, by_part.astype(part.array.dtype)), part.axes)
-                )
+                w.with_part(base, name, Part(operation(align(part.array, part.axes, axes), by_part), axes))
             ]
     return NotImplemented
 
