@@ -242,6 +242,8 @@ class Walk:
 
     def dense(self, eqn: Any, values: Sequence[Any]) -> list[Any]:
         """Ordinary arrays only: factored weights are built, which is reported."""
+        if not any(map(is_factored, values)):  # asked of every loop value: looks up no source line
+            return list(values)
         where = f"name stack {jx.name_stack(eqn) or '(none)'}; {jx.source_line(eqn)}"
         return [self._built(value, eqn.primitive.name, where) for value in values]
 
