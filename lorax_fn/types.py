@@ -5,6 +5,7 @@ Shape legend, used in every docstring of the package: ``*s`` stack axes (scan la
 """
 
 import dataclasses
+import math
 import sys
 import zlib
 from collections.abc import Sequence
@@ -132,13 +133,49 @@ class Adapter:
         return None
 
 
+class Stored:
+    """A weight kept in another form than its own array, such as 4-bit codes.
+
+    A subclass is a registered pytree of arrays, all of which have the weight's axes in the weight's order, and
+    has the ``shape`` and ``dtype`` of the weight. To everything in this library it is one leaf.
+    """
+
+    shape: tuple[int, ...]
+    dtype: Any
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    def dense(self) -> jax.Array:
+        """The weight itself: an array of ``shape`` and ``dtype``."""
+        raise TypeError(f"{type(self).__name__} must define dense()")
+
+    def entry(self, axis: int) -> "Stored | None":
+        """This object for arrays that lost ``axis``, as those of a loop over it; None for a packed axis."""
+        raise TypeError(f"{type(self).__name__} must define entry(axis)")
+
+
+def is_stored(x: object) -> bool:
+    return isinstance(x, Stored)
+
+
+def dense(x: Any) -> Any:
+    """``x`` itself, or the weight that it stores."""
+    return x.dense() if isinstance(x, Stored) else x
+
+
 def is_adapter(x: object) -> bool:
     return isinstance(x, Adapter)
 
 
 def is_array(x: object) -> bool:
-    """Arrays of any kind, abstract ones included; Python scalars are not arrays here."""
-    return isinstance(x, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
+    """Arrays of any kind, abstract and stored ones included; Python scalars are not arrays here."""
+    return isinstance(x, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct | Stored)
 
 
 def is_tracer(x: object) -> bool:
@@ -166,19 +203,19 @@ def flatten_with_paths(tree: PyTree, is_leaf=None) -> tuple[list[tuple[str, Any]
     """Flattens ``tree`` to ``[(path, leaf)]`` and its treedef.
 
     The trailing key of a Flax Variable or box is dropped, so that boxed, unboxed, State and pure dict
-    give one path.
+    give one path. A `Stored` weight is one leaf.
 
     Raises:
       LoraError: two leaves have one path.
     """
 
     def stop(x):
-        return _is_box(x) or (is_leaf is not None and is_leaf(x))
+        return is_stored(x) or (is_leaf is not None and is_leaf(x))
 
     named = []
-    for key_path, node in jax.tree_util.tree_flatten_with_path(tree, is_leaf=stop)[0]:
+    for key_path, node in jax.tree_util.tree_flatten_with_path(tree, lambda x: _is_box(x) or stop(x))[0]:
         path = jax.tree_util.keystr(key_path, simple=True, separator="/")
-        inner = jax.tree_util.tree_leaves(node, is_leaf=is_leaf) if _is_box(node) else [node]
+        inner = jax.tree_util.tree_leaves(node, is_leaf=stop) if _is_box(node) else [node]
         named.extend((path, leaf) for leaf in inner)
     seen: dict[str, int] = {}
     for path, _ in named:
@@ -191,7 +228,7 @@ def flatten_with_paths(tree: PyTree, is_leaf=None) -> tuple[list[tuple[str, Any]
             want="one path a leaf: adapters are keyed by path",
             do="rename a key; keys that hold '/' can collide with nested ones.",
         )
-    return named, jax.tree_util.tree_structure(tree, is_leaf=is_leaf)
+    return named, jax.tree_util.tree_structure(tree, is_leaf=stop)
 
 
 def checked_key(key: Any) -> jax.Array:
