@@ -136,7 +136,7 @@ class Adapter:
 class Stored:
     """A weight kept in another form than its own array, such as 4-bit codes.
 
-    A subclass is a registered pytree of arrays, all of which have the weight's axes in the weight's order, and
+    A subclass is a registered pytree of arrays, each of which has the weight's axes in the weight's order. It
     has the ``shape`` and ``dtype`` of the weight. To everything in this library it is one leaf.
     """
 
