@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec
 
 from lorax_fn.transform import jaxpr as jx
 from lorax_fn.transform.factored import Factored, Part, is_factored
+from lorax_fn.transform.stored import Later, along_axes, entry_of, is_unbuilt, local
 
 
 def with_new_key(value: Any, use: Any) -> Any:
@@ -67,6 +68,8 @@ def _constrained(value: Any, sharding: Any) -> Any:
     if sharding is None:
         return value
     if is_factored(value):
+        if is_unbuilt(value.base):  # its codes stay where they are
+            return value
         return dataclasses.replace(value, base=lax.with_sharding_constraint(value.base, sharding))
     return lax.with_sharding_constraint(value, sharding)
 
@@ -170,6 +173,7 @@ def scan(walk, eqn, index, values):
     def run(consts, init, xs):
         constant, moving = carry.parted(init)
         counter = jnp.arange(options["length"]) if _any_dropped((*consts, *constant)) else None
+        xs = [x if not is_factored(x) or entry_of(x.base) else walk.dense(eqn, [x])[0] for x in xs]
         pieces = [unstack(x) if is_factored(x) else (x, None) for x in xs]
         rebuild = [fn for _, fn in pieces]
 
@@ -180,16 +184,32 @@ def scan(walk, eqn, index, values):
                 invariant = [with_new_key(v, counter) for v in invariant]
             slices = [leaf if fn is None else fn(leaf) for leaf, fn in zip(leaves, rebuild, strict=True)]
             results = walk.evaluate(jaxpr, fixed, [*invariant, *slices])
-            # Flax NNX hands every layer's weights out again: they stay factored; looked-up rows do not.
-            ys = [v if is_factored(v) and not v.lookup else walk.dense(eqn, [v])[0] for v in results[m:]]
+            # Flax NNX hands every layer's weights out again: they stay factored.
+            ys = [_handed_out(walk, eqn, v, slices, whole, i) for i, v in enumerate(results[m:])]
             return carry.parted(carry.settled(results[:m]))[1], ys
 
+        whole: dict[int, int] = {}  # which ys are a stored weight among the xs
         moving, ys = lax.scan(body, moving, (counter, [leaf for leaf, _ in pieces]), **options)
-        return [*carry.joined(constant, moving), *(_restacked(y) if is_factored(y) else y for y in ys)]
+        ys = [_restacked(y) if is_factored(y) else y for y in ys]
+        ys = [xs[whole[i]] if i in whole else y for i, y in enumerate(ys)]
+        return [*carry.joined(constant, moving), *ys]
 
     values = [with_new_key(v, index) for v in values]
     init = carry.settled(values[n : n + m])
     return walk.in_one_piece(eqn, run, values[:n], init, values[n + m :])
+
+
+def _handed_out(walk, eqn, value: Any, slices: list, whole: dict[int, int], i: int) -> Any:
+    """What an iteration gives for ``ys[i]``; nothing for a stored weight that it only hands on."""
+    if not is_factored(value) or value.lookup:
+        return walk.dense(eqn, [value])[0]
+    if not is_unbuilt(value.base):
+        return value
+    for j, piece in enumerate(slices):
+        if piece is value:
+            whole[i] = j
+            return None
+    return walk.dense(eqn, [value])[0]
 
 
 def _restacked(w: Factored) -> Factored:
@@ -205,6 +225,7 @@ def unstack(w: Factored) -> tuple[Any, Any]:
         where = part.axes.index(0)
         return part.array if where == 0 else jnp.moveaxis(part.array, where, 0)
 
+    entry = entry_of(w.base)
     leaves = (w.base, {name: leading(part) for name, part in w.parts.items() if scanned[name]})
 
     def rebuild(slices):
@@ -213,7 +234,7 @@ def unstack(w: Factored) -> tuple[Any, Any]:
         for name, part in w.parts.items():
             axes = tuple(axis - 1 if axis > 0 else axis for axis in part.axes if axis != 0)
             parts[name] = Part(arrays[name] if scanned[name] else part.array, axes)
-        return dataclasses.replace(w, base=base, parts=parts)
+        return dataclasses.replace(w, base=entry(base), parts=parts)  # pyright: ignore[reportOptionalCall]
 
     return leaves, rebuild
 
@@ -227,13 +248,20 @@ def shard_map(walk, eqn, index, values):
             return spec
         entries = (*spec, *(None,) * (value.ndim - len(spec)))
         return value.with_parts(
-            spec,
+            along_axes(value.base, entries) if is_unbuilt(value.base) else spec,
             lambda part: Part(PartitionSpec(*(None if i < 0 else entries[i] for i in part.axes)), part.axes),
         )
 
     def inner(*args):
+        args = [
+            dataclasses.replace(v, base=local(v.base, var.aval)) if is_factored(v) else v
+            for v, var in zip(args, jaxpr.invars, strict=True)
+        ]
         return walk.dense(eqn, walk.evaluate(jaxpr, consts, args))
 
+    values = [
+        v if not is_factored(v) or not isinstance(v.base, Later) else walk.dense(eqn, [v])[0] for v in values
+    ]
     in_specs = tuple(specs(v, s) for v, s in zip(values, eqn.params["in_specs"], strict=True))
     mapped = jx.shard_map_like(eqn, inner, in_specs)
     return walk.in_one_piece(eqn, mapped, *(with_new_key(v, index) for v in values))
@@ -246,7 +274,7 @@ def custom_jvp(walk, eqn, index, values):
     once for each of the two, both of them factored.
     """
     jaxpr, consts = jx.opened(eqn.params["call_jaxpr"])
-    if any(set(v.parts) - {"a", "b", "scale"} for v in values if is_factored(v)):
+    if any(set(v.parts) - {"a", "b", "scale"} or is_unbuilt(v.base) for v in values if is_factored(v)):
         return jx.bind(eqn, walk.dense(eqn, values))
     floats = [i for i, v in enumerate(values) if jnp.issubdtype(v.dtype, jnp.floating)]
     count = len(values)

@@ -19,7 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from lorax_fn.types import Adapter, Factors, error
+from lorax_fn.transform.meshes import axis_specs, explicit_mesh, result_sharding
+from lorax_fn.transform.stored import built
+from lorax_fn.types import Adapter, Factors, error, is_stored
 
 RANK = -1
 
@@ -43,8 +45,9 @@ class Factored:
     """A weight in the walk, kept apart: ``column * (base + scale * a @ b)``.
 
     ``parts`` holds ``a`` and ``b``, and where they exist ``scale`` (an array along stack axes),
-    ``column`` and ``key`` (dropout). ``lookup`` marks rows that were gathered by array indices: they are
-    an activation as much as a weight, so building them is no loss.
+    ``column`` and ``key`` (dropout); a stored weight without an adapter has none. ``lookup`` marks rows
+    that were gathered by array indices: they are an activation as much as a weight, so building them is no
+    loss.
     """
 
     base: Any
@@ -113,22 +116,18 @@ def factor(path: str, base: Any, factors: Factors) -> Factored:
     return Factored(base, parts, float(scale), factors.rate, (path,))
 
 
-def wrap(path: str, base: Any, adapter: Adapter) -> Any:
-    """A leaf as the walk sees it: factored where the adapter has factors, else the adapter's own weight."""
+def wrap(path: str, base: Any, adapter: Adapter | None) -> Any:
+    """A leaf as the walk sees it: factored where the adapter has factors, else the adapter's own weight.
+
+    A stored leaf without an adapter is a weight of no parts.
+    """
+    if adapter is None:
+        return Factored(base, {}, 1.0, 0.0, (path,)) if is_stored(base) else base
     factors = adapter.factors(base)
     return adapter.weight(base) if factors is None else factor(path, base, factors)
 
 
 # Contractions over named axes.
-
-
-def explicit_mesh(*arrays: Any) -> bool:
-    """Whether any operand's type carries explicit mesh axes: then a reshape may not merge them blindly."""
-    for array in arrays:
-        mesh = getattr(getattr(jax.typeof(array), "sharding", None), "mesh", None)
-        if mesh is not None and not mesh.empty and not mesh.are_all_axes_auto:
-            return True
-    return False
 
 
 def contract(
@@ -239,25 +238,9 @@ def _dot(x, xs, y, ys, batch, summed, free, dtype, precision):
     )
     extra = {}
     if explicit_mesh(x, y):
-        specs = {**_specs(y, ys), **_specs(x, xs)}
-        extra["out_sharding"] = _sharding([specs[n] for n in batch + free], x, y)
+        specs = {**axis_specs(y, ys), **axis_specs(x, xs)}
+        extra["out_sharding"] = result_sharding([specs[n] for n in batch + free], x, y)
     return lax.dot_general(x, y, dims, precision=precision, preferred_element_type=dtype, **extra)
-
-
-def _specs(x: Any, names: Sequence) -> dict:
-    spec = tuple(jax.typeof(x).sharding.spec)
-    return dict(zip(names, spec + (None,) * (len(names) - len(spec)), strict=True))
-
-
-def _sharding(spec: list, *arrays: Any):
-    mesh = next(jax.typeof(a).sharding.mesh for a in arrays if explicit_mesh(a))
-    used: set = set()
-    kept = []
-    for entry in spec:  # one mesh axis may shard one axis of the result only
-        axes = set(entry) if isinstance(entry, tuple) else {entry} - {None}
-        kept.append(None if axes & used else entry)
-        used |= axes
-    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*kept))
 
 
 # The two things that a factored weight can be asked for.
@@ -375,6 +358,8 @@ def build(w: Factored) -> Any:
             path=list(w.paths),
             do="leave this weight out of lx.dropout, or train it without dropout.",
         )
+    if not w.parts:
+        return built(w.base)
     compute = w.dtype if w.lookup or w.dtype.itemsize >= 4 else jnp.dtype(jnp.float32)
     a = w.parts["a"]
     rows, names = a.array.astype(compute), list(a.axes)
@@ -392,7 +377,7 @@ def build(w: Factored) -> Any:
     precision = None if w.lookup else lax.Precision.HIGHEST
     rows = rows * w.scale if w.scale != 1.0 else rows
     change = contract(rows, names, b.array.astype(compute), b.axes, out, dtype=compute, precision=precision)
-    whole = w.base.astype(compute) + align(change, out, range(w.ndim))
+    whole = built(w.base).astype(compute) + align(change, out, range(w.ndim))
     column = w.parts.get("column")
     if column is not None:
         whole = whole * align(column.array.astype(compute), column.axes, range(w.ndim))

@@ -20,6 +20,7 @@ from lorax_fn.transform.factored import (
     low_rank_product,
 )
 from lorax_fn.transform.rules import rule
+from lorax_fn.transform.stored import moved, product
 from lorax_fn.types import error
 
 
@@ -41,6 +42,8 @@ def _dot_general(eqn, index, values):
     x_free = [name for i, name in enumerate(xs) if i not in shared]
     w_free = [i for i in range(w.ndim) if i not in (*w_batch, *w_sum)]
     out = [*w_batch, *(w_free + x_free if w_first else x_free + w_free)]
+    if not w.parts:
+        return product(eqn, (w.base, x) if w_first else (x, w.base))
     column = w.parts.get("column")
     after = None
     if column is not None:  # column * (x @ W) if it survives, (x * column) @ W if it is contracted
@@ -50,7 +53,7 @@ def _dot_general(eqn, index, values):
             x = x * align(column.array.astype(x.dtype), column.axes, xs)
         else:
             return NotImplemented
-    base = jx.bind(eqn, (w.base, x) if w_first else (x, w.base))[0]
+    base = product(eqn, (w.base, x) if w_first else (x, w.base))[0]
     change = low_rank_product(w, x, xs, out, dtype=base.dtype, precision=eqn.params["precision"], use=index)
     known = [n for n in out if not isinstance(n, int) or w.has("a", n) or w.has("b", n) or n in xs]
     change = align(change, known, out) if known != out else change
@@ -72,6 +75,8 @@ def _convolution(eqn, index, values):
         x = build(x)  # looked-up rows are an activation
     if is_factored(x) or params["batch_group_count"] != 1:
         return NotImplemented
+    if not w.parts:
+        return product(eqn, [x, w.base])
     out_axis, in_axis, *window = params["dimension_numbers"].rhs_spec
     spatial = "a" if w.has("a", window[0] if window else in_axis) else "b"
     wide, point = w.parts[spatial], w.parts["b" if spatial == "a" else "a"]
@@ -81,7 +86,7 @@ def _convolution(eqn, index, values):
         window_first = False
     else:
         return NotImplemented
-    base = jx.bind(eqn, [x, w.base])[0]
+    base = product(eqn, [x, w.base])[0]
     if "key" in w.parts:
         if spatial != "a" or not window_first:
             raise _undroppable(w)
@@ -132,6 +137,8 @@ def _within_groups(x: Any, feature: int, point: Any, groups: int, dtype: Any, pr
 def _ragged_dot(eqn, index, values):
     """Grouped experts: rows go through their expert's ``A`` and ``B`` as two grouped products."""
     x, w, sizes, *offset = values
+    if not is_factored(x) and not w.parts:
+        return product(eqn, [x, w.base, sizes, *offset])
     dims = eqn.params["ragged_dot_dimension_numbers"]
     ((x_sum,), (w_sum,)), batch = dims.dot_dimension_numbers[0], dims.dot_dimension_numbers[1]
     plain = x.ndim == 2 and tuple(dims.lhs_ragged_dimensions) == (1 - x_sum,) and not batch[0] and not offset
@@ -148,7 +155,7 @@ def _ragged_dot(eqn, index, values):
     }
     if not fits or "column" in w.parts:
         return NotImplemented
-    base = jx.bind(eqn, values[:1] + [w.base] + values[2:])[0]
+    base = product(eqn, [x, w.base, sizes])[0]
     rows = x if x_sum == 1 else lax.transpose(x, (1, 0))
     if "key" in w.parts:
         raise _undroppable(w)
@@ -177,19 +184,24 @@ def _undroppable(w: Factored) -> Exception:
 def _side_by_side(eqn, index, values):
     stack = eqn.primitive.name == "stack"
     axis = eqn.params["axis"] if stack else eqn.params["dimension"]
-    base = jx.bind(eqn, [v.base if is_factored(v) else v for v in values])[0]
+    base = moved(eqn, [v.base if is_factored(v) else v for v in values])[0]
     if stack:
         values = [_expanded(v, axis) for v in values]
-    weights = [v for v in values if is_factored(v)]
+    paths = tuple(path for v in values if is_factored(v) for path in v.paths)
+    weights = [v for v in values if is_factored(v) and v.parts]
+    if not weights:
+        return [Factored(base, {}, 1.0, 0.0, paths)]
     kinds = {tuple((w.has("a", i), w.has("b", i)) for i in range(w.ndim)) for w in weights}
     if len(kinds) > 1 or any(set(w.parts) - {"a", "b", "scale"} or w.lookup for w in weights):
         return NotImplemented
     in_a, in_b = next(iter(kinds))[axis]
     dtype = jnp.result_type(*(w.parts[name].array.dtype for w in weights for name in "ab"))
-    factors = [_plain_factors(v, axis, in_a == in_b, dtype) if is_factored(v) else None for v in values]
+    factors = [
+        _plain_factors(v, axis, in_a == in_b, dtype) if is_factored(v) and v.parts else None for v in values
+    ]
     join = _stacked if in_a == in_b else _blocks
     a, b = join(factors, [v.shape[axis] for v in values], axis, "a" if in_a else "b")
-    return [Factored(base, {"a": a, "b": b}, 1.0, 0.0, tuple(path for w in weights for path in w.paths))]
+    return [Factored(base, {"a": a, "b": b}, 1.0, 0.0, paths)]
 
 
 def _expanded(value: Any, axis: int) -> Any:

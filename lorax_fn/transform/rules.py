@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import primitives as prims
 
-from lorax_fn.transform import jaxpr as jx
 from lorax_fn.transform.factored import RANK, Factored, Part, align, is_factored
+from lorax_fn.transform.stored import moved
 
 Rule = Callable[[Any, int, Sequence[Any]], Any]
 RULES: dict[str, Rule] = {}
@@ -35,7 +35,7 @@ def rule(*primitives: Any) -> Callable[[Rule], Rule]:
 
 
 def _one(eqn: Any, *values: Any) -> Any:
-    return jx.bind(eqn, values)[0]
+    return moved(eqn, values)[0]
 
 
 # Operations that leave every axis where it is.
@@ -62,7 +62,7 @@ def _convert(eqn, index, values):
 
 @rule("optimization_barrier")
 def _barrier(eqn, index, values):
-    bases = jx.bind(eqn, [v.base if is_factored(v) else v for v in values])
+    bases = lax.optimization_barrier([v.base if is_factored(v) else v for v in values])
     return [
         dataclasses.replace(v, base=base) if is_factored(v) else base
         for v, base in zip(values, bases, strict=True)
@@ -81,6 +81,9 @@ def _scaled(eqn, index, values):
     w, by = (left, right) if is_factored(left) else (right, left)
     if is_factored(by) or (w is right and eqn.primitive is prims.div_p):
         return NotImplemented
+    bases = [v.base if v is w else v for v in values]
+    if not w.parts:
+        return [dataclasses.replace(w, base=_one(eqn, *bases))]
     operation = jnp.divide if eqn.primitive is prims.div_p else jnp.multiply
     varies = [i for i, size in enumerate(jnp.shape(by)) if size != 1]
     for name, other in (("b", "a"), ("a", "b")):
@@ -90,9 +93,12 @@ def _scaled(eqn, index, values):
             axes = (*new, *part.axes)
             by_part = lax.squeeze(by, [i for i in range(by.ndim) if i not in varies])
             by_part = align(by_part, varies, axes).astype(part.array.dtype)
-            base = _one(eqn, *(v.base if v is w else v for v in values))
             return [
-                w.with_part(base, name, Part(operation(align(part.array, part.axes, axes), by_part), axes))
+                w.with_part(
+                    _one(eqn, *bases),
+                    name,
+                    Part(operation(align(part.array, part.axes, axes), by_part), axes),
+                )
             ]
     return NotImplemented
 
@@ -201,7 +207,7 @@ def _slice(eqn, index, values):
 def _split(eqn, index, values):
     (w,) = values
     axis, results, start = eqn.params["axis"], [], 0
-    for size, base in zip(eqn.params["sizes"], jx.bind(eqn, [w.base]), strict=True):
+    for size, base in zip(eqn.params["sizes"], moved(eqn, [w.base]), strict=True):
         begin = [start if i == axis else 0 for i in range(w.ndim)]
         end = [start + int(size) if i == axis else n for i, n in enumerate(w.shape)]
         results.append(w.with_parts(base, lambda part, b=begin, e=end: _sliced(part, b, e, (1,) * w.ndim)))
@@ -220,7 +226,7 @@ def _unstack(eqn, index, values):
         part = _without(_sliced(part, begin, end, (1,) * w.ndim), [axis])
         return part.renamed(lambda j: j - 1 if j > axis else j)
 
-    return [w.with_parts(base, partial(entry, i=i)) for i, base in enumerate(jx.bind(eqn, [w.base]))]
+    return [w.with_parts(base, partial(entry, i=i)) for i, base in enumerate(moved(eqn, [w.base]))]
 
 
 @rule(prims.dynamic_slice_p)
@@ -258,8 +264,8 @@ def _pad(eqn, index, values):
     edges = eqn.params["padding_config"]
     padded = [i for i, edge in enumerate(edges) if tuple(edge) != (0, 0, 0)]
     # What is added has no low-rank change, so one factor that runs along every padded axis gets zeros.
-    side = next((name for name in ("a", "b") if set(padded) <= set(w.parts[name].axes)), None)
-    if is_factored(fill) or not is_factored(w) or side is None or set(w.parts) - {"a", "b"}:
+    side = next((name for name in w.parts if name in "ab" and set(padded) <= set(w.parts[name].axes)), None)
+    if is_factored(fill) or not is_factored(w) or (w.parts and side is None) or set(w.parts) - {"a", "b"}:
         return NotImplemented
 
     def grown(part: Part) -> Part:

@@ -156,8 +156,7 @@ def _unserved(trace: Any, named: list, layouts: dict[str, Layout | None]) -> dic
     leaves = [leaf for _, leaf in named]
     for i, (path, leaf) in enumerate(named):
         layout = layouts.get(path)
-        if layout is not None:
-            leaves[i] = wrap(path, leaf, _abstract_adapter(leaf, layout))
+        leaves[i] = wrap(path, leaf, None if layout is None else _abstract_adapter(leaf, layout))
     values = [
         value if slot is None else leaves[slot] for value, slot in zip(trace.values, trace.slots, strict=True)
     ]

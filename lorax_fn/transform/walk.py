@@ -16,6 +16,7 @@ from lorax_fn.transform import jaxpr as jx
 from lorax_fn.transform.control import CONTROL
 from lorax_fn.transform.factored import Sum, build, is_factored, wrap
 from lorax_fn.transform.rules import RULES
+from lorax_fn.transform.stored import abstract
 from lorax_fn.types import error, flatten_with_paths, is_array, is_tracer
 
 FALLBACKS = ("warn", "error", "allow")
@@ -73,7 +74,7 @@ def adapt(fn: Callable, *, argnum: int = 0, fallback: str = "warn") -> Callable:
         args = (*args[: argnum + 1], *args[argnum + 2 :])
         named, treedef = flatten_with_paths(params)
         check_fits(dict(named), lora)
-        leaves = [wrap(path, leaf, lora[path]) if path in lora else leaf for path, leaf in named]
+        leaves = [wrap(path, leaf, lora.get(path)) for path, leaf in named]
         if not any(is_factored(leaf) for leaf in leaves):
             params = jax.tree_util.tree_unflatten(treedef, leaves)
             return fn(*args[:argnum], params, *args[argnum + 1 :], **kwargs)
@@ -147,7 +148,7 @@ class Traces:
         structure = (treedef, params.treedef, where, len(params.leaves), tuple(dynamic))
         jitted = self._jitted(structure, static)
         values = [leaf for leaf, d in zip(leaves, dynamic, strict=True) if d]
-        types = [v.base if is_factored(v) else v for v in values]
+        types = [abstract(v.base if is_factored(v) else v) for v in values]
         traced = jitted.trace(*types)
         jaxpr, consts = jx.opened(traced.jaxpr)
         if len(jaxpr.invars) != len(values):  # fn closes over tracers: only make_jaxpr hands them out
@@ -190,6 +191,7 @@ class Report:
     shape: tuple[int, ...]
     primitive: str
     where: str
+    adapted: bool = True  # else stored, with no adapter on it
 
     def of(self, paths: dict[str, tuple[str, ...]]) -> "Report":
         """The same report about the caller's weight: inside a jit weights are named by operand position."""
@@ -254,7 +256,8 @@ class Walk:
         if not is_factored(value):
             return value
         if not value.lookup:
-            self.report(Report(" + ".join(value.paths), value.shape, primitive, where))
+            report = Report(" + ".join(value.paths), value.shape, primitive, where, bool(value.parts))
+            self.report(report)
         return build(value)
 
     @contextlib.contextmanager
@@ -272,11 +275,15 @@ class Walk:
         if self.fallback == "allow":
             return
         problem = error(
-            "an adapted weight has to be built in full: this use of it has no low-rank rule.",
+            "an adapted weight has to be built in full: this use of it has no low-rank rule."
+            if report.adapted
+            else "a quantised weight has to be unpacked in full: this use of it is no product.",
             path=report.path,
             shape=report.shape,
             got=f"primitive {report.primitive!r}; {report.where}",
-            do='leave the weight out (exclude=...), or accept the cost: lx.adapt(fn, fallback="allow").',
+            do='leave the weight out (exclude=...), or accept the cost: lx.adapt(fn, fallback="allow").'
+            if report.adapted
+            else 'do not quantise it, or accept the cost: lx.adapt(fn, fallback="allow").',
         )
         if self.fallback == "error":
             raise problem

@@ -1,0 +1,31 @@
+"""Explicit mesh axes: what a product of sharded operands has to say of its result."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+
+def explicit_mesh(*arrays: Any) -> bool:
+    """Whether any operand's type carries explicit mesh axes: then a reshape may not merge them blindly."""
+    for array in arrays:
+        mesh = getattr(getattr(jax.typeof(array), "sharding", None), "mesh", None)
+        if mesh is not None and not mesh.empty and not mesh.are_all_axes_auto:
+            return True
+    return False
+
+
+def axis_specs(x: Any, names: Sequence) -> dict:
+    spec = tuple(jax.typeof(x).sharding.spec)
+    return dict(zip(names, spec + (None,) * (len(names) - len(spec)), strict=True))
+
+
+def result_sharding(spec: list, *arrays: Any):
+    mesh = next(jax.typeof(a).sharding.mesh for a in arrays if explicit_mesh(a))
+    used: set = set()
+    kept = []
+    for entry in spec:  # one mesh axis may shard one axis of the result only
+        axes = set(entry) if isinstance(entry, tuple) else {entry} - {None}
+        kept.append(None if axes & used else entry)
+        used |= axes
+    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*kept))

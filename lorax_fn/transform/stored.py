@@ -1,0 +1,240 @@
+"""Stored weights in the walk: unpacked where a product needs them, and never kept.
+
+What the program does to a stored weight before a product (a cast, a transpose, a slice) is put off in a
+`Later`. A product then unpacks, and its derivative unpacks again: the unpacked weight is no residual.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax import lax
+from jax.extend.core import primitives as prims
+
+from lorax_fn.transform import jaxpr as jx
+from lorax_fn.types import Stored, dense, is_stored
+
+
+class Step:
+    """One result of one equation, equal to that of any other equation that does the same."""
+
+    def __init__(self, eqn: Any, which: int):
+        self.eqn, self.which = eqn, which
+        self.key = (eqn.primitive.name, repr(eqn.params), which)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Step) and self.key == other.key
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Later:
+    """The result of an operation on stored weights that has not run yet."""
+
+    operands: tuple[Any, ...]
+    step: Step = dataclasses.field(metadata={"static": True})
+    shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+    dtype: Any = dataclasses.field(metadata={"static": True})
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+
+def is_unbuilt(x: object) -> bool:
+    return isinstance(x, Stored | Later)
+
+
+def built(x: Any) -> Any:
+    """The array that a stored weight, with all that was put off, stands for; arrays as they are."""
+    if isinstance(x, Later):
+        return jx.bind(x.step.eqn, [built(operand) for operand in x.operands])[x.step.which]
+    return dense(x)
+
+
+def abstract(x: Any) -> Any:
+    """What to trace the program on: the array's type, its sharding included, where ``x`` is none."""
+    return jax.eval_shape(built, x) if is_unbuilt(x) else x
+
+
+def moved(eqn: Any, values: Sequence[Any]) -> list[Any]:
+    """An operation that moves, cuts or casts a base: run on arrays, put off for stored weights."""
+    if not any(map(is_unbuilt, values)):
+        return jx.bind(eqn, values)
+    cut = CUTS.get(eqn.primitive.name)
+    results = None if cut is None or not is_unbuilt(values[0]) else cut(eqn, *values)
+    return results or [
+        Later(tuple(values), Step(eqn, i), tuple(var.aval.shape), var.aval.dtype)
+        for i, var in enumerate(eqn.outvars)
+    ]
+
+
+def product(eqn: Any, values: Sequence[Any]) -> list[Any]:
+    """An operation that consumes a base. A stored one is unpacked for it, and unpacked anew for its gradient.
+
+    The barrier ties the unpacking to the other operand. Without it a compiler would unpack every layer of an
+    unrolled model ahead of time, or find the backward's unpacking to be the forward's and keep that one.
+    """
+    if not any(map(is_unbuilt, values)):
+        return jx.bind(eqn, values)
+    leaves, treedef = jax.tree_util.tree_flatten(list(values), is_leaf=is_stored)
+    packed = [lax.stop_gradient(x) if is_stored(x) else None for x in leaves]
+    others = [None if is_stored(x) else x for x in leaves]
+
+    def run(packed: list, others: list) -> list[Any]:
+        both = [o if p is None else p for p, o in zip(packed, others, strict=True)]
+        return jx.bind(eqn, [built(v) for v in jax.tree_util.tree_unflatten(treedef, both)])
+
+    return _unpacked_twice(run, packed, others)
+
+
+def _unpacked_twice(run: Callable, packed: list, others: list) -> list[Any]:
+    @jax.custom_jvp
+    def forward(packed, others):
+        return run(*lax.optimization_barrier((packed, others)))
+
+    @forward.defjvp
+    def _(primals, tangents):
+        def turned(packed, others, changes):
+            return jax.jvp(lambda others: run(packed, others), (others,), (changes,))[1]
+
+        return forward(*primals), jax.checkpoint(turned)(*primals, tangents[1])
+
+    return forward(packed, others)
+
+
+# Stack entries of a stored weight are stored weights.
+
+ELEMENTWISE = {p.name for p in (prims.convert_element_type_p, prims.copy_p, prims.neg_p, prims.name_p)}
+
+
+def entry_of(base: Any) -> Callable[[Any], Any] | None:
+    """How an iteration of a loop over axis 0 reads its slice of ``base``; None where it can't be sliced."""
+    if not is_unbuilt(base):
+        return lambda piece: piece
+    if is_stored(base):
+        return None if base.entry(0) is None else lambda piece: piece.entry(0)
+    if base.step.eqn.primitive.name not in ELEMENTWISE:
+        return None
+    inner = entry_of(base.operands[0])
+    return None if inner is None else lambda piece: _elementwise(piece, inner(piece.operands[0]))
+
+
+def _elementwise(later: Later, operand: Any) -> Later:
+    return dataclasses.replace(later, operands=(operand,), shape=tuple(operand.shape))
+
+
+def _cut_stack(
+    base: Any, axes: Sequence[int], shape: Sequence[int], cut: Callable[[Any, Sequence[int]], Any]
+) -> Any:
+    """``cut(array, sizes)`` of every array, if all that it shortens are stack axes; else None.
+
+    ``sizes`` are the result's: those of ``shape`` along ``axes``, the array's own elsewhere.
+    """
+    if isinstance(base, Later):
+        if base.step.eqn.primitive.name not in ELEMENTWISE:
+            return None
+        inner = _cut_stack(base.operands[0], axes, shape, cut)
+        return None if inner is None else _elementwise(base, inner)
+    if any(base.entry(axis) is None for axis in axes):
+        return None
+
+    def each(array: Any) -> Any:
+        return cut(array, [shape[i] if i in axes else n for i, n in enumerate(array.shape)])
+
+    return dataclasses.replace(jax.tree.map(each, base), shape=tuple(shape))  # pyright: ignore
+
+
+def _slice(eqn: Any, base: Any) -> list[Any] | None:
+    start, shape = eqn.params["start_indices"], eqn.outvars[0].aval.shape
+    strides = eqn.params["strides"] or (1,) * base.ndim
+    axes = [i for i in range(base.ndim) if shape[i] != base.shape[i] or strides[i] != 1]
+
+    def cut(array, sizes):
+        limit = [start[i] + (n - 1) * strides[i] + 1 if i in axes else n for i, n in enumerate(sizes)]
+        return lax.slice(array, [start[i] if i in axes else 0 for i in range(base.ndim)], limit, strides)
+
+    result = _cut_stack(base, axes, shape, cut)
+    return None if result is None else [result]
+
+
+def _dynamic_slice(eqn: Any, base: Any, *starts: Any) -> list[Any] | None:
+    shape = eqn.params["slice_sizes"]
+    axes = [i for i in range(base.ndim) if shape[i] != base.shape[i]]
+
+    def cut(array, sizes):
+        zero = jax.numpy.zeros((), starts[0].dtype)
+        return lax.dynamic_slice(array, [s if i in axes else zero for i, s in enumerate(starts)], sizes)
+
+    result = _cut_stack(base, axes, shape, cut)
+    return None if result is None else [result]
+
+
+def _squeeze(eqn: Any, base: Any) -> list[Any] | None:
+    for axis in sorted((d % base.ndim for d in eqn.params["dimensions"]), reverse=True):
+        base = _squeezed(base, axis)
+    return None if base is None else [base]
+
+
+def _squeezed(base: Any, axis: int) -> Any:
+    if isinstance(base, Later):
+        inner = _squeezed(base.operands[0], axis) if base.step.eqn.primitive.name in ELEMENTWISE else None
+        return None if inner is None else _elementwise(base, inner)
+    if base is None or base.entry(axis) is None:
+        return None
+    return jax.tree.map(lambda array: lax.squeeze(array, [axis]), base).entry(axis)
+
+
+def _split(eqn: Any, base: Any) -> list[Any] | None:
+    axis, results, start = eqn.params["axis"], [], 0
+    for size, var in zip(eqn.params["sizes"], eqn.outvars, strict=True):
+
+        def cut(array, sizes, start=start):
+            return lax.slice_in_dim(array, start, start + sizes[axis], axis=axis)
+
+        results.append(_cut_stack(base, [axis], var.aval.shape, cut))
+        start += int(size)
+    return None if results[0] is None else results
+
+
+def _unstack(eqn: Any, base: Any) -> list[Any] | None:
+    axis, results = eqn.params["axis"], []
+    shape = [1 if i == axis else n for i, n in enumerate(base.shape)]
+    for i in range(base.shape[axis]):
+
+        def cut(array, sizes, i=i):
+            return lax.slice_in_dim(array, i, i + 1, axis=axis)
+
+        piece = _cut_stack(base, [axis], shape, cut)
+        results.append(None if piece is None else _squeezed(piece, axis))
+    return None if results[0] is None else results
+
+
+CUTS = {
+    prims.slice_p.name: _slice,
+    prims.dynamic_slice_p.name: _dynamic_slice,
+    prims.squeeze_p.name: _squeeze,
+    "split": _split,
+    "unstack": _unstack,
+}
+
+
+# A shard_map holds a shard of each array of a stored weight.
+
+
+def along_axes(base: Stored, entries: Sequence[Any]) -> Stored:
+    """The spec of each array: that of the weight, but for axes of which one number serves all."""
+
+    def spec(array: Any) -> Any:
+        return jax.P(*(None if n == 1 else entry for entry, n in zip(entries, array.shape, strict=True)))
+
+    return jax.tree.map(spec, base)
+
+
+def local(base: Any, aval: Any) -> Any:
+    """A stored weight from its shards."""
+    return dataclasses.replace(base, shape=tuple(aval.shape)) if is_stored(base) else base  # pyright: ignore
