@@ -1,6 +1,7 @@
 """LoRA for any JAX function: `split` the parameters, `adapt` the function, `merge` when done."""
 
 from lorax_fn import checkpoint as checkpoint
+from lorax_fn.blocks import Quantized as Quantized
 from lorax_fn.dropping import dropout as dropout
 from lorax_fn.methods.dora import DoRA as DoRA
 from lorax_fn.methods.loha import LoHa as LoHa
@@ -10,6 +11,8 @@ from lorax_fn.methods.lora import LoRAFA as LoRAFA
 from lorax_fn.methods.vera import VeRA as VeRA
 from lorax_fn.methods.whole import Full as Full
 from lorax_fn.methods.whole import Rows as Rows
+from lorax_fn.quantization import dequantize as dequantize
+from lorax_fn.quantization import quantize as quantize
 from lorax_fn.ranks import Spectrum as Spectrum
 from lorax_fn.ranks import effective_rank as effective_rank
 from lorax_fn.ranks import resize as resize

@@ -16,7 +16,7 @@ from lorax_fn.methods.low_rank import Start
 from lorax_fn.methods.whole import Full, Rows
 from lorax_fn.plans import METHODS, Plan, make_plans, make_row_plans
 from lorax_fn.targets import arrays, check_fits, check_lora, choose, classify
-from lorax_fn.types import Adapter, PyTree, checked_key, error, flatten_with_paths, leaf_key
+from lorax_fn.types import Adapter, PyTree, checked_key, error, flatten_with_paths, leaf_key, replace_leaves
 
 
 def split(
@@ -96,7 +96,7 @@ def split(
             lora[path] = Full(_copy(leaves[path], dtype))
         elif path in chosen_rows:
             lora[path] = _run(lambda w, ids=chosen_rows[path]: _rows(w, ids, dtype), leaves[path])
-    return _replace(params, residuals), lora
+    return replace_leaves(params, residuals), lora
 
 
 def merge(params: PyTree, lora: dict[str, Adapter], *, dtype: Any = None, requantize: bool = False) -> PyTree:
@@ -124,7 +124,9 @@ def merge(params: PyTree, lora: dict[str, Adapter], *, dtype: Any = None, requan
         raise error("requantize= is not available in this version.", got=requantize, do="leave it out.")
     named = dict(flatten_with_paths(params)[0])
     check_fits(named, lora, allow_dropped=False)
-    return _replace(params, {path: _merged(adapter, named[path], dtype) for path, adapter in lora.items()})
+    return replace_leaves(
+        params, {path: _merged(adapter, named[path], dtype) for path, adapter in lora.items()}
+    )
 
 
 def delta(lora: dict[str, Adapter]) -> dict[str, jax.Array]:
@@ -193,11 +195,3 @@ def _run(f: Callable, *args: Any) -> Any:
     """Calls ``f``, or asks for its shapes where an argument is abstract."""
     abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(args))
     return jax.eval_shape(f, *args) if abstract else f(*args)
-
-
-def _replace(params: PyTree, new: Mapping[str, Any]) -> PyTree:
-    """``params`` with some leaves replaced; the very same tree where none is."""
-    if not new:
-        return params
-    named, treedef = flatten_with_paths(params)
-    return jax.tree.unflatten(treedef, [new.get(path, leaf) for path, leaf in named])

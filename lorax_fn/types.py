@@ -8,7 +8,7 @@ import dataclasses
 import math
 import sys
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -229,6 +229,14 @@ def flatten_with_paths(tree: PyTree, is_leaf=None) -> tuple[list[tuple[str, Any]
             do="rename a key; keys that hold '/' can collide with nested ones.",
         )
     return named, jax.tree_util.tree_structure(tree, is_leaf=stop)
+
+
+def replace_leaves(tree: PyTree, new: Mapping[str, Any]) -> PyTree:
+    """``tree`` with the leaves of some paths replaced; the very same tree where none is."""
+    if not new:
+        return tree
+    named, treedef = flatten_with_paths(tree)
+    return jax.tree.unflatten(treedef, [new.get(path, leaf) for path, leaf in named])
 
 
 def checked_key(key: Any) -> jax.Array:

@@ -1,0 +1,153 @@
+"""Trees of quantised weights: `quantize` stores them in 4 or 8 bits, `dequantize` makes arrays again."""
+
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lorax_fn.blocks import FORMATS, Quantized, encode
+from lorax_fn.targets import arrays, choose, classify
+from lorax_fn.types import Layout, PyTree, error, flatten_with_paths, is_stored, is_tracer, replace_leaves
+
+
+def quantize(
+    params: PyTree,
+    format: str = "nf4",
+    *,
+    block: int = 64,
+    double: bool = True,
+    targets=None,
+    layout: Mapping | None = None,
+) -> PyTree:
+    """Stores weights in 4 or 8 bits: ``w = value(code) * scale``, one scale a block of inputs.
+
+    Dettmers et al., "QLoRA" (https://arxiv.org/abs/2305.14314): NF4 (appendix E) and double quantisation
+    (section 3), in which the scales are themselves 8-bit codes. It goes leaf by leaf and waits for each, so
+    that no more than one is in work.
+
+    Args:
+      params: any pytree; abstract leaves (`jax.ShapeDtypeStruct`) give a `Quantized` of abstract arrays.
+      format: ``"nf4"``; ``"int4"`` or ``"int8"``: the nearest of 15 or 255 even steps.
+      block: weights along an input axis that share a scale: an even number. A rest that does not fill a block
+        has a scale of its own; no pad shows.
+      double: whether scales are 8-bit codes, in groups of 256 along an output axis: 4.13 bits a weight for
+        nf4, and not 4.5.
+      targets: as in `lorax_fn.split`; None is every linear weight: no embedding, norm or output head.
+      layout: as in `lorax_fn.split`.
+
+    Returns:
+      The same tree with a `Quantized` for each weight; all other leaves are the same objects.
+
+    Raises:
+      LoraError: an unknown format or an odd block; a weight is empty, not finite, not float or quantised
+        already; or ``targets`` or ``layout`` is wrong, as in `lorax_fn.split`. All such paths are listed.
+
+    Example:
+      >>> import jax.numpy as jnp, lorax_fn as lx
+      >>> params = lx.quantize({"kernel": jnp.ones((128, 64)), "bias": jnp.ones(64)})
+      >>> params["kernel"].nbytes, params["bias"].nbytes, params["kernel"].dtype
+      (4236, 256, dtype('float32'))
+    """
+    _check_options(format, block)
+    leaves = arrays(params)
+    layouts, _ = choose(leaves, classify(params, layout), targets, None, None)
+    _check_weights(leaves, layouts)
+    made, strange = {}, []
+    for path, axes in layouts.items():
+        made[path], finite = _encoded(leaves[path], axes, format, block, double)
+        if not (finite is None or is_tracer(finite) or bool(finite)):  # waits: one leaf at a time
+            strange.append(path)
+    if strange:
+        raise error(
+            "weights that are not finite cannot be quantised.",
+            path=strange,
+            got="NaN or infinity: it would spoil its whole block",
+            want="finite numbers",
+            do="mend these weights, or name the others in targets=.",
+        )
+    return replace_leaves(params, made)
+
+
+def dequantize(params: PyTree) -> PyTree:
+    """Makes every quantised weight an array of its own shape and dtype again.
+
+    Args:
+      params: any pytree; abstract quantised leaves give `jax.ShapeDtypeStruct`.
+
+    Returns:
+      The same tree of arrays; leaves that were not quantised are the same objects.
+
+    Example:
+      >>> import jax.numpy as jnp, lorax_fn as lx
+      >>> params = {"kernel": jnp.ones((128, 64), jnp.bfloat16)}
+      >>> bool((lx.dequantize(lx.quantize(params))["kernel"] == params["kernel"]).all())
+      True
+    """
+    stored = {path: leaf for path, leaf in flatten_with_paths(params)[0] if is_stored(leaf)}
+    return replace_leaves(params, {path: run(_dense, leaf) for path, leaf in stored.items()})
+
+
+def run(f: Any, *args: Any) -> Any:
+    """Calls ``f``, or asks for its shapes where an argument is abstract."""
+    abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(args))
+    return jax.eval_shape(f, *args) if abstract else f(*args)
+
+
+@jax.jit
+def _dense(q: Quantized) -> jax.Array:
+    return q.dense()
+
+
+def _encoded(w: Any, layout: Layout, format: str, block: int, double: bool) -> tuple[Quantized, Any]:
+    static = functools.partial(_encode, layout=layout, format=format, block=block, double=double)
+    if isinstance(w, jax.ShapeDtypeStruct):
+        return jax.eval_shape(static, w)[0], None
+    return _encode(w, layout, format, block, double)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
+def _encode(w: Any, layout: Layout, format: str, block: int, double: bool) -> tuple[Quantized, jax.Array]:
+    w = jnp.asarray(w)
+    return encode(w, layout, format, block, double), jnp.isfinite(w).all()
+
+
+def _check_options(format: Any, block: Any) -> None:
+    if not (isinstance(format, str) and format in FORMATS):
+        raise error(
+            "unknown format.",
+            got=repr(format),
+            want=f"one of {sorted(FORMATS)}",
+            do='lx.quantize(params, "nf4").',
+        )
+    whole = isinstance(block, int | np.integer) and not isinstance(block, bool)
+    if not whole or block < 2 or block % 2:
+        raise error(
+            "a block is an even number of weights.",
+            got=f"block={block!r}",
+            want="2, 4, 6, ...: two codes share a byte",
+            do="block=64.",
+        )
+
+
+def _check_weights(leaves: Mapping[str, Any], layouts: Mapping[str, Layout]) -> None:
+    wrong = {}
+    for path, layout in layouts.items():
+        leaf = leaves[path]
+        if is_stored(leaf):
+            wrong[path] = "quantised already"
+        elif not math.prod(leaf.shape):
+            wrong[path] = f"{tuple(leaf.shape)}: empty"
+        elif not (layout.inputs and layout.outputs):
+            wrong[path] = f"{layout}: no input or no output axis"
+    if wrong:
+        raise error(
+            "these weights cannot be quantised.",
+            path=list(wrong),
+            got=list(wrong.values()),
+            want="float arrays with an input and an output axis",
+            do="name the others in targets=, or lx.dequantize(params) first.",
+        )
