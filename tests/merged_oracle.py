@@ -70,7 +70,7 @@ def check_values(fn: Callable, params: Any, lora: Any, args: tuple) -> None:
         return (
             value_and_grad(lambda lora: adapted(params, lora, *args))(lora),
             value_and_grad(lambda lora: fn(lx.merge(params, lora), *args))(lora),
-            fn(params, *args),
+            fn(lx.dequantize(params), *args),
         )
 
     ((_, got), got_grads), ((_, want), want_grads), plain = run(arrays, lora)

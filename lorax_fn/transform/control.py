@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec
 
 from lorax_fn.transform import jaxpr as jx
 from lorax_fn.transform.factored import Factored, Part, is_factored
-from lorax_fn.transform.stored import Later, along_axes, is_unbuilt, local, scanned
+from lorax_fn.transform.stored import Later, along_axes, is_unbuilt, local, restacked, scanned
 
 
 def with_new_key(value: Any, use: Any) -> Any:
@@ -185,13 +185,11 @@ def scan(walk, eqn, index, values):
             slices = [leaf if fn is None else fn(leaf) for leaf, fn in zip(leaves, rebuild, strict=True)]
             results = walk.evaluate(jaxpr, fixed, [*invariant, *slices])
             # Flax NNX hands every layer's weights out again: they stay factored.
-            ys = [_handed_out(walk, eqn, v, slices, whole, i) for i, v in enumerate(results[m:])]
+            ys = [v if _stays_factored(v) else walk.dense(eqn, [v])[0] for v in results[m:]]
             return carry.parted(carry.settled(results[:m]))[1], ys
 
-        whole: dict[int, int] = {}  # which ys are a stored weight among the xs
         moving, ys = lax.scan(body, moving, (counter, [leaf for leaf, _ in pieces]), **options)
-        ys = [_restacked(y) if is_factored(y) else y for y in ys]
-        ys = [xs[whole[i]] if i in whole else y for i, y in enumerate(ys)]
+        ys = [_restacked(y, options["length"]) if is_factored(y) else y for y in ys]
         return [*carry.joined(constant, moving), *ys]
 
     values = [with_new_key(v, index) for v in values]
@@ -199,22 +197,14 @@ def scan(walk, eqn, index, values):
     return walk.in_one_piece(eqn, run, values[:n], init, values[n + m :])
 
 
-def _handed_out(walk, eqn, value: Any, slices: list, whole: dict[int, int], i: int) -> Any:
-    """What an iteration gives for ``ys[i]``; nothing for a stored weight that it only hands on."""
-    if not is_factored(value) or value.lookup:
-        return walk.dense(eqn, [value])[0]
-    if not is_unbuilt(value.base):
-        return value
-    for j, piece in enumerate(slices):
-        if piece is value:
-            whole[i] = j
-            return None
-    return walk.dense(eqn, [value])[0]
+def _stays_factored(value: Any) -> bool:
+    return is_factored(value) and not value.lookup and restacked(value.base, 1) is not None
 
 
-def _restacked(w: Factored) -> Factored:
+def _restacked(w: Factored, length: int) -> Factored:
     """A weight that every iteration handed out: all its arrays got a leading axis, which is a stack axis."""
-    return w.with_parts(w.base, lambda part: Part(part.array, (0, *part.renamed(lambda i: i + 1).axes)))
+    base = restacked(w.base, length)
+    return w.with_parts(base, lambda part: Part(part.array, (0, *part.renamed(lambda i: i + 1).axes)))
 
 
 def unstack(w: Factored) -> tuple[Any, Any]:

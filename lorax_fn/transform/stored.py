@@ -169,6 +169,11 @@ def _cut_stack(
     return _through(base, change)
 
 
+def restacked(base: Any, length: int) -> Any:
+    """A base whose arrays got a leading axis, as results of a loop; None where it can't have one."""
+    return _through(base, lambda stored: stored.stacked(0, length)) if is_unbuilt(base) else base
+
+
 def _slice(eqn: Any, base: Any) -> list[Any] | None:
     start, shape = eqn.params["start_indices"], eqn.outvars[0].aval.shape
     strides = eqn.params["strides"] or (1,) * base.ndim
