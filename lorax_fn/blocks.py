@@ -9,6 +9,7 @@ CPU and GPU, and has no NF4; qwix keeps its codes in such dtypes, unpacked and w
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -194,8 +195,7 @@ def encode(w: Any, layout: Layout, format: str, block: int, double: bool) -> Qua
     axis, across = _axis(layout.inputs, shape, block), _axis(layout.outputs, shape, GROUP)
     wide = w.astype(jnp.float32)
     scales = _largest(jnp.abs(wide), axis, block)
-    safe = _spread(jnp.where(scales == 0, jnp.ones_like(scales), scales), axis, block, shape[axis])
-    codes = form.encode(wide / safe * form.top)
+    codes = form.encode(wide * _spread(_inverse(scales), axis, block, shape[axis]) * form.top)
     if form.bits == 4:
         codes = _packed(codes, axis)
     scales = scales / form.top
@@ -204,9 +204,13 @@ def encode(w: Any, layout: Layout, format: str, block: int, double: bool) -> Qua
         inner = tuple(i for i in range(len(shape)) if i not in layout.stack)
         offset = jnp.mean(scales, inner, keepdims=True)
         groups = _largest(jnp.abs(scales - offset), across, GROUP)
-        safe = _spread(jnp.where(groups == 0, jnp.ones_like(groups), groups), across, GROUP, shape[across])
-        scales = _to_dynamic((scales - offset) / safe)
+        scales = _to_dynamic((scales - offset) * _spread(_inverse(groups), across, GROUP, shape[across]))
     return Quantized(codes, scales, groups, offset, format, block, shape, np.dtype(w.dtype), layout)
+
+
+def _inverse(x: jax.Array) -> jax.Array:
+    """1 / x for numbers that are not negative; finite for a block of zeros. Bitsandbytes multiplies, too."""
+    return 1.0 / jnp.maximum(x, jnp.finfo(jnp.float32).tiny)
 
 
 # Axes -------------------------------------------------------------------------------------------------
@@ -220,9 +224,21 @@ def _axis(axes: tuple[int, ...], shape: tuple[int, ...], size: int) -> int:
 def _folded(x: jax.Array, axis: int, size: int) -> jax.Array:
     """``axis`` as two: runs, and ``size`` neighbours in each; padded with zeros."""
     extra = -x.shape[axis] % size
+    x = _gathered(x, axis, -(-x.shape[axis] // size))
     if extra:
         x = jnp.pad(x, [(0, extra if i == axis else 0) for i in range(x.ndim)])
     return x.reshape(*x.shape[:axis], -1, size, *x.shape[axis + 1 :])
+
+
+def _gathered(x: jax.Array, axis: int, runs: int) -> jax.Array:
+    """``x``, unsharded along ``axis`` where the runs do not divide by an explicit mesh's shards."""
+    sharding = jax.typeof(x).sharding
+    names = sharding.spec[axis]
+    names = names if isinstance(names, tuple) else (names,)
+    if runs % math.prod(sharding.mesh.shape[name] for name in names if name) == 0:
+        return x
+    spec = (*sharding.spec[:axis], None, *sharding.spec[axis + 1 :])
+    return jax.sharding.reshard(x, jax.NamedSharding(sharding.mesh, jax.P(*spec)))
 
 
 def _largest(x: jax.Array, axis: int, size: int) -> jax.Array:
