@@ -1,9 +1,13 @@
 """Quantised bases in the transform: the oracle is the same program on the dequantised tree."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 from rule_cases import RULE_CASES, normal
 
 import lorax_fn as lx
@@ -163,3 +167,79 @@ def test_a_use_that_is_no_product_is_reported():
         lx.adapt(lambda p: jnp.sin(p["w"]), fallback="error")(stored, {})
     got = lx.adapt(lambda p: jnp.sin(p["w"]), fallback="allow")(stored, {})
     np.testing.assert_allclose(got, jnp.sin(lx.dequantize(stored)["w"]), rtol=1e-6)
+
+
+MESH_W = lx.Layout((), (0,), (1, 2))
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+def test_15_a_sharded_quantised_base_gives_the_plain_models_sharding(kind):
+    """Acceptance 15, quantised: W (16, 8, 10) over ('fsdp', 'tp', None); codes and scales as the weight."""
+    mesh = jax.make_mesh((2, 2), ("fsdp", "tp"), axis_types=(kind,) * 2)
+    w, x = normal(1, (16, 8, 10)), normal(2, (4, 5, 16))
+    params, lora = lx.split(
+        lx.quantize({"w": w}, "nf4", block=4, double=False, layout={"w": MESH_W}), 3, layout={"w": MESH_W}
+    )
+    lora = jax.tree.map(lambda x: x + 0.1, lora)
+
+    def put(tree, *spec):
+        return jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, P(*spec[: x.ndim]))), tree)
+
+    def fn(p, x):
+        out = P("fsdp", None, "tp", None) if kind is AxisType.Explicit else None
+        return jnp.einsum("btd,dnh->btnh", x, p["w"], out_sharding=out)
+
+    def loss(params, lora, x):
+        return jnp.sum(jnp.sin(lx.adapt(fn, fallback="error")(params, lora, x)))
+
+    want, want_grad = oracle(params, lora, x)
+    with jax.set_mesh(mesh):
+        sharded = put(params, "fsdp", "tp", None)
+        adapter = dataclasses.replace(
+            lora["w"], a=put(lora["w"].a, "fsdp", None), b=put(lora["w"].b, None, "tp", None)
+        )
+        x = put(x, "fsdp", None, None)
+        got, grad = jax.jit(jax.value_and_grad(loss, 1))(sharded, {"w": adapter}, x)
+        y = jax.jit(lx.adapt(fn))(sharded, {"w": adapter}, x)
+        assert y.sharding.is_equivalent_to(NamedSharding(mesh, P("fsdp", None, "tp", None)), 4)
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+    np.testing.assert_allclose(grad["w"].a, want_grad["w"].a, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(grad["w"].b, want_grad["w"].b, rtol=1e-4, atol=1e-5)
+
+
+def oracle(params, lora, x):
+    def loss(lora):
+        w = lx.merge(lx.dequantize(params), lora)["w"]
+        return jnp.sum(jnp.sin(jnp.einsum("btd,dnh->btnh", x, w)))
+
+    return jax.value_and_grad(loss)(lora)
+
+
+@pytest.mark.parametrize("spec", [("b", None), (None, "b"), ("b", "a")], ids=str)
+def test_shard_map_shards_codes_as_the_weight(spec):
+    mesh = jax.make_mesh((2, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
+    rows, columns = spec
+
+    def fn(p, x):
+        def inner(w, x):
+            y = x @ w
+            return jax.lax.psum(y, rows) if rows else y
+
+        specs = (P(rows, columns), P(None, rows))
+        return jax.shard_map(inner, mesh=mesh, in_specs=specs, out_specs=P(None, columns))(p["w"], x)
+
+    layout = {"w": lx.Layout((), (0,), (1,))}
+    params = lx.quantize({"w": normal(1, (16, 8))}, "nf4", block=4, layout=layout)
+    _, lora = lx.split(params, 2, layout=layout)
+    lora, x = jax.tree.map(lambda x: x + 0.1, lora), normal(2, (4, 16))
+    run = lx.adapt(fn, fallback="error")
+
+    def loss(params, lora):
+        return jnp.sum(jnp.sin(run(params, lora, x)))
+
+    got = jax.jit(jax.value_and_grad(loss, 1))(params, lora)
+    want = jax.value_and_grad(lambda lora: jnp.sum(jnp.sin(x @ lx.merge(lx.dequantize(params), lora)["w"])))(
+        lora
+    )
+    for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
