@@ -16,7 +16,7 @@ from lorax_fn.methods.low_rank import Start
 from lorax_fn.methods.whole import Full, Rows
 from lorax_fn.plans import METHODS, Plan, make_plans, make_row_plans
 from lorax_fn.targets import arrays, check_fits, check_lora, choose, classify
-from lorax_fn.types import Adapter, PyTree, checked_key, error, flatten_with_paths, leaf_key
+from lorax_fn.types import Adapter, PyTree, checked_key, error, flatten_with_paths, is_dropped, leaf_key
 
 
 def split(
@@ -148,7 +148,7 @@ def delta(lora: dict[str, Adapter]) -> dict[str, jax.Array]:
       (8, 6)
     """
     check_lora(lora)
-    dropped = [path for path, adapter in lora.items() if getattr(adapter, "key", None) is not None]
+    dropped = [path for path, adapter in lora.items() if is_dropped(adapter)]
     if dropped:
         raise error(
             "adapters under dropout have no one dW.", path=dropped, do="use the lora from before dropout."
