@@ -52,7 +52,7 @@ def _dot_general(eqn, index, values):
             return NotImplemented
     base = jx.bind(eqn, (w.base, x) if w_first else (x, w.base))[0]
     if after is not None and set(after.axes) <= set(w.parts["b"].axes):
-        # Its gradient then needs base alone. Of column * (base + change), XLA keeps base, change and their sum.
+        # Its gradient then needs base alone; of column * (base + change) XLA keeps all three arrays.
         base = base * align(after.array.astype(base.dtype), after.axes, out)
         w, after = _column_in_b(w, after), None
     change = low_rank_product(w, x, xs, out, dtype=base.dtype, precision=eqn.params["precision"], use=index)
