@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help setup test test-jax test-oldest test-newest test-extra lint demo bench clean
+.PHONY: help setup test test-jax test-oldest test-newest test-peft test-extra lint demo bench clean
 
 # The first interpreter that starts, is new enough and can make a venv (a version manager's shim may do neither).
 # python3 goes first: it is the one the user chose. PYTHON=... overrides.
@@ -19,6 +19,7 @@ help:
 	@echo 'make demo [ARGS=--smoke]  fine-tune a real language model (examples/finetune_smollm2.py)'
 	@echo 'make test [ARGS=...]      the tests; ARGS go to pytest'
 	@echo 'make test-jax              the tests on the oldest and the newest JAX, each in a venv of its own'
+	@echo 'make test-peft             the methods against the real peft, in a venv of its own (about 2 GB)'
 	@echo 'make test-extra            the models of google-tunix and gemma, each in a venv of its own (about 4 GB)'
 	@echo 'make lint                 ruff, pyright and the import arrows'
 	@echo 'make bench [ARGS=...]     one training step, timed (benchmarks/step.py)'
@@ -64,6 +65,17 @@ test-oldest test-newest: test-%: .venv-%/.installed
 	.venv-$*/bin/python -c 'import jax, sys; print("Python", sys.version.split()[0], "JAX", jax.__version__)'
 	.venv-$*/bin/python -m pytest -n 2 $(ARGS)
 
+# PEFT is the reference of every method that it has. The interpreter is that of .venv.
+PEFT := torch==2.13.0 peft==0.21.2
+
+.venv-peft/.installed: pyproject.toml
+	@$(PYTHON) -m venv --clear .venv-peft
+	@.venv-peft/bin/python $(wordlist 2,99,$(PIP)) $(PEFT) -e '.[test]'
+	@touch $@
+
+test-peft: .venv-peft/.installed
+	.venv-peft/bin/python -m pytest -n 2 tests/test_peft_parity.py $(ARGS)
+
 # Models of others. The two do not install beside each other, and gemma's own requirements take too long to resolve.
 MODEL_BASE := jax flax optax orbax-checkpoint chex numpy pytest pytest-xdist hypothesis einops
 
@@ -97,4 +109,4 @@ bench: .venv/.installed
 	$(PY) benchmarks/step.py $(ARGS)
 
 clean:
-	rm -rf .venv .venv-oldest .venv-newest .venv-tunix .venv-gemma
+	rm -rf .venv .venv-oldest .venv-newest .venv-peft .venv-tunix .venv-gemma

@@ -26,6 +26,7 @@ from lorax_fn.types import (
     error,
     flatten_with_paths,
     is_abstract,
+    is_dropped,
     is_stored,
     is_tracer,
     leaf_key,
@@ -176,7 +177,7 @@ def delta(lora: dict[str, Adapter]) -> dict[str, jax.Array]:
       (8, 6)
     """
     check_lora(lora)
-    dropped = [path for path, adapter in lora.items() if getattr(adapter, "key", None) is not None]
+    dropped = [path for path, adapter in lora.items() if is_dropped(adapter)]
     if dropped:
         raise error(
             "adapters under dropout have no one dW.", path=dropped, do="use the lora from before dropout."

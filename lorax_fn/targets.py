@@ -29,6 +29,7 @@ from lorax_fn.types import (
     flatten_with_paths,
     is_adapter,
     is_array,
+    is_dropped,
     is_float,
     nearest,
 )
@@ -369,6 +370,6 @@ def _misfit(
         return f"a leaf of shape {tuple(leaf.shape)}", problem
     if not is_float(leaf):
         return f"a leaf of dtype {leaf.dtype}", "a float leaf"
-    if not allow_dropped and getattr(adapter, "key", None) is not None:
+    if not allow_dropped and is_dropped(adapter):
         return "an adapter under dropout", "one without"
     return None

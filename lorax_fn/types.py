@@ -213,6 +213,11 @@ def is_adapter(x: object) -> bool:
     return isinstance(x, Adapter)
 
 
+def is_dropped(x: object) -> bool:
+    """Whether an adapter came out of `lorax_fn.dropout`: it then carries the keys that drop inputs of A."""
+    return getattr(x, "key", None) is not None
+
+
 def is_array(x: object) -> bool:
     """Arrays of any kind, abstract and stored ones included; Python scalars are not arrays here."""
     return isinstance(x, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct | Stored)

@@ -1,4 +1,4 @@
-"""Adapters built by hand from PEFT's tensors, against PEFT's own merged weights and its PiSSA start.
+"""Adapters built by hand from PEFT's tensors, against PEFT's merged weights, outputs and PiSSA start.
 
 The data were made by running PEFT and are no part of the repository; without them this file is skipped.
 """
@@ -38,67 +38,6 @@ def turned(x):
     return jnp.asarray(np.moveaxis(x, (0, 1), (-1, -2)) if x.ndim > 2 else x.T)
 
 
-def adapted_modules(case):
-    """``{module: (weight, adapter, PEFT's merged weight)}``, all with inputs before outputs."""
-    config = json.loads((GOLDEN / case / "adapter_config.json").read_text())
-    base = tensors(f"base_{'conv' if case == 'conv' else 'net'}.safetensors")
-    merged, saved = tensors(f"{case}/merged.safetensors"), tensors(f"{case}/adapter_model.safetensors")
-    modules = {}
-    for key in saved:
-        if ".lora_A." not in key and not key.endswith(".lora_embedding_A"):
-            continue
-        name = key.removeprefix(PREFIX).rpartition(".lora_")[0]
-        embedding = key.endswith("_A")
-        # Conv1D of GPT-2 ("c") and embeddings store (in, out), everything else (out, in)
-        stored = (lambda x: jnp.asarray(x)) if embedding or name.endswith(".c") else turned
-        w, target = stored(base[f"{name}.weight"]), stored(merged[f"{name}.weight"])
-        b = saved[key.replace("lora_A", "lora_B").replace("embedding_A", "embedding_B")]
-        layout = lx.Layout((), tuple(range(w.ndim - 1)), (w.ndim - 1,))
-        facts = (turned(saved[key]), turned(b).reshape(b.shape[1], -1))
-        facts += (float(config["lora_alpha"]), config["r"], "lora", layout)
-        magnitude = saved.get(f"{PREFIX}{name}.lora_magnitude_vector")
-        adapter = lx.LoRA(*facts) if magnitude is None else lx.DoRA(*facts, magnitude=jnp.asarray(magnitude))
-        modules[name] = (w, adapter, target)
-    return modules
-
-
-COUNTS = {"linear_r2": 6, "dora_linear": 9, "conv": 3, "embedding": 4, "conv1d_gpt2": 3, "all_linear": 21}
-
-
-@pytest.mark.parametrize("case", COUNTS)
-def test_merged_weights_are_those_of_peft(case):
-    modules = adapted_modules(case)
-    assert len(modules) == COUNTS[case]
-    params = {name: w for name, (w, _, _) in modules.items()}
-    lora = {name: adapter for name, (_, adapter, _) in modules.items()}
-    for name, got in lx.merge(params, lora).items():
-        w, _, want = modules[name]
-        np.testing.assert_allclose(got, want, rtol=0, atol=TOLERANCE, err_msg=name)
-        assert np.abs(np.asarray(want) - np.asarray(w)).max() > 1e-3, name
-
-
-@pytest.mark.parametrize("case", COUNTS)
-def test_adapted_products_are_those_of_weights_merged_by_peft(case):
-    for name, (w, adapter, merged) in adapted_modules(case).items():
-        if w.ndim == 2:
-            x = np.random.default_rng(0).normal(size=(5, w.shape[0])).astype(np.float32)
-
-            def fn(params, x):
-                return x @ params["w"]
-        else:
-            x = np.random.default_rng(0).normal(size=(2, 6, 5)[: w.ndim - 1] + w.shape[-2:-1])
-            x = x.astype(np.float32)
-            dims = ("NHWC", "HWIO", "NHWC") if w.ndim == 4 else ("NWC", "WIO", "NWC")
-            stride = (2,) * (w.ndim - 2)
-
-            def fn(params, x, dims=dims, stride=stride):
-                return lax.conv_general_dilated(x, params["w"], stride, "SAME", dimension_numbers=dims)
-
-        got = lx.adapt(fn, fallback="error")({"w": w}, {"w": adapter}, x)
-        want = fn({"w": merged}, x)
-        np.testing.assert_allclose(got, want, rtol=0, atol=TOLERANCE * 4, err_msg=name)
-
-
 def test_pissa_starts_where_peft_starts():
     """Singular vectors have a sign each: residuals, products and column norms do not."""
     saved, base = tensors("init_pissa/tensors.safetensors"), tensors("base_net.safetensors")
@@ -117,27 +56,112 @@ def test_pissa_starts_where_peft_starts():
         )
 
 
-def conv_net(params, biases, x):
-    """The network of the conv data: three convolutions, the middle one 1 x 1, with tanh between."""
+# Whole networks: the adapted one and the merged one against the outputs that PEFT's had ------------------
+
+
+def net(params, ids):
+    """The network of most of the data, token by token: three layers and a head, with tanh only."""
+
+    def dense(name, x):
+        bias = params.get(f"{name}.bias")
+        return x @ params[f"{name}.weight"] + (0.0 if bias is None else bias[None, None])
+
+    x = params["model.embed.weight"][ids]
+    for i in range(3):
+        q, k, v, o = (f"model.layers.{i}.attn.{name}_proj" for name in "qkvo")
+        x = x + dense(q, x) + dense(o, jnp.tanh(dense(k, x) * dense(v, x)))
+        x = x + dense(f"model.layers.{i}.down", jnp.tanh(dense(f"model.layers.{i}.up", x)))
+        x = x + dense(f"model.layers.{i}.c", x)
+    x = (x - x.mean(-1, keepdims=True)) / jnp.sqrt(x.var(-1, keepdims=True) + 1e-5)
+    scale, shift = (params[f"model.norm.{name}"][None, None] for name in ("weight", "bias"))
+    return dense("model.head", x * scale + shift)
+
+
+def moe(params, x):
+    """Three experts, each with a batch of its own."""
+    h = x @ params["lin.weight"] + params["lin.bias"][None, None]
+    return jnp.tanh(h @ params["experts.gate_up_proj"]) @ params["experts.down_proj"]
+
+
+def conv(params, x):
+    """Three convolutions, the middle one 1 x 1, with tanh between."""
     nchw, nch = ("NCHW", "HWIO", "NCHW"), ("NCH", "HIO", "NCH")
-    x = lax.conv_general_dilated(x, params["conv"], (1, 1), [(1, 1)] * 2, dimension_numbers=nchw)
-    x = jnp.tanh(x + biases["conv"][None, :, None, None])
-    x = lax.conv_general_dilated(x, params["pw"], (1, 1), "VALID", dimension_numbers=nchw)
-    x = jnp.tanh(x + biases["pw"][None, :, None, None]).reshape(2, 8, 20)
-    x = lax.conv_general_dilated(x, params["conv1"], (2,), "VALID", dimension_numbers=nch)
-    return x + biases["conv1"][None, :, None]
+    x = lax.conv_general_dilated(x, params["conv.weight"], (1, 1), [(1, 1)] * 2, dimension_numbers=nchw)
+    x = jnp.tanh(x + params["conv.bias"][None, :, None, None])
+    x = lax.conv_general_dilated(x, params["pw.weight"], (1, 1), "VALID", dimension_numbers=nchw)
+    x = jnp.tanh(x + params["pw.bias"][None, :, None, None]).reshape(2, 8, 20)
+    x = lax.conv_general_dilated(x, params["conv1.weight"], (2,), "VALID", dimension_numbers=nch)
+    return x + params["conv1.bias"][None, :, None]
 
 
-def test_outputs_of_the_adapted_network_are_those_of_peft():
-    modules, base = adapted_modules("conv"), tensors("base_conv.safetensors")
-    params = {name: w for name, (w, _, _) in modules.items()}
-    lora = {name: adapter for name, (_, adapter, _) in modules.items()}
-    biases = {name: jnp.asarray(base[f"{name}.bias"]) for name in modules}
-    io, out = np.load(GOLDEN / "base_conv_io.npz"), np.load(GOLDEN / "conv" / "out.npz")
-    x = jnp.asarray(io["x"])
-    np.testing.assert_allclose(conv_net(params, biases, x), io["y"], rtol=0, atol=TOLERANCE)
-    got = lx.adapt(conv_net, fallback="error")(params, lora, biases, x)
+NETWORKS = {"net": net, "moe": moe, "conv": conv}
+# case: its base, and how many leaves it adapts
+CASES = {
+    "linear_r2": ("net", 6),
+    "all_linear": ("net", 21),
+    "dora_linear": ("net", 9),
+    "embedding": ("net", 4),
+    "conv1d_gpt2": ("net", 3),
+    "lora_bias": ("net", 6),
+    "modules_to_save": ("net", 10),
+    "conv": ("conv", 3),
+    "experts_one": ("moe", 2),
+}
+
+
+def params_of(path):
+    """Weights with inputs before outputs, by torch's names; all else as torch has it."""
+    return {
+        name: turned(x)
+        if x.ndim > 1 and name.endswith(".weight") and not name.endswith(("embed.weight", ".c.weight"))
+        else jnp.asarray(x)
+        for name, x in tensors(path).items()
+    }
+
+
+def adapters(case):
+    """Every adapter of a case by the name of its parameter."""
+    config = json.loads((GOLDEN / case / "adapter_config.json").read_text())
+    base = tensors(f"base_{CASES[case][0]}.safetensors")
+    saved = {key.removeprefix(PREFIX): x for key, x in tensors(f"{case}/adapter_model.safetensors").items()}
+    alpha, rank, lora = float(config["lora_alpha"]), config["r"], {}
+    for key, x in saved.items():
+        name, _, part = key.rpartition(".lora_")
+        if part == "A.weight" and name == "experts":
+            lora["experts.down_proj"] = expert_adapter(x, saved["experts.lora_B.weight"], alpha, rank)
+        elif part in ("A.weight", "embedding_A"):
+            b = saved[f"{name}.lora_{part.replace('A', 'B')}"]
+            layout = lx.Layout((), tuple(range(x.ndim - 1)), (x.ndim - 1,))
+            facts = (turned(x), turned(b).reshape(b.shape[1], -1), alpha, rank, "lora", layout)
+            magnitude = saved.get(f"{name}.lora_magnitude_vector")
+            lora[f"{name}.weight"] = (
+                lx.LoRA(*facts) if magnitude is None else lx.DoRA(*facts, magnitude=jnp.asarray(magnitude))
+            )
+        elif part == "B.bias":  # of PEFT's lora_bias, scaled as B is
+            lora[f"{name}.bias"] = lx.Full(jnp.asarray(base[f"{name}.bias"] + alpha / rank * x))
+        elif not name:  # modules_to_save
+            lora[key] = lx.Full(turned(x) if x.ndim > 1 else jnp.asarray(x))
+    return lora
+
+
+def expert_adapter(a, b, alpha, rank):
+    """PEFT stores A expert-major and B rank-major, and takes a parameter for [expert, out, in]."""
+    a = np.moveaxis(a.reshape(-1, rank, a.shape[1]), 1, 2)
+    b = np.transpose(b.reshape(b.shape[0], rank, -1), (2, 1, 0))
+    return lx.LoRA(jnp.asarray(a), jnp.asarray(b), alpha, rank, "lora", lx.Layout((0,), (2,), (1,)))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_merged_weights_and_outputs_are_those_of_peft(case):
+    base, count = CASES[case]
+    fn, params, lora = NETWORKS[base], params_of(f"base_{base}.safetensors"), adapters(case)
+    io, out = np.load(GOLDEN / f"base_{base}_io.npz"), np.load(GOLDEN / case / "out.npz")
+    assert len(lora) == count and np.abs(out["y"] - io["y"]).max() > 1e-3
+    np.testing.assert_allclose(fn(params, io["x"]), io["y"], rtol=0, atol=TOLERANCE)
+    got = lx.adapt(fn, fallback="error")(params, lora, io["x"])
     np.testing.assert_allclose(got, out["y"], rtol=0, atol=TOLERANCE)
-    merged = conv_net(lx.merge(params, lora), biases, x)
-    np.testing.assert_allclose(merged, out["y_merged"], rtol=0, atol=TOLERANCE)
-    assert np.abs(out["y"] - io["y"]).max() > 1e-3
+    merged = lx.merge(params, lora)
+    np.testing.assert_allclose(fn(merged, io["x"]), out["y_merged"], rtol=0, atol=TOLERANCE)
+    for name, want in params_of(f"{case}/merged.safetensors").items():
+        np.testing.assert_allclose(merged[name], want, rtol=0, atol=TOLERANCE, err_msg=name)
+        assert (np.abs(merged[name] - params[name]).max() > 1e-3) == (name in lora), name

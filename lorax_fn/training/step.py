@@ -11,7 +11,7 @@ import optax
 
 from lorax_fn.targets import check_lora
 from lorax_fn.training.optim import mask, train_only
-from lorax_fn.types import PyTree, checked_key, error, flatten_with_paths, is_array, is_float
+from lorax_fn.types import PyTree, checked_key, error, flatten_with_paths, is_array, is_dropped, is_float
 
 ARRAYS_ONLY = "arrays, static = eqx.partition(model, eqx.is_array), or graphdef, arrays = nnx.split(model)"
 
@@ -299,7 +299,7 @@ def _describe(x: Any) -> str:
 def check_adapters(lora: Any) -> None:
     """Refuses what can be neither trained nor saved: anything but a dict of adapters without dropout."""
     check_lora(lora)
-    dropped = [path for path, node in lora.items() if getattr(node, "key", None) is not None]
+    dropped = [path for path, node in lora.items() if is_dropped(node)]
     if dropped:
         raise error(
             "lora came out of dropout.",

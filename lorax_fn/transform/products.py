@@ -55,6 +55,10 @@ def _dot_general(eqn, index, values):
         else:
             return NotImplemented
     base = product(eqn, (w.base, x) if w_first else (x, w.base))[0]
+    if after is not None and set(after.axes) <= set(w.parts["b"].axes):
+        # Its gradient then needs base alone; of column * (base + change) XLA keeps all three arrays.
+        base = base * align(after.array.astype(base.dtype), after.axes, out)
+        w, after = _column_in_b(w, after), None
     change = low_rank_product(w, x, xs, out, dtype=base.dtype, precision=eqn.params["precision"], use=index)
     known = [n for n in out if not isinstance(n, int) or w.has("a", n) or w.has("b", n) or n in xs]
     change = align(change, known, out) if known != out else change
@@ -62,6 +66,14 @@ def _dot_general(eqn, index, values):
         return [Sum(base, change)]
     total = base + change
     return [total * align(after.array.astype(total.dtype), after.axes, out)]
+
+
+def _column_in_b(w: Factored, column: Part) -> Factored:
+    """``a @ (column * b)``: what ``column * (a @ b)`` is, on the small factor."""
+    b = w.parts["b"]
+    wide = jnp.promote_types(b.array.dtype, column.array.dtype)
+    scaled = b.array.astype(wide) * align(column.array.astype(wide), column.axes, b.axes)
+    return w.with_part(w.base, "b", Part(scaled, b.axes))
 
 
 @rule(prims.conv_general_dilated_p)
