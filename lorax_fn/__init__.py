@@ -2,6 +2,9 @@
 
 from lorax_fn import checkpoint as checkpoint
 from lorax_fn.dropping import dropout as dropout
+from lorax_fn.gradient_inits import lora_ga as lora_ga
+from lorax_fn.input_inits import corda as corda
+from lorax_fn.input_inits import eva as eva
 from lorax_fn.methods.dora import DoRA as DoRA
 from lorax_fn.methods.loha import LoHa as LoHa
 from lorax_fn.methods.lokr import LoKr as LoKr

@@ -34,15 +34,16 @@ class Plan:
     alpha: float | tuple[float, ...]
     scaling: str
     method: str
-    init: str
+    init: Any  # a name, or an `inits.FromData`
 
 
 def make_plans(leaves: Mapping[str, Any], layouts: Mapping[str, Layout], **choices: Any) -> dict[str, Plan]:
     """Resolves rank, alpha, scaling, method and init for each weight of ``layouts``, or raises."""
     given = {name: _per_path(name, value, layouts, leaves) for name, value in choices.items()}
-    _check_known("method", given["method"], METHODS, METHODS.get)
-    _check_known("scaling", given["scaling"], SCALINGS, SCALINGS.get)
-    _check_known("init", given["init"], [*inits.INITS, "pissa:4"], inits.find_init)
+    _check_known("method", given["method"], METHODS, _named_in(METHODS))
+    _check_known("scaling", given["scaling"], SCALINGS, _named_in(SCALINGS))
+    known = [*inits.INITS, "pissa:4", "lx.eva(fn, batches)"]
+    _check_known("init", given["init"], known, inits.find_init)
     ranks = {path: _as_rank(rank) for path, rank in given["rank"].items()}
     _check_ranks(ranks, leaves, layouts, choices["rank"], given["method"])
     alphas = {path: _as_alpha(alpha, ranks[path]) for path, alpha in given["alpha"].items()}
@@ -62,7 +63,7 @@ def _check_methods(plans: Mapping[str, Plan], leaves: Mapping[str, Any]) -> None
         if why is None and not method.takes_init and plan.init != DEFAULTS["init"]:
             why = f"no init=: it starts from its paper's own values, not from {plan.init!r}"
         if why is None:
-            why = inits.refuses(plan.init, plan.rank, plan.alpha)
+            why = inits.refuses(tuple(leaves[path].shape), plan)
         if why is not None:
             refused[path] = why
     if refused:
@@ -105,8 +106,12 @@ def _per_path(
     return chosen
 
 
+def _named_in(table: Mapping[str, Any]) -> Callable:
+    return lambda name: table.get(name) if isinstance(name, str) else None
+
+
 def _check_known(name: str, values: Mapping[str, Any], names: Iterable[str], known: Callable) -> None:
-    unknown = [path for path, value in values.items() if not isinstance(value, str) or known(value) is None]
+    unknown = [path for path, value in values.items() if known(value) is None]
     if unknown:
         raise error(
             f"unknown {name}.",

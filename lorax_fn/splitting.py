@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lorax_fn.inits import find_init
+from lorax_fn.inits import FromData, find_init
 from lorax_fn.methods.low_rank import Start
 from lorax_fn.methods.whole import Full, Rows
 from lorax_fn.plans import METHODS, Plan, make_plans, make_row_plans
 from lorax_fn.targets import arrays, check_fits, check_lora, choose, classify
-from lorax_fn.types import Adapter, PyTree, checked_key, error, flatten_with_paths, leaf_key
+from lorax_fn.types import Adapter, PyTree, checked_key, error, flatten_with_paths, is_tracer, leaf_key
 
 
 def split(
@@ -26,7 +26,7 @@ def split(
     alpha: float | Callable[[int], float] | Mapping = 32.0,
     scaling: str | Mapping = "lora",
     method: str | Mapping = "lora",
-    init: str | Mapping = "kaiming",
+    init: Any = "kaiming",
     targets=None,
     exclude=None,
     full=None,
@@ -49,7 +49,8 @@ def split(
       scaling: ``"lora"`` for alpha / rank, ``"rslora"`` for alpha / sqrt(rank).
       method: ``"lora"``, ``"dora"``, ``"lora_fa"``, ``"vera"``, ``"loha"`` or ``"lokr"``.
       init: ``"kaiming"``, ``"gaussian"``, ``"orthogonal"`` or ``"zero_a"``; or ``"pissa"``, ``"pissa:4"`` (by
-        a randomised SVD of four iterations) or ``"olora"``, which take a part of W into the factors.
+        a randomised SVD of four iterations) or ``"olora"``, which take a part of W into the factors; or one
+        from data, `lorax_fn.eva`, `lorax_fn.lora_ga` or `lorax_fn.corda`.
       targets: patterns: a glob over whole path components, a compiled regex, or ``f(path, leaf) -> bool``;
         one or a sequence. None is every linear weight: no embedding, norm, convolution or output head.
       exclude: patterns that win over ``targets``.
@@ -85,11 +86,12 @@ def split(
     layouts, whole = choose(leaves, roles, targets, exclude, full, list(chosen_rows))
     plans = make_plans(leaves, layouts, rank=rank, alpha=alpha, scaling=scaling, method=method, init=init)
 
+    starts = _starts_from_data(params, leaves, plans)
     lora: dict[str, Adapter] = {}
     residuals: dict[str, Any] = {}
     for path in leaves:
         if path in plans:
-            lora[path], frozen = _build(plans[path], key, path, leaves[path], dtype)
+            lora[path], frozen = _build(plans[path], starts.get(path), key, path, leaves[path], dtype)
             if frozen is not leaves[path]:
                 residuals[path] = frozen
         elif path in whole:
@@ -160,9 +162,31 @@ def delta(lora: dict[str, Adapter]) -> dict[str, jax.Array]:
 # Building ---------------------------------------------------------------------------------------------
 
 
-def _build(plan: Plan, key: jax.Array, path: str, w: Any, dtype: Any) -> tuple[Adapter, Any]:
+def _starts_from_data(params: PyTree, leaves: Mapping[str, Any], plans: Mapping[str, Plan]) -> dict:
+    """The init of each weight whose init looks at data: each of those sees all of its weights at once."""
+    asked: dict[Any, dict[str, Plan]] = {}
+    for path, plan in plans.items():
+        if isinstance(plan.init, FromData):
+            asked.setdefault(id(plan.init), {})[path] = plan
+    from_data = [path for group in asked.values() for path in group]
+    unseen = [p for p, w in leaves.items() if isinstance(w, jax.ShapeDtypeStruct) or is_tracer(w)]
+    if from_data and unseen:
+        raise error(
+            "an init from data runs the function, and there are no numbers to run it on.",
+            path=from_data,
+            got=[f"abstract or traced params: {', '.join(unseen[:4])}"],
+            want="params of concrete arrays",
+            do="for shapes alone, split with init='kaiming': factors have the same shapes.",
+        )
+    starts = {}
+    for group in asked.values():
+        starts |= next(iter(group.values())).init.starts(params, group)
+    return starts
+
+
+def _build(plan: Plan, init: Any, key: jax.Array, path: str, w: Any, dtype: Any) -> tuple[Adapter, Any]:
     """The adapter of one weight, and the weight to freeze."""
-    init = find_init(plan.init)
+    init = init or find_init(plan.init)
     start = Start(leaf_key(key, path), plan.layout, plan.rank, plan.alpha, plan.scaling, init, dtype)
     create = METHODS[plan.method].create
     if isinstance(w, jax.ShapeDtypeStruct):
