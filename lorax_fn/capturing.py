@@ -39,24 +39,22 @@ class _Probe(Adapter):
         return Factors(self.a, b, self.layout, 1.0, tap=True)
 
 
-def input_products(
-    fn: Callable, params: PyTree, batches: Iterable, probes: Mapping[str, jax.Array], layouts: Mapping
-) -> dict[str, jax.Array]:
-    """``sum x^T x A`` over every input ``x`` that each weight contracts, in every batch.
+def input_products(fn: Callable, params: PyTree, layouts: Mapping[str, Layout]) -> Callable:
+    """How to sum ``x^T x A`` over every input ``x`` that each weight contracts, in every batch.
 
     Args:
       fn: ``fn(params, batch)`` with a float output.
       params: its parameters, concrete.
-      batches: what ``fn`` is called with, one after the other.
-      probes: ``{path: A}``, ``[*s, *n, k]`` float32; the identity gives the covariance itself.
-      layouts: ``{path: Layout}``.
+      layouts: ``{path: Layout}`` of the weights.
 
     Returns:
-      ``{path: [*s, *n, k]}`` float32; zeros where no input reached the weight.
+      ``products(batches, probes)``: from ``{path: A}``, ``[*s, *n, k]`` float32 each, sums of the same
+      shapes; zeros where no input reached the weight. The identity gives the covariance itself. Probes of
+      the same shapes compile once.
 
     Raises:
-      LoraError: there is no batch or no float output, a weight is not used, is looked up by row, or is used
-        in a way that has no rule.
+      LoraError: by ``products``: there is no batch or no float output, a weight is not used, is looked up by
+        row, or is used in a way that has no rule.
     """
     adapted = adapt(fn, fallback="error")
 
@@ -72,13 +70,19 @@ def input_products(
             )
         return sum(leaf.astype(jnp.float32).sum() for leaf in floats)
 
-    def checked() -> Iterator[Any]:
-        for i, batch in enumerate(batches):
-            if i == 0:
-                _check_contracted(fn, params, batch, list(probes))
-            yield batch
+    run, checked = _over_arrays(jax.grad(outputs)), set()
 
-    return _summed(jax.grad(outputs), dict(probes), params, checked())[0]
+    def products(batches: Iterable, probes: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+        def seen() -> Iterator[Any]:
+            for batch in batches:
+                if not checked.issuperset(probes):
+                    _check_contracted(fn, params, batch, list(probes))
+                    checked.update(probes)
+                yield batch
+
+        return _summed(run, dict(probes), params, seen())[0]
+
+    return products
 
 
 def mean_gradients(
@@ -112,7 +116,7 @@ def mean_gradients(
         return found
 
     weights = {path: leaves[path].astype(jnp.float32) for path in paths}
-    total, count = _summed(jax.grad(value), weights, params, batches)
+    total, count = _summed(_over_arrays(jax.grad(value)), weights, params, batches)
     return {path: gradient / count for path, gradient in total.items()}
 
 
@@ -137,9 +141,9 @@ def check_again(batches: Iterable, why: str) -> None:
         )
 
 
-def _summed(gradient: Callable, at: dict, params: PyTree, batches: Iterable) -> tuple[dict, int]:
-    """The sum over batches of ``gradient(at, params, batch)``, and their number."""
-    run, total, count = _over_arrays(gradient), None, 0
+def _summed(run: Callable, at: dict, params: PyTree, batches: Iterable) -> tuple[dict, int]:
+    """The sum over batches of ``run(at, params, batch)``, and their number."""
+    total, count = None, 0
     for batch in batches:
         new = run(at, params, batch)
         total = new if total is None else jax.tree.map(jnp.add, total, new)

@@ -208,12 +208,13 @@ class Eva(FromData):
         if self.iterations > 1:
             check_again(self.batches, f"iterations={self.iterations}")
         leaves = arrays(params)
+        sums = input_products(self.fn, params, layouts)
         for group in groups(layouts, self.batches, self.at_once):
             bases = {p: _random_basis(p, leaves[p], layouts[p], widths[p]) for p in group}
             products = bases
             for i in range(self.iterations):
                 bases = {p: jnp.linalg.qr(x)[0] for p, x in products.items()} if i else bases
-                products = _products(self, params, bases, layouts, leaves)
+                products = _products(sums, self.batches, bases, layouts, leaves)
             for path in group:
                 yield path, _nystrom(bases[path], products[path])
 
@@ -308,6 +309,7 @@ def _damped(c: jax.Array) -> tuple[jax.Array, jax.Array]:
 def _covariances(init: Any, params: PyTree, layouts: Mapping) -> Iterator[tuple[str, jax.Array]]:
     """``(path, X^T X)`` of each weight, ``[s, n, n]`` float32."""
     leaves = arrays(params)
+    sums = input_products(init.fn, params, layouts)
     for group in groups(layouts, init.batches, init.at_once):
         sizes = {path: layouts[path].shapes(leaves[path].shape)[:2] for path in group}
         eyes = {
@@ -316,17 +318,17 @@ def _covariances(init: Any, params: PyTree, layouts: Mapping) -> Iterator[tuple[
             )
             for path, (stack, n) in sizes.items()
         }
-        for path, c in _products(init, params, eyes, layouts, leaves).items():
+        for path, c in _products(sums, init.batches, eyes, layouts, leaves).items():
             yield path, (c + jnp.swapaxes(c, 1, 2)) / 2.0
 
 
-def _products(init: Any, params: PyTree, bases: Mapping, layouts: Mapping, leaves: Mapping) -> dict:
+def _products(sums: Callable, batches: Iterable, bases: Mapping, layouts: Mapping, leaves: Mapping) -> dict:
     """``X^T X Q`` of each weight, ``[s, n, k]`` from bases ``Q [s, n, k]``."""
     probes = {}
     for path, basis in bases.items():
         stack, n, _ = layouts[path].shapes(leaves[path].shape)
         probes[path] = basis.reshape(*stack, *n, basis.shape[-1])
-    found = input_products(init.fn, params, init.batches, probes, layouts)
+    found = sums(batches, probes)
     return {path: found[path].reshape(basis.shape) for path, basis in bases.items()}
 
 
