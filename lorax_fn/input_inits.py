@@ -202,8 +202,7 @@ class Eva(FromData):
         """For each path the eigenvalues ``[s, k]``, falling, and eigenvectors ``[s, n, k]`` of its inputs."""
         if self.iterations is None:
             for path, c in _covariances(self, params, layouts):
-                values, vectors = jnp.linalg.eigh(c)
-                yield path, (values[:, ::-1], vectors[:, :, ::-1])
+                yield path, _eigen(c)
             return
         if self.iterations > 1:
             check_again(self.batches, f"iterations={self.iterations}")
@@ -226,12 +225,20 @@ def _along(key, w, layout: Layout, rank, scale, dtype, *, directions: jax.Array)
     return directions.reshape(shape_a).astype(dtype), jnp.zeros(shape_b, dtype), w
 
 
+@jax.jit
+def _eigen(c: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Eigenvalues ``[s, n]``, falling, and eigenvectors ``[s, n, n]`` of sums ``X^T X``."""
+    values, vectors = jnp.linalg.eigh((c + jnp.swapaxes(c, 1, 2)) / 2.0)
+    return values[:, ::-1], vectors[:, :, ::-1]
+
+
 def _random_basis(path: str, w: Any, layout: Layout, width: int) -> jax.Array:
     stack, n, _ = layout.shapes(w.shape)
     shape = (math.prod(stack), math.prod(n), min(width + OVERSAMPLING, math.prod(n)))
     return jnp.linalg.qr(jax.random.normal(leaf_key(jax.random.key(0), path), shape, jnp.float32))[0]
 
 
+@jax.jit
 def _nystrom(basis: jax.Array, product: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Eigenvalues and vectors of ``Y (Q^T Y)^-1 Y^T``, the part of C that ``Y = C Q`` tells of."""
     core = jnp.matmul(jnp.swapaxes(basis, -1, -2), product, precision=EXACT)
@@ -318,8 +325,7 @@ def _covariances(init: Any, params: PyTree, layouts: Mapping) -> Iterator[tuple[
             )
             for path, (stack, n) in sizes.items()
         }
-        for path, c in _products(sums, init.batches, eyes, layouts, leaves).items():
-            yield path, (c + jnp.swapaxes(c, 1, 2)) / 2.0
+        yield from _products(sums, init.batches, eyes, layouts, leaves).items()
 
 
 def _products(sums: Callable, batches: Iterable, bases: Mapping, layouts: Mapping, leaves: Mapping) -> dict:
