@@ -16,12 +16,21 @@ from lorax_fn.methods.dora import DoRA
 from lorax_fn.methods.loha import LoHa
 from lorax_fn.methods.lokr import LoKr
 from lorax_fn.methods.lora import LoRA, LoRAFA
+from lorax_fn.methods.lora_xs import LoRAXS
 from lorax_fn.methods.low_rank import SCALINGS
 from lorax_fn.methods.vera import VeRA
 from lorax_fn.targets import find, matches
 from lorax_fn.types import Layout, error, is_float
 
-METHODS = {"lora": LoRA, "dora": DoRA, "lora_fa": LoRAFA, "vera": VeRA, "loha": LoHa, "lokr": LoKr}
+METHODS = {
+    "lora": LoRA,
+    "dora": DoRA,
+    "lora_fa": LoRAFA,
+    "vera": VeRA,
+    "loha": LoHa,
+    "lokr": LoKr,
+    "lora_xs": LoRAXS,
+}
 DEFAULTS = {"rank": 16, "alpha": 32.0, "scaling": "lora", "method": "lora", "init": "kaiming"}
 
 

@@ -4,12 +4,11 @@ They have the form of the inits in inits.py and return W_res as the weight to fr
 residuals are float32, one stack entry at a time under `jax.vmap`, whatever the axes of the weight.
 """
 
-import math
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lorax_fn.methods.low_rank import entries as entries
 from lorax_fn.types import Layout
 
 OVERSAMPLING = 8  # extra columns of a randomised SVD (Halko et al., https://arxiv.org/abs/0909.4061)
@@ -87,14 +86,6 @@ def olora(key, w, layout: Layout, rank, scale, dtype):
         return upper.T[:, :r] * used[None, :], used[:, None] * q.T[:r]
 
     return _moved(one, key, w, layout, rank, scale, dtype)
-
-
-def entries(w, layout: Layout) -> jax.Array:
-    """A weight as float32 matrices ``[s, n, m]``, one a stack entry, whatever its axes."""
-    stack, n, m = layout.shapes(w.shape)
-    order = (*layout.stack, *layout.inputs, *layout.outputs)
-    wide = jnp.float32 if w.dtype.itemsize < 4 else w.dtype
-    return jnp.transpose(jnp.asarray(w, wide), order).reshape(math.prod(stack), math.prod(n), math.prod(m))
 
 
 def from_entries(matrices: jax.Array, layout: Layout, shape) -> jax.Array:

@@ -47,7 +47,8 @@ def split(
       alpha: numerator of the scale, or a function of the rank. One value for every rank keeps the first step
         on the data independent of the rank.
       scaling: ``"lora"`` for alpha / rank, ``"rslora"`` for alpha / sqrt(rank).
-      method: ``"lora"``, ``"dora"``, ``"lora_fa"``, ``"vera"``, ``"loha"`` or ``"lokr"``.
+      method: ``"lora"``, ``"dora"``, ``"lora_fa"``, ``"vera"``, ``"loha"``, ``"lokr"`` or
+        ``"lora_xs"``.
       init: ``"kaiming"``, ``"gaussian"``, ``"orthogonal"`` or ``"zero_a"``; or ``"pissa"``, ``"pissa:4"`` (by
         a randomised SVD of four iterations) or ``"olora"``, which take a part of W into the factors; or one
         from data, `lorax_fn.eva`, `lorax_fn.lora_ga` or `lorax_fn.corda`.

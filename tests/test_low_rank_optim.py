@@ -170,8 +170,8 @@ def test_low_rank_gradients_compose(name):
 def test_frozen_factors_stay_bit_equal_under_adamw_outside_a_train_step():
     """Decay would move them by lr * 0.5 a step; `train_only` is what holds them, around any chain."""
     lora, grads = lora_of(lx.LoRAFA), lora_of(lx.LoRAFA, seed=7)
-    tx = optax.chain(lx.lora_fa_gradient(lora), optax.adamw(0.1, weight_decay=0.5))
-    for tx in (lx.train_only(tx), lx.train_only(optax.MultiSteps(tx, 1).gradient_transformation())):
+    inner = optax.chain(lx.lora_fa_gradient(lora), optax.adamw(0.1, weight_decay=0.5))
+    for tx in map(lx.train_only, (inner, optax.MultiSteps(inner, 1).gradient_transformation())):
         state, now = tx.init(lora), lora
         for _ in range(3):
             with jax.numpy_dtype_promotion("standard"):
