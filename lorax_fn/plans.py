@@ -51,8 +51,8 @@ def make_plans(leaves: Mapping[str, Any], layouts: Mapping[str, Layout], **choic
     given = {name: _per_path(name, value, layouts, leaves) for name, value in choices.items()}
     _check_known("method", given["method"], METHODS, _named_in(METHODS))
     _check_known("scaling", given["scaling"], SCALINGS, _named_in(SCALINGS))
-    known = [*inits.INITS, "pissa:4", "lx.eva(fn, batches)"]
-    _check_known("init", given["init"], known, inits.find_init)
+    known, from_data = [*inits.INITS, "pissa:4"], ", or one from data: lx.eva(fn, batches)"
+    _check_known("init", given["init"], known, inits.find_init, from_data)
     ranks = {path: _as_rank(rank) for path, rank in given["rank"].items()}
     _check_ranks(ranks, leaves, layouts, choices["rank"], given["method"])
     alphas = {path: _as_alpha(alpha, ranks[path]) for path, alpha in given["alpha"].items()}
@@ -119,14 +119,16 @@ def _named_in(table: Mapping[str, Any]) -> Callable:
     return lambda name: table.get(name) if isinstance(name, str) else None
 
 
-def _check_known(name: str, values: Mapping[str, Any], names: Iterable[str], known: Callable) -> None:
+def _check_known(
+    name: str, values: Mapping[str, Any], names: Iterable[str], known: Callable, more: str = ""
+) -> None:
     unknown = [path for path, value in values.items() if known(value) is None]
     if unknown:
         raise error(
             f"unknown {name}.",
             path=unknown,
             got=[repr(values[path]) for path in unknown],
-            want=f"one of {sorted(names)}",
+            want=f"one of {sorted(names)}{more}",
             do=f"{name}={DEFAULTS[name]!r}, or another of these.",
         )
 
