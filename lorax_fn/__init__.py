@@ -3,11 +3,15 @@
 from lorax_fn import checkpoint as checkpoint
 from lorax_fn.blocks import Quantized as Quantized
 from lorax_fn.dropping import dropout as dropout
+from lorax_fn.gradient_inits import lora_ga as lora_ga
+from lorax_fn.input_inits import corda as corda
+from lorax_fn.input_inits import eva as eva
 from lorax_fn.methods.dora import DoRA as DoRA
 from lorax_fn.methods.loha import LoHa as LoHa
 from lorax_fn.methods.lokr import LoKr as LoKr
 from lorax_fn.methods.lora import LoRA as LoRA
 from lorax_fn.methods.lora import LoRAFA as LoRAFA
+from lorax_fn.methods.lora_xs import LoRAXS as LoRAXS
 from lorax_fn.methods.vera import VeRA as VeRA
 from lorax_fn.methods.whole import Full as Full
 from lorax_fn.methods.whole import Rows as Rows

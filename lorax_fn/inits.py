@@ -7,14 +7,15 @@ differ along a stack come as a tuple; the factors are then as wide as the larges
 
 import functools
 import math
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from lorax_fn.residual_inits import LoftQ, loftq, olora, pissa, used_ranks
-from lorax_fn.types import Layout
+from lorax_fn.types import Layout, PyTree
 
 
 def kaiming(key, w, layout: Layout, rank, scale, dtype):
@@ -163,9 +164,23 @@ INITS = {
 }
 
 
+class FromData:
+    """An init that looks at batches; `split` lets it look once, for all the weights that it is to start."""
+
+    moves_weight: ClassVar[bool] = True  # takes a part of W into the factors
+
+    def refuses(self, n: int, m: int, plan: Any) -> str | None:
+        """What this init cannot do for ``n`` inputs, ``m`` outputs and a checked plan, or None."""
+        raise TypeError(f"{type(self).__name__} must define refuses(n, m, plan)")
+
+    def starts(self, params: PyTree, plans: Mapping[str, Any]) -> dict[str, Callable]:
+        """The init of each weight of ``plans``, as the functions of this file are."""
+        raise TypeError(f"{type(self).__name__} must define starts(params, plans)")
+
+
 def find_init(name: object) -> Any:
-    """The init of a name, ``"pissa:n"`` and ``"loftq:n"`` included, or `loftq`'s own; else None."""
-    if isinstance(name, LoftQ):
+    """The init of a name such as ``"pissa:4"``, or `loftq`'s own or one from data itself; else None."""
+    if isinstance(name, LoftQ | FromData):
         return name
     if not isinstance(name, str):
         return None
@@ -177,21 +192,32 @@ def find_init(name: object) -> Any:
     return INITS.get(name)
 
 
-def refuses(init: Any, rank: int | tuple[int, ...], alpha: float | tuple[float, ...]) -> str | None:
+def refuses(shape: tuple[int, ...], plan: Any) -> str | None:
     """What an init needs that it has not got here, or None."""
+    init, rank = plan.init, plan.rank
+    if isinstance(init, FromData):
+        _, n, m = plan.layout.shapes(shape)
+        return init.refuses(math.prod(n), math.prod(m), plan)
     ranks = rank if isinstance(rank, tuple) else (rank,)
-    alphas = alpha if isinstance(alpha, tuple) else (alpha,) * len(ranks)
     if init == "orthogonal" and any(r % 2 for r in ranks):
         return f"an even rank for init='orthogonal', not {rank}: each factor uses half of it"
     divides = isinstance(init, LoftQ) or init.startswith(("pissa", "loftq"))
-    if divides and any(a <= 0 for r, a in zip(ranks, alphas, strict=True) if r):
-        return f"an alpha above 0 for init={init!r}, not {alpha}: singular values are divided by the scale"
+    return no_scale(plan) if divides else None
+
+
+def no_scale(plan: Any) -> str | None:
+    """What an init that divides by the scale says where there is none to divide by."""
+    ranks = plan.rank if isinstance(plan.rank, tuple) else (plan.rank,)
+    alphas = plan.alpha if isinstance(plan.alpha, tuple) else (plan.alpha,) * len(ranks)
+    if any(a <= 0 for r, a in zip(ranks, alphas, strict=True) if r):
+        return f"an alpha above 0 for init={plan.init!r}, not {plan.alpha}: it divides by the scale"
     return None
 
 
 def refuses_stored(init: Any) -> str | None:
     """What an init that takes a part of W says of a weight whose values are rounded already, or None."""
-    if isinstance(init, LoftQ) or init.startswith(("pissa", "loftq", "olora")):
+    named = isinstance(init, str) and init.startswith(("pissa", "loftq", "olora"))
+    if named or isinstance(init, LoftQ) or (isinstance(init, FromData) and init.moves_weight):
         return f"float weights for init={init!r}, which takes a part of W: split first, then lx.quantize"
     return None
 

@@ -16,12 +16,21 @@ from lorax_fn.methods.dora import DoRA
 from lorax_fn.methods.loha import LoHa
 from lorax_fn.methods.lokr import LoKr
 from lorax_fn.methods.lora import LoRA, LoRAFA
+from lorax_fn.methods.lora_xs import LoRAXS
 from lorax_fn.methods.low_rank import SCALINGS
 from lorax_fn.methods.vera import VeRA
 from lorax_fn.targets import find, matches
 from lorax_fn.types import Layout, error, is_float, is_stored
 
-METHODS = {"lora": LoRA, "dora": DoRA, "lora_fa": LoRAFA, "vera": VeRA, "loha": LoHa, "lokr": LoKr}
+METHODS = {
+    "lora": LoRA,
+    "dora": DoRA,
+    "lora_fa": LoRAFA,
+    "vera": VeRA,
+    "loha": LoHa,
+    "lokr": LoKr,
+    "lora_xs": LoRAXS,
+}
 DEFAULTS = {"rank": 16, "alpha": 32.0, "scaling": "lora", "method": "lora", "init": "kaiming"}
 
 
@@ -34,7 +43,7 @@ class Plan:
     alpha: float | tuple[float, ...]
     scaling: str
     method: str
-    init: Any  # a name, or what `lorax_fn.loftq` returns
+    init: Any  # a name, what `lorax_fn.loftq` returns, or an `inits.FromData`
 
 
 def make_plans(leaves: Mapping[str, Any], layouts: Mapping[str, Layout], **choices: Any) -> dict[str, Plan]:
@@ -42,7 +51,9 @@ def make_plans(leaves: Mapping[str, Any], layouts: Mapping[str, Layout], **choic
     given = {name: _per_path(name, value, layouts, leaves) for name, value in choices.items()}
     _check_known("method", given["method"], METHODS, _named_in(METHODS))
     _check_known("scaling", given["scaling"], SCALINGS, _named_in(SCALINGS))
-    _check_known("init", given["init"], [*inits.INITS, "pissa:4", "loftq", "loftq:5"], inits.find_init)
+    known = [*inits.INITS, "pissa:4", "loftq", "loftq:5"]
+    from_data = ", or one from data: lx.eva(fn, batches)"
+    _check_known("init", given["init"], known, inits.find_init, from_data)
     ranks = {path: _as_rank(rank) for path, rank in given["rank"].items()}
     _check_ranks(ranks, leaves, layouts, choices["rank"], given["method"])
     alphas = {path: _as_alpha(alpha, ranks[path]) for path, alpha in given["alpha"].items()}
@@ -62,7 +73,7 @@ def _check_methods(plans: Mapping[str, Plan], leaves: Mapping[str, Any]) -> None
         if why is None and not method.takes_init and plan.init != DEFAULTS["init"]:
             why = f"no init=: it starts from its paper's own values, not from {plan.init!r}"
         if why is None:
-            why = inits.refuses(plan.init, plan.rank, plan.alpha)
+            why = inits.refuses(tuple(leaves[path].shape), plan)
         if why is None and is_stored(leaves[path]):
             why = inits.refuses_stored(plan.init)
         if why is not None:
@@ -111,14 +122,16 @@ def _named_in(table: Mapping[str, Any]) -> Callable:
     return lambda name: table.get(name) if isinstance(name, str) else None
 
 
-def _check_known(name: str, values: Mapping[str, Any], names: Iterable[str], known: Callable) -> None:
+def _check_known(
+    name: str, values: Mapping[str, Any], names: Iterable[str], known: Callable, more: str = ""
+) -> None:
     unknown = [path for path, value in values.items() if known(value) is None]
     if unknown:
         raise error(
             f"unknown {name}.",
             path=unknown,
             got=[repr(values[path]) for path in unknown],
-            want=f"one of {sorted(names)}",
+            want=f"one of {sorted(names)}{more}",
             do=f"{name}={DEFAULTS[name]!r}, or another of these.",
         )
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lorax_fn.blocks import check_options, encode
+from lorax_fn.methods.low_rank import entries as entries
 from lorax_fn.types import Layout, dense, error
 
 OVERSAMPLING = 8  # extra columns of a randomised SVD (Halko et al., https://arxiv.org/abs/0909.4061)
@@ -166,15 +167,6 @@ def _turn(init: LoftQ, w: jax.Array, a: jax.Array, b: jax.Array, scales: Any, us
     return a.astype(dtype), b.astype(dtype), dataclasses.replace(frozen, dtype=w.dtype)
 
 
-def entries(w, layout: Layout) -> jax.Array:
-    """A weight as float32 matrices ``[s, n, m]``, one a stack entry, whatever its axes."""
-    w = dense(w)
-    stack, n, m = layout.shapes(w.shape)
-    order = (*layout.stack, *layout.inputs, *layout.outputs)
-    wide = jnp.float32 if w.dtype.itemsize < 4 else w.dtype
-    return jnp.transpose(jnp.asarray(w, wide), order).reshape(math.prod(stack), math.prod(n), math.prod(m))
-
-
 def from_entries(matrices: jax.Array, layout: Layout, shape) -> jax.Array:
     """``[s, n, m]`` on the axes of a weight of ``shape``: the inverse of `entries`."""
     order = (*layout.stack, *layout.inputs, *layout.outputs)
@@ -190,18 +182,30 @@ def used_ranks(rank, count: int) -> np.ndarray:
 
 def _moved(one, key, w, layout: Layout, rank, scale, dtype):
     """Runs ``one(key, matrix, s, used) -> (a, b)`` on each stack entry and takes ``s a @ b`` out of ``w``."""
-    stack, n, m = layout.shapes(w.shape)
     matrices = entries(w, layout)
     count = matrices.shape[0]
     used = jnp.asarray(used_ranks(rank, count), matrices.dtype)
-    scales = jnp.asarray(np.broadcast_to(np.asarray(scale, np.float32).reshape(-1), (count,)), matrices.dtype)
-    safe = jnp.where(scales == 0, jnp.ones_like(scales), scales)  # rank 0: nothing is used of that entry
-    a, b = jax.vmap(one)(jax.random.split(key, count), matrices, safe, used)
+    keys = jax.random.split(key, count)
+    a, b = jax.vmap(one)(keys, matrices, entry_scales(scale, count).astype(matrices.dtype), used)
+    return taken_out(a, b, w, layout, scale, dtype)
+
+
+def entry_scales(scale, count: int) -> np.ndarray:
+    """The scale of each stack entry, ``[s]`` float32; 1 for rank 0, where nothing is used, to divide by."""
+    scales = np.broadcast_to(np.asarray(scale, np.float32).reshape(-1), (count,))
+    return np.where(scales == 0, np.float32(1), scales)
+
+
+def taken_out(a: jax.Array, b: jax.Array, w, layout: Layout, scale, dtype):
+    """``(a, b, w - scale a @ b)`` from factors ``[s, n, r], [s, r, m]``, on the axes of `split`."""
+    stack, n, m = layout.shapes(w.shape)
+    matrices = entries(w, layout)
+    scales = jnp.asarray(entry_scales(scale, matrices.shape[0]), matrices.dtype)
     a, b = a.astype(dtype), b.astype(dtype)
     # of the factors as they are stored: what rounding takes from them stays in the residual
     wide_a, wide_b = a.astype(matrices.dtype), b.astype(matrices.dtype)
     residual = matrices - scales[:, None, None] * jnp.matmul(wide_a, wide_b, precision=EXACT)
-    r = used.shape[1]
+    r = a.shape[-1]
     frozen = from_entries(residual, layout, w.shape).astype(w.dtype)
     return a.reshape(*stack, *n, r), b.reshape(*stack, r, *m), frozen
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lorax_fn.inits import find_init
+from lorax_fn.inits import FromData, find_init
 from lorax_fn.methods.low_rank import Start
 from lorax_fn.methods.whole import Full, Rows
 from lorax_fn.plans import METHODS, Plan, make_plans, make_row_plans
@@ -65,10 +65,12 @@ def split(
       alpha: numerator of the scale, or a function of the rank. One value for every rank keeps the first step
         on the data independent of the rank.
       scaling: ``"lora"`` for alpha / rank, ``"rslora"`` for alpha / sqrt(rank).
-      method: ``"lora"``, ``"dora"``, ``"lora_fa"``, ``"vera"``, ``"loha"`` or ``"lokr"``.
+      method: ``"lora"``, ``"dora"``, ``"lora_fa"``, ``"vera"``, ``"loha"``, ``"lokr"`` or
+        ``"lora_xs"``.
       init: ``"kaiming"``, ``"gaussian"``, ``"orthogonal"`` or ``"zero_a"``; or ``"pissa"``, ``"pissa:4"`` (by
         a randomised SVD of four iterations) or ``"olora"``, which take a part of W into the factors;
-        or `lorax_fn.loftq`, which also quantises W.
+        or `lorax_fn.loftq`, which also quantises W; or one from data, `lorax_fn.eva`, `lorax_fn.lora_ga` or
+        `lorax_fn.corda`.
       targets: patterns: a glob over whole path components, a compiled regex, or ``f(path, leaf) -> bool``;
         one or a sequence. None is every linear weight: no embedding, norm, convolution or output head.
       exclude: patterns that win over ``targets``.
@@ -104,11 +106,12 @@ def split(
     layouts, whole = choose(leaves, roles, targets, exclude, full, list(chosen_rows))
     plans = make_plans(leaves, layouts, rank=rank, alpha=alpha, scaling=scaling, method=method, init=init)
 
+    starts = _starts_from_data(params, leaves, plans)
     lora: dict[str, Adapter] = {}
     residuals: dict[str, Any] = {}
     for path in leaves:
         if path in plans:
-            lora[path], frozen = _build(plans[path], key, path, leaves[path], dtype)
+            lora[path], frozen = _build(plans[path], starts.get(path), key, path, leaves[path], dtype)
             if frozen is not leaves[path]:
                 residuals[path] = frozen
         elif path in whole:
@@ -189,9 +192,31 @@ def delta(lora: dict[str, Adapter]) -> dict[str, jax.Array]:
 # Building ---------------------------------------------------------------------------------------------
 
 
-def _build(plan: Plan, key: jax.Array, path: str, w: Any, dtype: Any) -> tuple[Adapter, Any]:
+def _starts_from_data(params: PyTree, leaves: Mapping[str, Any], plans: Mapping[str, Plan]) -> dict:
+    """The init of each weight whose init looks at data: each of those sees all of its weights at once."""
+    asked: dict[Any, dict[str, Plan]] = {}
+    for path, plan in plans.items():
+        if isinstance(plan.init, FromData):
+            asked.setdefault(id(plan.init), {})[path] = plan
+    from_data = [path for group in asked.values() for path in group]
+    unseen = [p for p, w in leaves.items() if is_abstract(w) or any(map(is_tracer, jax.tree.leaves(w)))]
+    if from_data and unseen:
+        raise error(
+            "an init from data runs the function, and there are no numbers to run it on.",
+            path=from_data,
+            got=[f"abstract or traced params: {', '.join(unseen[:4])}"],
+            want="params of concrete arrays",
+            do="for shapes alone, split with init='kaiming': factors have the same shapes.",
+        )
+    starts = {}
+    for group in asked.values():
+        starts |= next(iter(group.values())).init.starts(params, group)
+    return starts
+
+
+def _build(plan: Plan, init: Any, key: jax.Array, path: str, w: Any, dtype: Any) -> tuple[Adapter, Any]:
     """The adapter of one weight, and the weight to freeze."""
-    init = find_init(plan.init)
+    init = init or find_init(plan.init)
     start = Start(leaf_key(key, path), plan.layout, plan.rank, plan.alpha, plan.scaling, init, dtype)
     create = METHODS[plan.method].create
     if is_abstract(w):

@@ -98,6 +98,7 @@ class Factors:
       column: ``[*s, *m]`` factor of the whole weight (DoRA), or None for 1.
       key: PRNG keys ``[*s]`` that drop inputs of A, or None.
       rate: the share of inputs dropped.
+      tap: whether the factors only read what the weight contracts; see `transform/taps.py`.
     """
 
     a: jax.Array
@@ -107,6 +108,7 @@ class Factors:
     column: jax.Array | None = None
     key: jax.Array | None = None
     rate: float = 0.0
+    tap: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

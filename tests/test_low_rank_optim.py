@@ -135,3 +135,47 @@ def test_lora_fa_gradient_is_its_equation_inside_a_train_step(rank):
         want = np.array(lora["w"].b[i]).reshape(3, 4)
         want[:r] -= np.linalg.inv(a.T @ a + 1e-8 * np.eye(r)) @ g / s**2
         np.testing.assert_allclose(state.lora["w"].b[i].reshape(3, 4), want, rtol=2e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["lora_fa_gradient", "riemannian"])
+def test_low_rank_gradients_compose(name):
+    """In a chain, under inject_hyperparams and in MultiSteps: what they give alone, and then optax."""
+    cls = lx.LoRAFA if name == "lora_fa_gradient" else lx.LoRA
+    lora, grads = lora_of(cls), lora_of(cls, seed=7)
+    make = {"lora_fa_gradient": lambda x=1e-8: lx.lora_fa_gradient(lora, x), "riemannian": lx.riemannian}[
+        name
+    ]
+    alone = updates_of(make(), lora, grads, steps=1)
+    assert np.abs(alone["w"].b - grads["w"].b).max() > 0.01
+
+    def near(got, want):
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), got, want)
+
+    chained = optax.chain(make(), optax.sgd(0.5))
+    near(updates_of(chained, lora, grads, 1), jax.tree.map(lambda g: -0.5 * g, alone))
+    injected = optax.inject_hyperparams(lambda x, lr: optax.chain(make(x), optax.sgd(lr)))(x=1e-2, lr=0.5)
+    with jax.numpy_dtype_promotion("standard"):
+        state = injected.init(lora)
+        first = injected.update(grads, state, lora)[0]
+        state.hyperparams["lr"] = jnp.asarray(0.25)
+        state.hyperparams["x"] = jnp.asarray(1.0)
+        second = injected.update(grads, state, lora)[0]
+    near(first, updates_of(optax.chain(make(1e-2), optax.sgd(0.5)), lora, grads, 1))
+    near(second, updates_of(optax.chain(make(1.0), optax.sgd(0.25)), lora, grads, 1))
+    every_second = optax.MultiSteps(chained, 2).gradient_transformation()
+    assert not any(np.asarray(x).any() for x in jax.tree.leaves(updates_of(every_second, lora, grads, 1)))
+    near(updates_of(every_second, lora, grads, 2), jax.tree.map(lambda g: -0.5 * g, alone))
+
+
+def test_frozen_factors_stay_bit_equal_under_adamw_outside_a_train_step():
+    """Decay would move them by lr * 0.5 a step; `train_only` is what holds them, around any chain."""
+    lora, grads = lora_of(lx.LoRAFA), lora_of(lx.LoRAFA, seed=7)
+    inner = optax.chain(lx.lora_fa_gradient(lora), optax.adamw(0.1, weight_decay=0.5))
+    for tx in map(lx.train_only, (inner, optax.MultiSteps(inner, 1).gradient_transformation())):
+        state, now = tx.init(lora), lora
+        for _ in range(3):
+            with jax.numpy_dtype_promotion("standard"):
+                updates, state = tx.update(grads, state, now)
+            now = optax.apply_updates(now, updates)
+        np.testing.assert_array_equal(now["w"].a, lora["w"].a)
+        assert np.abs(now["w"].b - lora["w"].b).max() > 0.1

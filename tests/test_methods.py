@@ -198,6 +198,23 @@ def test_loha_reaches_rank_r_squared():
     assert ranks == [4, 4]
 
 
+def test_lora_xs_moves_w_between_its_own_singular_vectors():
+    params, lora = split("lora_xs")
+    core = jnp.asarray(np.random.default_rng(2).normal(size=(2, 2, 2)), jnp.float32)
+    adapter = dataclasses.replace(lora["layers"], core=core)
+    for i, w in enumerate(np.asarray(params["layers"], np.float64)):
+        u, sizes, vt = np.linalg.svd(w)
+        np.testing.assert_allclose(
+            np.abs(u[:, :2].T @ adapter.a[i]), np.diag(sizes[:2]), atol=1e-5 * sizes[0]
+        )
+        np.testing.assert_allclose(np.abs(vt[:2] @ adapter.b[i].T), np.eye(2), atol=1e-5)
+        a, b = np.asarray(adapter.a[i], np.float64), np.asarray(adapter.b[i], np.float64)
+        close(adapter.delta()[i], 3.0 * a @ np.asarray(core[i], np.float64) @ b, 1e-6)
+    trained = sum(np.size(x) for x, flag in zip(
+        jax.tree.leaves(adapter), jax.tree.leaves(lx.mask(adapter)), strict=True) if flag)  # fmt: skip
+    assert trained == 2 * 2 * 2
+
+
 def test_lokr_is_the_kronecker_product():
     for shape in ((12, 6), (6, 20)):
         _, lora = lx.split({"kernel": jnp.ones(shape)}, 2, alpha=6.0, method="lokr")

@@ -113,3 +113,12 @@ def product(factors: Factors, shape: tuple[int, ...]) -> jax.Array:
     dw = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST).reshape(*stack, *n, *m)
     order = (*layout.stack, *layout.inputs, *layout.outputs)
     return jnp.transpose(dw, [order.index(axis) for axis in range(layout.ndim)])
+
+
+def entries(w, layout: Layout) -> jax.Array:
+    """A weight as float32 matrices ``[s, n, m]``, one a stack entry, whatever its axes."""
+    w = dense(w)
+    stack, n, m = layout.shapes(w.shape)
+    order = (*layout.stack, *layout.inputs, *layout.outputs)
+    wide = jnp.float32 if w.dtype.itemsize < 4 else w.dtype
+    return jnp.transpose(jnp.asarray(w, wide), order).reshape(math.prod(stack), math.prod(n), math.prod(m))

@@ -266,6 +266,8 @@ def custom_jvp(walk, eqn, index, values):
     jaxpr, consts = jx.opened(eqn.params["call_jaxpr"])
     if any(set(v.parts) - {"a", "b", "scale"} or is_unbuilt(v.base) for v in values if is_factored(v)):
         return jx.bind(eqn, walk.dense(eqn, values))
+    if any(v.tap for v in values if is_factored(v)):  # taps answer to no cotangent, so to no rule of one
+        return walk.dense(eqn, walk.evaluate(jaxpr, consts, values))
     floats = [i for i, v in enumerate(values) if jnp.issubdtype(v.dtype, jnp.floating)]
     count = len(values)
 

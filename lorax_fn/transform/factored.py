@@ -21,6 +21,7 @@ from jax import lax
 
 from lorax_fn.transform.meshes import axis_specs, explicit_mesh, result_sharding
 from lorax_fn.transform.stored import built
+from lorax_fn.transform.taps import EXACT, echo, inputs_of_tap
 from lorax_fn.types import Adapter, Factors, error, is_stored
 
 RANK = -1
@@ -56,6 +57,7 @@ class Factored:
     rate: float = dataclasses.field(metadata={"static": True})
     paths: tuple[str, ...] = dataclasses.field(metadata={"static": True})
     lookup: bool = dataclasses.field(default=False, metadata={"static": True})
+    tap: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -113,7 +115,7 @@ def factor(path: str, base: Any, factors: Factors) -> Factored:
         parts["column"] = Part(factors.column, (*stack, *layout.outputs))
     if factors.key is not None:
         parts["key"] = Part(factors.key, stack)
-    return Factored(base, parts, float(scale), factors.rate, (path,))
+    return Factored(base, parts, float(scale), factors.rate, (path,), tap=factors.tap)
 
 
 def wrap(path: str, base: Any, adapter: Adapter | None) -> Any:
@@ -243,9 +245,6 @@ def _dot(x, xs, y, ys, batch, summed, free, dtype, precision):
     return lax.dot_general(x, y, dims, precision=precision, preferred_element_type=dtype, **extra)
 
 
-# The two things that a factored weight can be asked for.
-
-
 def low_rank_product(
     w: Factored,
     x: Any,
@@ -277,18 +276,17 @@ def low_rank_product(
                 do="leave it out: lx.dropout of a part of the adapters, joined with the rest by |.",
             )
         x, xs = dropped(w, x, xs, use)
+    x, precision = (inputs_of_tap(x), EXACT) if w.tap else (x, precision)
     stacked = w.parts.get("scale")
     axes = tuple(xs), first.axes, second.axes, stacked.axes if stacked else (), tuple(out)
     arrays = x, first.array, second.array, stacked.array if stacked else None
-    return _two_products(*arrays, scale=w.scale, axes=axes, dtype=jnp.dtype(dtype), precision=precision)
+    facts = {"scale": w.scale, "axes": axes, "dtype": jnp.dtype(dtype), "precision": precision}
+    return _two_products(*arrays, **facts, tap=w.tap)
 
 
-@partial(jax.jit, static_argnames=("scale", "axes", "dtype", "precision"))
-def _two_products(x, first, second, stacked, scale, axes, dtype, precision):
-    """``scale * (x @ first) @ second``, jitted: all uses alike share one trace and one lowered function.
-
-    An unrolled model of many layers holds many of them; the compiler puts each in its place again.
-    """
+@partial(jax.jit, static_argnames=("scale", "axes", "dtype", "precision", "tap"))
+def _two_products(x, first, second, stacked, scale, axes, dtype, precision, tap):
+    """``scale * (x @ first) @ second``, jitted: all uses alike share one trace and one lowered function."""
     xs, first_axes, second_axes, stacked_axes, out = axes
     compute = x.dtype if jnp.issubdtype(x.dtype, jnp.floating) else dtype
     x, xs, out, split = _tokens_merged(x, xs, {*first_axes, *second_axes, *stacked_axes}, out)
@@ -296,6 +294,7 @@ def _two_products(x, first, second, stacked, scale, axes, dtype, precision):
     h_axes = [n for n in xs if n in later] + [n for n in first_axes if n in later and n not in xs]
     x, first, second = x.astype(compute), first.astype(compute), second.astype(compute)
     h = contract(x, xs, first, first_axes, h_axes, dtype=compute, precision=precision)
+    h = echo(h) if tap else h
     if stacked is not None:
         h = h * align(stacked.astype(compute), stacked_axes, h_axes)
     if scale != 1.0:

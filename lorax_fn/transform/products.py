@@ -22,6 +22,7 @@ from lorax_fn.transform.factored import (
 )
 from lorax_fn.transform.rules import rule
 from lorax_fn.transform.stored import moved, product
+from lorax_fn.transform.taps import EXACT, echo, inputs_of_tap
 from lorax_fn.types import error
 
 
@@ -104,6 +105,7 @@ def _convolution(eqn, index, values):
         if spatial != "a" or not window_first:
             raise _undroppable(w)
         x, _ = dropped(w, x, [("x", i) for i in range(x.ndim)], index)
+    x = inputs_of_tap(x) if w.tap else x
     groups, dtype = params["feature_group_count"], x.dtype
     if "scale" in w.parts:  # one number a rank: no other scale has axes here
         by = w.parts["scale"]
@@ -118,7 +120,9 @@ def _convolution(eqn, index, values):
     )
     if window_first:
         kernel = lax.concatenate([kernel] * groups, out_axis)
-        h = jx.bind_with(eqn, [x, kernel], preferred_element_type=None)[0] * w.scale
+        exactly = {"precision": (EXACT, EXACT)} if w.tap else {}
+        h = jx.bind_with(eqn, [x, kernel], preferred_element_type=None, **exactly)[0] * w.scale
+        h = echo(h) if w.tap else h
         point = lax.reshape(point, (point.shape[0], groups, w.shape[out_axis] // groups))
         change = _within_groups(h, at_y, point, groups, base.dtype, params["precision"])
     else:
@@ -169,6 +173,7 @@ def _ragged_dot(eqn, index, values):
     if not fits or "column" in w.parts:
         return NotImplemented
     base = product(eqn, [x, w.base, sizes])[0]
+    x = inputs_of_tap(x) if w.tap else x
     rows = x if x_sum == 1 else lax.transpose(x, (1, 0))
     if "key" in w.parts:
         raise _undroppable(w)
@@ -179,8 +184,9 @@ def _ragged_dot(eqn, index, values):
         scale = w.parts["scale"]
         up_array = up_array * align(scale.array.astype(x.dtype), scale.axes, up.axes)
     up = align(up_array, up.axes, [expert, RANK, out_axis])
-    precision = eqn.params["precision"]
+    precision = EXACT if w.tap else eqn.params["precision"]
     h = lax.ragged_dot(rows, down, sizes, precision=precision)
+    h = echo(h) if w.tap else h
     change = lax.ragged_dot(h, up, sizes, precision=precision, preferred_element_type=base.dtype)
     return [base + change]
 
@@ -214,7 +220,7 @@ def _side_by_side(eqn, index, values):
     ]
     join = _stacked if in_a == in_b else _blocks
     a, b = join(factors, [v.shape[axis] for v in values], axis, "a" if in_a else "b")
-    return [Factored(base, {"a": a, "b": b}, 1.0, 0.0, paths)]
+    return [Factored(base, {"a": a, "b": b}, 1.0, 0.0, paths, tap=weights[0].tap)]
 
 
 def _expanded(value: Any, axis: int) -> Any:

@@ -1,0 +1,79 @@
+"""LoRA-XS: Bałazy et al., "LoRA-XS" (https://arxiv.org/abs/2405.17604).
+
+W' = W + scale * A R B,   A = U_r S_r and B = V_r^T of W = U S V^T, frozen; R, r x r, trains: equation (2)
+"""
+
+import dataclasses
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lorax_fn.methods.low_rank import LowRank, Start, entries, scale_of
+from lorax_fn.types import Factors, Layout
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LoRAXS(LowRank):
+    """A small trained core between frozen singular vectors of the weight: ``dW = scale * A R B``.
+
+    Equation (2) of Bałazy et al. (https://arxiv.org/abs/2405.17604): r^2 numbers a weight train. R starts at
+    0, where its gradient ``A^T G B^T`` is not; the paper's start, of deviation 1e-5, is that but for noise.
+
+    Args:
+      a: ``[*s, *n, r]``, frozen: left singular vectors times singular values.
+      b: ``[*s, r, *m]``, frozen: right singular vectors.
+      core: ``[*s, r, r]``, the paper's R.
+      alpha: numerator of the scale.
+      rank: ``r``.
+      scaling: ``"lora"`` or ``"rslora"``.
+      layout: which axes of the weight are stack, inputs and outputs.
+
+    Example:
+      >>> import jax.numpy as jnp, lorax_fn as lx
+      >>> _, lora = lx.split({"kernel": jnp.diag(jnp.array([3.0, 2.0]))}, rank=1, method="lora_xs")
+      >>> abs(lora["kernel"].a[:, 0]), lora["kernel"].core
+      (Array([3., 0.], dtype=float32), Array([[0.]], dtype=float32))
+    """
+
+    frozen: ClassVar[tuple[str, ...]] = ("a", "b")
+    takes_init: ClassVar[bool] = False
+    a: Any
+    b: Any
+    core: Any
+    alpha: float = dataclasses.field(metadata={"static": True})
+    rank: int = dataclasses.field(metadata={"static": True})
+    scaling: str = dataclasses.field(metadata={"static": True})
+    layout: Layout = dataclasses.field(metadata={"static": True})
+
+    @classmethod
+    def create(cls, w: Any, start: Start) -> tuple["LoRAXS", Any]:
+        stack, n, m = start.layout.shapes(w.shape)
+        r = start.rank
+        u, sizes, vt = jnp.linalg.svd(entries(w, start.layout), full_matrices=False)
+        a = (u[:, :, :r] * sizes[:, None, :r]).reshape(*stack, *n, r)
+        b = vt[:, :r].reshape(*stack, r, *m)
+        core = jnp.zeros((*stack, r, r), start.dtype)
+        facts = (start.alpha, r, start.scaling, start.layout)
+        return cls(a.astype(start.dtype), b.astype(start.dtype), core, *facts), w
+
+    @property
+    def scale(self) -> Any:
+        """The number before the product."""
+        return scale_of(self.alpha, self.rank, self.scaling, ())
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        layout, s = self.layout, len(self.layout.stack)
+        sizes = dict(zip((*layout.stack, *layout.inputs), np.shape(self.a)[:-1], strict=True))
+        sizes.update(zip(layout.outputs, np.shape(self.b)[s + 1 :], strict=True))
+        return tuple(sizes[i] for i in range(layout.ndim))
+
+    def pair(self) -> Factors:
+        a, b = jax.lax.stop_gradient((self.a, self.b))
+        s = len(self.layout.stack)
+        flat = b.reshape(*b.shape[: s + 1], -1)
+        b = jnp.matmul(self.core, flat, precision=jax.lax.Precision.HIGHEST).reshape(b.shape)
+        return Factors(a, b, self.layout, self.scale)
