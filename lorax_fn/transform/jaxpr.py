@@ -45,9 +45,13 @@ def equation_context(eqn: Any) -> Iterator[None]:
         yield
 
 
-def source_line(eqn: Any) -> str:
-    """``file:line (function)`` of the user's code behind an equation."""
-    return source_info_util.summarize(eqn.source_info)
+def source_line(*eqns: Any) -> str:
+    """``file:line (function)`` of the user's code behind the first equation that knows it.
+
+    Inside functions that JAX itself jits, as `jax.nn.relu`, none does: give the equations around it as well.
+    """
+    lines = (source_info_util.summarize(eqn.source_info) for eqn in eqns)
+    return next(filter(None, lines), "")
 
 
 def name_stack(eqn: Any) -> str:

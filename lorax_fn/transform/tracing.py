@@ -120,7 +120,7 @@ def usage(fn: Callable, params: PyTree, *args: Any, argnum: int = 0, **kwargs: A
             continue
         uses, layout = found[path], layouts[path]
         if layout is not None:
-            source = [f"{report.primitive}: {report.where}" for report in unserved.get(path, [])]
+            source = [f"{report.primitive}: {report.where}{report.line}" for report in unserved.get(path, [])]
         else:
             source = list(dict.fromkeys(f"{use.op}: {use.source}" for use in uses))
         ops = tuple(dict.fromkeys(use.op for use in uses))

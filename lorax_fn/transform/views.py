@@ -46,6 +46,10 @@ class Reader:
 
     def __init__(self, found: dict[str, list[Use]]):
         self.found = found
+        self.around: list[Any] = []  # the control flow that the current equation is in
+
+    def line(self, eqn: Any) -> str:
+        return jx.source_line(eqn, *reversed(self.around))
 
     def read(self, jaxpr: Any, refs: Sequence[list[Ref]], times: int) -> list[list[Ref]]:
         env = dict(zip(jaxpr.invars, refs, strict=True))
@@ -59,7 +63,10 @@ class Reader:
         name = eqn.primitive.name
         inner = _INNER.get(name)
         if inner is not None:
-            return inner(self, eqn, views, times)
+            self.around.append(eqn)
+            results = inner(self, eqn, views, times)
+            self.around.pop()
+            return results
         view = _VIEWS.get(name)
         if view is not None and not (name in SCALING and not _scales(eqn, views)):
             return view(eqn, views)
@@ -73,9 +80,9 @@ class Reader:
         roles, flops = PRODUCTS[name](eqn, position) if name in PRODUCTS else (None, 0)
         layout = None if roles is None else _roles_of(ref, *roles)
         if layout is None and ref.looked_up:  # no product that keeps outputs: the rows are an activation
-            self.leave(name, jx.source_line(eqn), [[ref]], times)
+            self.leave(name, self.line(eqn), [[ref]], times)
         else:
-            self.found[ref.path].append(Use(name, layout, times, flops, jx.source_line(eqn)))
+            self.found[ref.path].append(Use(name, layout, times, flops, self.line(eqn)))
 
     def leave(self, op: str, source: str, views: list[list[Ref]], times: int) -> None:
         """Notes views that are followed no further: rows that were looked up, or a use without a layout."""
@@ -242,7 +249,7 @@ def _call(name: str):
 
 def _cond(reader: Reader, eqn: Any, views: list, times: int):
     for closed in eqn.params["branches"]:
-        reader.leave("cond", jx.source_line(eqn), reader.read(jx.opened(closed)[0], views[1:], times), times)
+        reader.leave("cond", reader.line(eqn), reader.read(jx.opened(closed)[0], views[1:], times), times)
     return [[]] * len(eqn.outvars)
 
 
@@ -252,7 +259,7 @@ def _carry(reader: Reader, eqn: Any, body: Any, first: int, views: list, times: 
         out is var for var, out in zip(body.invars[first : first + len(views)], body.outvars, strict=False)
     ]
     for view, kept in zip(views, same, strict=True):
-        reader.leave(eqn.primitive.name, jx.source_line(eqn), [] if kept else [view], times)
+        reader.leave(eqn.primitive.name, reader.line(eqn), [] if kept else [view], times)
     return [view if kept else [] for view, kept in zip(views, same, strict=True)]
 
 
@@ -273,7 +280,7 @@ def _scan(reader: Reader, eqn: Any, views: list, times: int):
     results = reader.read(body, [*views[:n], *carry, *slices], times * eqn.params["length"])
     stacked = []
     for refs in results[m:]:  # a weight handed out by every iteration (Flax NNX) is that weight again
-        reader.leave("scan", jx.source_line(eqn), [[ref for ref in refs if ref.looked_up]], times)
+        reader.leave("scan", reader.line(eqn), [[ref for ref in refs if ref.looked_up]], times)
         stacked.append([ref.moved([(), *ref.axes]) for ref in refs if not ref.looked_up])
     return [*carry, *stacked]
 
