@@ -80,7 +80,11 @@ def usage(fn: Callable, params: PyTree, *args: Any, argnum: int = 0, **kwargs: A
 
     Axes that a dot product or convolution contracts are inputs, those that it keeps are outputs; axes that
     are scanned, indexed or batched are stack axes; an axis that array indices look up (an embedding) is an
-    input. So ``split(params, layout=usage(fn, params, x))`` needs no naming convention.
+    input. A row that a single number picks is a lookup where a product uses the table whole, else it has no
+    layout. Of a fused kernel ``[3, d, heads, head]`` the 3 is a stack axis if q, k and v are indexed or split
+    apart, an ``A`` for each; if one product keeps it, an output: one ``A`` for all, as PEFT has it.
+
+    So ``split(params, layout=usage(fn, params, x))`` needs no naming convention at all.
 
     Args:
       fn: any JAX function.
