@@ -12,8 +12,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
+import lorax_fn as lx
 from lorax_fn.transform import jaxpr as jx
+from lorax_fn.types import flatten_with_paths
 
 # One operation ----------------------------------------------------------------------------------------
 
@@ -251,3 +254,54 @@ def inlined(jaxpr: Any) -> tuple[list[Step], list]:
             kept.append(step)
             needed.update(step.ins)
     return kept[::-1], results
+
+
+# The check ---------------------------------------------------------------------------------------------
+
+RANK = 3
+
+
+def loss_of(out):
+    return jnp.sum(jnp.square(out.astype(jnp.float32)))
+
+
+def traced(fn, *args):
+    return jx.opened(jax.make_jaxpr(fn)(*args))[0]
+
+
+def arrays_of(params):
+    """Leaves of a tree that are arrays, and how to put them back beside those that are none."""
+    leaves, treedef = jax.tree.flatten(params)
+    where = [i for i, leaf in enumerate(leaves) if hasattr(leaf, "shape")]
+
+    def whole(arrays):
+        known = dict(zip(where, arrays, strict=True))
+        return jax.tree.unflatten(treedef, [known.get(i, leaf) for i, leaf in enumerate(leaves)])
+
+    return [leaves[i] for i in where], whole
+
+
+def gradient_flops(forward, lora, params, args):
+    """Counted in value and gradient by ``lora`` of the sum of squares of ``forward(lora, params, *args)``."""
+    arrays, whole = arrays_of(params)
+
+    def value_and_grad(lora, arrays, *args):
+        return jax.value_and_grad(lambda lora: loss_of(forward(lora, whole(arrays), *args)))(lora)
+
+    return counted(traced(value_and_grad, lora, arrays, *args))[0]
+
+
+def factored_flops(fn, lora, params, args):
+    arrays, whole = arrays_of(params)
+    adapted = [path in lora for path, leaf in flatten_with_paths(params)[0] if hasattr(leaf, "shape")]
+    jaxpr = traced(lambda arrays, *args: loss_of(fn(whole(arrays), *args)), arrays, *args)
+    others = [False] * (len(jaxpr.invars) - len(adapted))
+    return Factored(RANK).total(jaxpr, adapted + others)
+
+
+def check_flops(fn, lora, params, args):
+    """Asserts that value and gradient of ``fn`` through `adapt` cost what they must, to the last FLOP."""
+    run = lx.adapt(fn, fallback="error")
+    got = gradient_flops(lambda lora, params, *args: run(params, lora, *args), lora, params, args)
+    want = factored_flops(fn, lora, params, args)
+    assert got == want > 0, f"{got} counted, {want} on paper: {got / want:.4f}"

@@ -3,6 +3,7 @@
 The other tests that hold one say so in their docstring, "Acceptance N"; the last test here looks for them.
 """
 
+import dataclasses
 import pathlib
 import re
 
@@ -13,7 +14,7 @@ import pytest
 from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from rule_cases import HWIO, IO, NHWC, OI, make_adapter, normal
+from rule_cases import HWIO, IO, NHWC, OI, SIO, make_adapter, normal
 
 import lorax_fn as lx
 
@@ -94,8 +95,9 @@ def test_18_sharded_convolution(kind):
     def put(x, *spec):
         return jax.device_put(x, NamedSharding(mesh, P(*spec)))
 
-    def fn(p, x):
-        return lax.conv_general_dilated(x, p["w"], (1, 1), "SAME", dimension_numbers=NHWC)
+    def fn(p, x):  # explicit axes ask for the result's sharding
+        out = P(None, None, None, "out") if kind is AxisType.Explicit else None
+        return lax.conv_general_dilated(x, p["w"], (1, 1), "SAME", dimension_numbers=NHWC, out_sharding=out)
 
     w, x = normal(1, (3, 3, 16, 32)), normal(2, (1, 5, 5, 16))
     adapter = make_adapter(w.shape, HWIO, rank=3)
@@ -105,10 +107,13 @@ def test_18_sharded_convolution(kind):
     )
     with jax.set_mesh(mesh):
         base = {"w": put(w, None, None, "in", "out")}
-        got = jax.jit(lx.adapt(fn, fallback="error"))(base, {"w": sharded}, put(x))
+        run = lx.adapt(fn, fallback="error")
+        got, pull = jax.vjp(jax.jit(lambda lora: run(base, lora, put(x))), {"w": sharded})
         assert got.sharding.is_equivalent_to(jax.jit(fn)(base, put(x)).sharding, 4)
-    want = fn({"w": adapter.weight(w)}, x)
-    np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-4)
+        (grad,) = pull(got)
+        want, pull = jax.vjp(lambda lora: fn(lx.merge({"w": put(w)}, lora), put(x)), {"w": adapter})
+        np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(grad["w"].a, pull(want)[0]["w"].a, rtol=1e-3, atol=0.05)
 
 
 def test_20_a_pattern_without_a_match_raises_and_a_plain_function_will_do():
@@ -206,6 +211,55 @@ def test_32_the_base_may_be_swapped_under_an_adapter():
         )
         _, start = lx.split({"w": w}, rank=2)
         assert np.array_equal(run({"w": w}, start, x), x @ w)
+
+
+@pytest.mark.parametrize("left", [True, False], ids=["weight left", "weight right"])
+@pytest.mark.parametrize("contract", [0, 1])
+@pytest.mark.parametrize("x_contract, x_ndim", [(0, 2), (1, 2), (0, 3), (1, 3), (2, 3)])
+def test_5_dot_general_grid(left, contract, x_contract, x_ndim):
+    """Acceptance 5 (and 4, 8): every side and contracted axis of the weight and the input."""
+    w, adapter = normal(1, (11, 11), 0.3), make_adapter((11, 11), IO, rank=7)
+    x = jnp.moveaxis(normal(2, (11, 23, 29)[:x_ndim]), 0, x_contract)
+    dims = ((contract,), (x_contract,)) if left else ((x_contract,), (contract,))
+
+    def fn(p, x):
+        return lax.dot_general(*((p["w"], x) if left else (x, p["w"])), (dims, ((), ())))
+
+    got, want = lx.adapt(fn, fallback="error")({"w": w}, {"w": adapter}, x), fn({"w": adapter.weight(w)}, x)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * np.abs(want).max())
+
+
+ACCEPTANCE = [
+    # 3: x (5, 7, 11), W (11, 13), r 2.  6: 1-D convolution.  7: embedding.  48, 49: quax and openpi products.
+    ("3", "btn,nm->btm", (5, 7, 11), (11, 13), lx.Layout((), (0,), (1,)), 2),
+    ("12", "BTD,DNH->BTNH", (16, 4, 12), (12, 10, 8), lx.Layout((), (0,), (1, 2)), 3),
+    ("12 26", "bjir,bnmjr->bimn", (2, 3, 5, 4), (2, 6, 7, 3, 4), lx.Layout((0,), (3, 4), (1, 2)), 3),
+    ("14", "btd,dnh->btnh", (2, 4, 12), (12, 8, 10), lx.Layout((), (0,), (1, 2)), 3),
+    ("16", "bti,bio->bto", (2, 4, 8), (2, 8, 16), SIO, 3),
+    ("16 several outputs", "bti,bioq->btoq", (2, 4, 8), (2, 8, 4, 4), lx.Layout((0,), (1,), (2, 3)), 3),
+    ("26", "...ij,jk->...ik", (5, 2, 3), (3, 4), IO, 2),
+    ("26 29", "bijk,bnmjk->bimn", (1, 5, 3, 4), (1, 6, 3, 3, 4), lx.Layout((0,), (3, 4), (1, 2)), 7),
+    ("49", "BSD,3KDH->3BSKH".replace("3", "c"), (8, 64, 32), (3, 8, 32, 4), lx.Layout((0, 1), (2,), (3,)), 2),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("scaling", ["lora", "rslora"])
+@pytest.mark.parametrize("number, spec, x, w, layout, rank", ACCEPTANCE, ids=[a[0] for a in ACCEPTANCE])
+def test_acceptance_products(number, spec, x, w, layout, rank, scaling):
+    """Acceptance 3, 12, 14, 16, 26, 49: peers' einsums, B = 0 first, and rsLoRA's scale on every one."""
+    w = normal(1, w)
+    params, zero = lx.split({"w": w}, rank=rank, scaling=scaling, layout={"w": layout})
+
+    def fn(p, x):
+        return jnp.einsum(spec, x, p["w"])
+
+    x = normal(2, x)
+    run = lx.adapt(fn, fallback="error")
+    np.testing.assert_allclose(run(params, zero, x), fn(params, x), rtol=1e-6, atol=1e-5)
+    moved = {"w": dataclasses.replace(zero["w"], b=10 * normal(3, zero["w"].b.shape))}
+    want = fn(lx.merge(params, moved), x)
+    np.testing.assert_allclose(run(params, moved, x), want, rtol=1e-5, atol=1e-5 * np.abs(want).max())
+    assert zero["w"].scale == pytest.approx(32 / rank if scaling == "lora" else 32 / rank**0.5)
 
 
 OPENPI = {

@@ -92,6 +92,22 @@ def before_bias(jaxpr: Any) -> set[Any]:
     return found
 
 
+def handed_on(jaxpr: Any) -> list[int | None]:
+    """For each result the position of the input that it is, through inner calls and loops too; else None."""
+    place: dict[Any, int | None] = {var: i for i, var in enumerate(jaxpr.invars)}
+    for eqn in jaxpr.eqns:
+        name = eqn.primitive.name
+        if name in (NAMES["jit"], NAMES["remat"], NAMES["scan"]):
+            inner = handed_on(opened(eqn.params["jaxpr"])[0])
+            if name == NAMES["scan"]:  # what is carried is handed on if every iteration does so
+                n, m = scan_counts(eqn)
+                inner = [i if i == n + k else None for k, i in enumerate(inner[:m])]
+            for out, i in zip(eqn.outvars, inner, strict=False):
+                if i is not None and not is_literal(eqn.invars[i]):
+                    place[out] = place.get(eqn.invars[i])
+    return [None if is_literal(var) else place.get(var) for var in jaxpr.outvars]
+
+
 def jit_like(eqn: Any, fn: Callable) -> Callable:
     """``jax.jit(fn)`` with the name, inlining and shardings of a jit equation."""
     fn.__name__ = fn.__qualname__ = eqn.params["name"]

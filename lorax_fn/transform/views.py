@@ -292,9 +292,7 @@ def _cond(reader: Reader, eqn: Any, views: list, times: int):
 
 def _carry(reader: Reader, eqn: Any, body: Any, first: int, views: list, times: int) -> list:
     """The carried views that the loop hands on unchanged; the others are followed no further."""
-    same = [
-        out is var for var, out in zip(body.invars[first : first + len(views)], body.outvars, strict=False)
-    ]
+    same = [i == first + k for k, i in enumerate(jx.handed_on(body)[: len(views)])]
     for view, kept in zip(views, same, strict=True):
         reader.leave(eqn.primitive.name, reader.line(eqn), [] if kept else [view], times)
     return [view if kept else [] for view, kept in zip(views, same, strict=True)]
