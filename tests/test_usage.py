@@ -58,6 +58,9 @@ TABLE = {
                 ("dot_general",), 5, 5 * 2 * 6 * 64),
     "scan constant": (lambda w, x: lax.scan(lambda c, _: (c @ w, None), x, length=7)[0], (8, 8), [X], IO,
                       ("dot_general",), 7, 7 * 2 * 6 * 64),
+    "carried through a checkpoint": (lambda w, x: lax.fori_loop(
+                                         0, 3, lambda i, c: jax.checkpoint(lambda c: (c[0] @ c[1], c[1]))(c),
+                                         (x, w))[0], (8, 8), [X], IO, ("dot_general",), 3, 3 * 2 * 6 * 64),
     "scanned experts": (lambda w, x: lax.scan(
                             lambda c, w: (jnp.einsum("etd,edh->eth", c, w), None), x, w)[0],
                         (5, 2, 8, 8), [X], L((0, 1), (2,), (3,)), ("dot_general",), 5, 5 * 2 * 6 * 64),
