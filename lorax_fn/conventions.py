@@ -24,6 +24,8 @@ _TORCH_EMBEDDING = re.compile(
     r"(.*[_-])?(emb|embed|embedding|embeddings|embed_tokens|embed_positions|embed_in|wte|wpe)(_?\d+)?",
     re.IGNORECASE,
 )
+# The names that Linen and Haiku themselves give to convolutions that are not transposed.
+_PLAIN_CONVOLUTION = re.compile(r"Conv_\d+|conv\d_d(_\d+)?")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,8 +98,7 @@ def _by_bias(path: str, leaf: Any, leaves: Mapping[str, Any], module: str, name:
     n_inputs = len(found.inputs) if found else 0
     conv_name = "conv" in module.lower() and len(shape) > 2 and n_inputs != 1
     if conv_name or (n_inputs >= 2 and name in OUT_IN_NAMES) or n_inputs >= 3:
-        # Transposed convolutions may swap in and out: a bias cannot tell where both are equal.
-        if found is None or "transpose" in module.lower():
+        if found is None or _may_be_transposed(module, shape, found, name in OUT_IN_NAMES):
             return Role("convolution", reason="convolution; which axes it contracts is open")
         return Role("convolution", found, "convolution")
     if found is None and bias is None:
@@ -107,6 +108,15 @@ def _by_bias(path: str, leaf: Any, leaves: Mapping[str, Any], module: str, name:
     if len(shape) > 2 and "conv" in path.lower():
         return _open(path, f"a convolution by its path, a projection by its bias {bias}")
     return linear_or_head(path, found)
+
+
+def _may_be_transposed(module: str, shape: tuple[int, ...], found: Layout, out_in: bool) -> bool:
+    """Transposed convolutions may swap in and out: with as many of both, a bias fits either way round."""
+    if "transpose" in module.lower():
+        return True
+    (out_axis,) = found.outputs[-1:]
+    in_axis = out_axis + 1 if out_in else out_axis - 1
+    return shape[in_axis] == shape[out_axis] and not _PLAIN_CONVOLUTION.fullmatch(module)
 
 
 def _layouts(shape: tuple[int, ...], bias: tuple[int, ...] | None, out_in: bool) -> list[Layout]:

@@ -127,6 +127,7 @@ def classify(params: PyTree, layout: Mapping | None = None) -> dict[str, Role]:
     (out, in), square or not. An Equinox layer's type decides before any name. Where every parameter is called
     ``weight``, the module's name tells norms and embeddings. A kernel with two input axes, such as ``out`` of
     Flax attention, is linear unless its module's name holds ``conv``; one with more is a convolution.
+    With as many input as output channels that may be transposed: it is open but under Flax's own name.
 
     Args:
       params: the parameter tree; abstract leaves are fine.

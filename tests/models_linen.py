@@ -230,7 +230,12 @@ def unet_block():
     return unet()
 
 
-@model(UNET_ATTENTION | dict.fromkeys(UNET_CONVOLUTIONS, "iiio"), targets=("kernel",))
+# conv_out has as many channels on both sides: by its name and bias it may be a transposed convolution.
+@model(
+    UNET_ATTENTION | dict.fromkeys(UNET_CONVOLUTIONS, "iiio"),
+    targets=("kernel",),
+    plain=r"(?s)is open.*conv_out",
+)
 def unet_block_with_convolutions():
     return unet()
 
@@ -258,6 +263,7 @@ def whisper_encoder():
 @model(
     ENCODER_BLOCKS | {"params/conv1/kernel": "iio", "params/conv2/kernel": "iio"},
     targets=("conv*", "attn", "up", "down"),
+    plain=r"(?s)is open.*conv2",
 )
 def whisper_encoder_with_convolutions():
     return whisper_encoder()

@@ -13,6 +13,7 @@ from flax import nnx
 
 from lorax_fn.splitting import merge, split
 from lorax_fn.targets import classify
+from lorax_fn.transform.tracing import usage
 from lorax_fn.types import Layout, LoraError
 
 
@@ -102,10 +103,27 @@ def test_names_of_modules(module, name, shape, bias, kind):
     assert classify({module: leaves})[f"{module}/{name}"].kind == kind
 
 
-def test_a_transposed_convolution_of_equal_channels_stays_open():
-    params = {"conv2_d_transpose": {"w": shaped(3, 3, 8, 8), "b": shaped(8)}}
-    with pytest.raises(LoraError, match="which axes it contracts is open"):
-        split(params, rank=1, targets="conv2_d_transpose")
+@pytest.mark.parametrize("name", ["conv2_d_transpose", "conv_up", "up", "convs"])
+@pytest.mark.parametrize("leaf", ["kernel", "w", "weight"])
+def test_a_convolution_of_equal_channels_that_may_be_transposed_stays_open(name, leaf):
+    """Flax's ``transpose_kernel=True``, Haiku and torch keep (out, in) then, and the bias fits both ways."""
+    shape = (8, 8, 3, 3) if leaf == "weight" else (3, 3, 8, 8)
+    params = {name: {leaf: shaped(*shape), "b": shaped(8)}}
+    with pytest.raises(LoraError, match=r"(?s)which axes it contracts is open.*lx\.usage"):
+        split(params, rank=1, targets=name)
+    if leaf != "weight":
+        assert adapted({"Conv_0": params[name]}, targets="Conv_0") == [f"Conv_0/{leaf}"]
+        assert adapted({"conv2_d_1": params[name]}, targets="conv2_d_1") == [f"conv2_d_1/{leaf}"]
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_usage_tells_a_transposed_kernel_of_equal_channels(transposed):
+    layer, x = nn.ConvTranspose(8, (3, 3), transpose_kernel=transposed), jnp.ones((1, 4, 4, 8))
+    params = jax.eval_shape(layer.init, jax.random.key(0), x)
+    with pytest.raises(LoraError, match="is open"):
+        split({"params": {"up": params["params"]}}, rank=1, targets="up")
+    _, lora = split(params, rank=1, targets="kernel", layout=usage(layer.apply, params, x))
+    assert lora["params/kernel"].layout.inputs == ((0, 1, 3) if transposed else (0, 1, 2))
 
 
 def test_a_head_is_known_by_name_never_by_being_last():

@@ -223,11 +223,17 @@ def by_hand(p, x):
     return x @ w + 4.0 * ((x @ a) @ b)
 
 
-PLAIN_LAYER = jax.jit(lambda p, x: llama_layer(lambda w, x: x @ w, p, x))
-HAND_LAYER = jax.jit(lambda p, x: llama_layer(by_hand, p, x))
+def plain_layer(p, x):
+    return llama_layer(lambda w, x: x @ w, p, x)
 
 
-def test_an_unrolled_stack_lowers_to_no_more_than_a_hand_written_one():
+def hand_layer(p, x):
+    return llama_layer(by_hand, p, x)
+
+
+@pytest.mark.parametrize("wrap", [lambda layer: layer, jax.jit], ids=["plain", "jitted"])
+def test_an_unrolled_stack_lowers_to_no_more_than_a_hand_written_one(wrap):
+    """32 layers: no more lines, and functions that do not grow in number with the layers."""
     d, ff, depth = 32, 64, 32
     sizes = {
         "q": (d, d),
@@ -249,21 +255,26 @@ def test_an_unrolled_stack_lowers_to_no_more_than_a_hand_written_one():
     layout = {f"layer_*/{name}": IO for name in sizes}
     params, lora = jax.eval_shape(functools.partial(lx.split, rank=4, layout=layout), params)
     assert len(lora) == 7 * depth
-    run = lx.adapt(stack(PLAIN_LAYER), fallback="error")
+    run = lx.adapt(stack(wrap(plain_layer)), fallback="error")
     lowered = jax.jit(jax.grad(lambda lora, p, x: squared(run(p, lora, x)))).lower(lora, params, x)
 
     factors = {name: (jax.ShapeDtypeStruct((n, 4), jnp.float32), jax.ShapeDtypeStruct((4, m), jnp.float32))
                for name, (n, m) in sizes.items()}  # fmt: skip
     trained = {f"layer_{i}": factors for i in range(depth)}
 
-    def hand(trained, p, x):
-        joined = {i: {n: (w, *trained[i][n]) if n in sizes else w for n, w in p[i].items()} for i in p}
-        return squared(stack(HAND_LAYER)(joined, x))
+    hand = wrap(hand_layer)
 
-    by_hand_lowered = jax.jit(jax.grad(hand)).lower(trained, params, x)
+    def hand_loss(trained, p, x):
+        joined = {i: {n: (w, *trained[i][n]) if n in sizes else w for n, w in p[i].items()} for i in p}
+        return squared(stack(hand)(joined, x))
+
+    by_hand_lowered = jax.jit(jax.grad(hand_loss)).lower(trained, params, x)
     text, hand_text = lowered.as_text(), by_hand_lowered.as_text()
     lines, hand_lines = len(text.splitlines()), len(hand_text.splitlines())
     print(f"{lines} lines of StableHLO, {hand_lines} by hand")
+    functions = text.count("func.func")
+    assert functions < depth // 2, f"{functions} functions: inner ones are repeated"
+    assert text.count("func.func private @plain_layer") == hand_text.count("func.func private @hand_layer")
     assert lines <= hand_lines
 
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flops import RANK, check_flops
 from merged_oracle import check_model
 
 import lorax_fn as lx
@@ -16,6 +17,11 @@ pytestmark = [
 
 TOKENS = np.array([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]], np.int32)
 HEADS, LAYERS = 4, 2
+
+
+def check(fn, params, args, layouts, targets=None):
+    check_model(fn, params, args, layouts, targets)
+    check_flops(fn, lx.split(params, rank=RANK, targets=targets, layout=layouts)[1], params, args)
 
 
 @pytest.fixture(autouse=True)
@@ -59,8 +65,8 @@ def test_gemma(kv_heads, transposed):
         }
     layouts = {f"params/layer_{i}/{path}": layout for i in range(LAYERS) for path, layout in layer.items()}
     assert len(layouts) == (10 if kv_heads < HEADS else 8)
-    check_model(fn, params, args, layouts)
+    check(fn, params, args, layouts)
     embedding = {"params/embedder/input_embedding": lx.Layout((), (0,), (1,))}
-    check_model(fn, params, args, layouts | embedding, targets=["layer_*", "embedder"])
+    check(fn, params, args, layouts | embedding, targets=["layer_*", "embedder"])
     with pytest.raises(lx.LoraError, match=r"(?s)is open.*layer_0/attn/attn_vec_einsum/w.*usage"):
         lx.split(params, rank=2)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from flops import RANK, check_flops
 from merged_oracle import check_model
 
 import lorax_fn as lx
@@ -17,6 +18,11 @@ pytestmark = [
 
 DIM, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, VOCAB, LAYERS = 16, 24, 4, 2, 8, 19, 2
 TOKENS = np.array([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]], np.int32)
+
+
+def check(fn, params, args, layouts, targets=None):
+    check_model(fn, params, args, layouts, targets)
+    check_flops(fn, lx.split(params, rank=RANK, targets=targets, layout=layouts)[1], params, args)
 
 
 @pytest.fixture(autouse=True)
@@ -81,18 +87,16 @@ def test_llama3(tied):
     model = tunix("llama3", SIZES | ROPE | dict(weight_tying=tied, remat_config=remat), "Llama3")
     layouts = in_layers(PROJECTIONS | MLP)
     assert len(layouts) == 14
-    check_model(*model, layouts)
+    check(*model, layouts)
     with pytest.raises(lx.LoraError, match=r"(?s)is open.*layers/0/attn/q_proj/w.*usage"):
         lx.split(model[1], rank=2)
     head = {} if tied else {"lm_head/w": inputs_first(2)}
-    check_model(
-        *model, layouts | EMBEDDING | head, targets=["layers", "embedder", *(["lm_head"] if head else [])]
-    )
+    check(*model, layouts | EMBEDDING | head, targets=["layers", "embedder", *(["lm_head"] if head else [])])
 
 
 def test_qwen3():
     model = tunix("qwen3", SIZES | ROPE | dict(use_tied_embedding=True), "Qwen3")
-    check_model(*model, in_layers(PROJECTIONS | MLP) | EMBEDDING, targets=["layers", "embedder"])
+    check(*model, in_layers(PROJECTIONS | MLP) | EMBEDDING, targets=["layers", "embedder"])
 
 
 def test_qwen3_mixture_of_experts():
@@ -101,7 +105,7 @@ def test_qwen3_mixture_of_experts():
     experts = {f"mlp/{name}_proj": lx.Layout((0,), (1,), (2,)) for name in ("gate", "up", "down")}
     layouts = in_layers(PROJECTIONS | experts | {"mlp/router/kernel": inputs_first(2)})
     assert len(layouts) == 16
-    check_model(*model, layouts)
+    check(*model, layouts)
 
 
 GEMMA = SIZES | dict(
@@ -127,4 +131,4 @@ def test_gemma(kv_heads):
             "attn/q_einsum/w": lx.Layout((), (1,), (0, 2)),
             "attn/kv_einsum/w": lx.Layout((), (2,), (0, 1, 3)),
         }
-    check_model(*model, in_layers(attention | out | MLP) | EMBEDDING, targets=["layers", "embedder"])
+    check(*model, in_layers(attention | out | MLP) | EMBEDDING, targets=["layers", "embedder"])

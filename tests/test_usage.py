@@ -58,6 +58,9 @@ TABLE = {
                 ("dot_general",), 5, 5 * 2 * 6 * 64),
     "scan constant": (lambda w, x: lax.scan(lambda c, _: (c @ w, None), x, length=7)[0], (8, 8), [X], IO,
                       ("dot_general",), 7, 7 * 2 * 6 * 64),
+    "carried through a checkpoint": (lambda w, x: lax.fori_loop(
+                                         0, 3, lambda i, c: jax.checkpoint(lambda c: (c[0] @ c[1], c[1]))(c),
+                                         (x, w))[0], (8, 8), [X], IO, ("dot_general",), 3, 3 * 2 * 6 * 64),
     "scanned experts": (lambda w, x: lax.scan(
                             lambda c, w: (jnp.einsum("etd,edh->eth", c, w), None), x, w)[0],
                         (5, 2, 8, 8), [X], L((0, 1), (2,), (3,)), ("dot_general",), 5, 5 * 2 * 6 * 64),
@@ -115,6 +118,52 @@ def test_20_scan_stacked_kernel_and_tied_table():
     moved = jax.tree.map(lambda x: x + 0.1, lora)
     got = lx.adapt(fn, fallback="error")(params, moved, ids)
     np.testing.assert_allclose(got, fn(lx.merge(params, moved), ids), rtol=1e-4, atol=1e-4)
+
+
+SQUARE, ONE = normal(5, (6, 6), 0.4), jnp.int32(4)
+# name -> function of the table, another weight and a number; what is found. A row alone may be a bias too.
+PICKED = {
+    "row by a literal": (lambda t, w, i: jnp.tanh(t[3] @ w), (11, 6), None),
+    "row by a number": (lambda t, w, i: jnp.tanh(t[i] @ w), (11, 6), None),
+    "bias of a layer": (lambda t, w, i: t[i] + jnp.ones(6) @ w, (11, 6), None),
+    "row of several axes": (lambda t, w, i: jnp.einsum("hd,dk->hk", t[i], w), (11, 2, 6), None),
+    "row by an array of one": (lambda t, w, i: jnp.tanh(t[i[None]] @ w), (11, 6), IO),
+    "tied": (lambda t, w, i: jnp.tanh(t[i] @ w) @ t.T, (11, 6), IO),
+    "tied, a literal": (lambda t, w, i: t @ jnp.tanh(t[3]), (11, 6), IO),
+    "tied, kept axis": (lambda t, w, i: lax.dynamic_slice_in_dim(t, i, 1, 0) @ w @ t.T, (11, 6), IO),
+    "tied, in a loop": (lambda t, w, i: lax.fori_loop(0, 3, lambda j, y: y + t[j] @ t.T, jnp.zeros(11)),
+                        (11, 6), IO),
+    "tied, logits first": (lambda t, w, i: t[jnp.argmax(jnp.ones(6) @ t.T)] @ w, (11, 6), OI),
+    "layer by a number": (lambda t, w, i: jnp.ones(6) @ t[i], (3, 6, 6), SIO),
+    "q, k, v by number": (lambda t, w, i: sum(jnp.ones(6) @ t[j] for j in range(3)), (3, 6, 6), SIO),
+    "q, k, v split": (lambda t, w, i: sum(jnp.einsum("d,sde->e", jnp.ones(6), v) for v in jnp.split(t, 3)),
+                      (3, 6, 6), SIO),
+    "q, k, v of one product": (lambda t, w, i: jnp.einsum("d,sde->se", jnp.ones(6), t), (3, 6, 6),
+                               L((), (1,), (0, 2))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PICKED)
+def test_what_a_number_picks_is_a_layer_a_lookup_or_open(name):
+    """Right, or no layout and an error that says so; what has a layout adapts and equals the merged model."""
+    fn, shape, layout = PICKED[name]
+    params = {"table": normal(4, shape, 0.4), "other": SQUARE}
+
+    def run(p, i):
+        return fn(p["table"], p["other"], i)
+
+    use = lx.usage(run, params, ONE)
+    assert use["table"].layout == layout and use["table"].served == (layout is not None), use
+    if layout is None:
+        with pytest.raises(lx.LoraError, match="table"):
+            lx.split(params, rank=2, targets="table", layout=use)
+        return
+    lora = {"table": make_adapter(shape, layout)}
+    if use["other"].layout:
+        lora["other"] = make_adapter((6, 6), IO, seed=3)
+    got = lx.adapt(run, fallback="error")(params, lora, ONE)
+    np.testing.assert_allclose(got, run(lx.merge(params, lora), ONE), rtol=1e-4, atol=1e-5)
+    assert ("gather" in use["table"].ops) == (len(shape) == 2)  # a table, which waits to be named
 
 
 def test_28_module_called_twice_has_one_adapter():

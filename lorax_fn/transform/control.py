@@ -144,9 +144,8 @@ class _Carry:
     """Tells a loop's invariant carries, which may stay factored, from those that change."""
 
     def __init__(self, walk, eqn, body, consts: int, count: int):
-        carried = body.invars[consts : consts + count]
         self.walk, self.eqn = walk, eqn
-        self.invariant = [out is var for out, var in zip(body.outvars[:count], carried, strict=True)]
+        self.invariant = [i == consts + k for k, i in enumerate(jx.handed_on(body)[:count])]
 
     def settled(self, values):
         """The carried values, factored only where the loop leaves them alone."""

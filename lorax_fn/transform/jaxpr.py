@@ -45,9 +45,13 @@ def equation_context(eqn: Any) -> Iterator[None]:
         yield
 
 
-def source_line(eqn: Any) -> str:
-    """``file:line (function)`` of the user's code behind an equation."""
-    return source_info_util.summarize(eqn.source_info)
+def source_line(*eqns: Any) -> str:
+    """``file:line (function)`` of the user's code behind the first equation that knows it.
+
+    Inside functions that JAX itself jits, as `jax.nn.relu`, none does: give the equations around it as well.
+    """
+    lines = (source_info_util.summarize(eqn.source_info) for eqn in eqns)
+    return next(filter(None, lines), "")
 
 
 def name_stack(eqn: Any) -> str:
@@ -86,6 +90,22 @@ def before_bias(jaxpr: Any) -> set[Any]:
             if not is_literal(other) and (other in broadcast or other.aval.size < var.aval.size):
                 found.add(var)
     return found
+
+
+def handed_on(jaxpr: Any) -> list[int | None]:
+    """For each result the position of the input that it is, through inner calls and loops too; else None."""
+    place: dict[Any, int | None] = {var: i for i, var in enumerate(jaxpr.invars)}
+    for eqn in jaxpr.eqns:
+        name = eqn.primitive.name
+        if name in (NAMES["jit"], NAMES["remat"], NAMES["scan"]):
+            inner = handed_on(opened(eqn.params["jaxpr"])[0])
+            if name == NAMES["scan"]:  # what is carried is handed on if every iteration does so
+                n, m = scan_counts(eqn)
+                inner = [i if i == n + k else None for k, i in enumerate(inner[:m])]
+            for out, i in zip(eqn.outvars, inner, strict=False):
+                if i is not None and not is_literal(eqn.invars[i]):
+                    place[out] = place.get(eqn.invars[i])
+    return [None if is_literal(var) else place.get(var) for var in jaxpr.outvars]
 
 
 def jit_like(eqn: Any, fn: Callable) -> Callable:

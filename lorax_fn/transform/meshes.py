@@ -29,3 +29,11 @@ def result_sharding(spec: list, *arrays: Any):
         kept.append(None if axes & used else entry)
         used |= axes
     return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*kept))
+
+
+def sharding_without(x: Any, axis: int) -> dict[str, Any]:
+    """``out_sharding=`` of a product with the axes of ``x`` but for one; nothing without explicit axes."""
+    if not explicit_mesh(x):
+        return {}
+    spec = [entry for i, entry in axis_specs(x, range(x.ndim)).items() if i != axis]
+    return {"out_sharding": result_sharding([*spec[:axis], None, *spec[axis:]], x)}

@@ -20,6 +20,7 @@ from lorax_fn.transform.factored import (
     is_factored,
     low_rank_product,
 )
+from lorax_fn.transform.meshes import sharding_without
 from lorax_fn.transform.rules import rule
 from lorax_fn.transform.stored import moved, product
 from lorax_fn.transform.taps import EXACT, echo, inputs_of_tap
@@ -120,8 +121,9 @@ def _convolution(eqn, index, values):
     )
     if window_first:
         kernel = lax.concatenate([kernel] * groups, out_axis)
-        exactly = {"precision": (EXACT, EXACT)} if w.tap else {}
-        h = jx.bind_with(eqn, [x, kernel], preferred_element_type=None, **exactly)[0] * w.scale
+        changed = {"preferred_element_type": None, **sharding_without(base, at_y)}
+        changed |= {"precision": (EXACT, EXACT)} if w.tap else {}
+        h = jx.bind_with(eqn, [x, kernel], **changed)[0] * w.scale
         h = echo(h) if w.tap else h
         point = lax.reshape(point, (point.shape[0], groups, w.shape[out_axis] // groups))
         change = _within_groups(h, at_y, point, groups, base.dtype, params["precision"])

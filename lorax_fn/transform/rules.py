@@ -119,10 +119,14 @@ def _without(part: Part, gone: Sequence[int]) -> Part:
     return Part(lax.squeeze(part.array, drop), tuple(axis for axis in part.axes if axis not in gone))
 
 
-@rule(prims.squeeze_p)
+@rule(prims.squeeze_p, prims.reduce_sum_p)
 def _squeeze(eqn, index, values):
+    """A sum over axes of size 1 alone is how `jax.numpy.einsum` drops them."""
     (w,) = values
-    gone = [d % w.ndim for d in eqn.params["dimensions"]]
+    dims = eqn.params["axes"] if eqn.primitive is prims.reduce_sum_p else eqn.params["dimensions"]
+    gone = [d % w.ndim for d in dims]
+    if any(w.shape[d] != 1 for d in gone):
+        return NotImplemented
     place = {old: new for new, old in enumerate(i for i in range(w.ndim) if i not in gone)}
     return [w.with_parts(_one(eqn, w.base), lambda part: _without(part, gone).renamed(place.__getitem__))]
 
@@ -200,7 +204,18 @@ def _slice(eqn, index, values):
     (w,) = values
     start, limit = eqn.params["start_indices"], eqn.params["limit_indices"]
     strides = eqn.params["strides"] or (1,) * w.ndim
-    return [w.with_parts(_one(eqn, w.base), lambda part: _sliced(part, start, limit, strides))]
+    return [_looked_up(w, w.with_parts(_one(eqn, w.base), lambda part: _sliced(part, start, limit, strides)))]
+
+
+def _looked_up(w: Factored, cut: Factored) -> Factored:
+    """One row or column, taken by its number, is an activation as one taken by an array of numbers is."""
+
+    def entries(w: Factored, name: str) -> int:
+        part = w.parts[name]
+        return math.prod(n for n, axis in zip(part.array.shape, part.axes, strict=True) if axis != RANK)
+
+    row = any(entries(cut, name) == 1 < entries(w, name) for name in "ab" if name in w.parts)
+    return dataclasses.replace(cut, lookup=w.lookup or row)
 
 
 @rule("split")
@@ -210,7 +225,8 @@ def _split(eqn, index, values):
     for size, base in zip(eqn.params["sizes"], moved(eqn, [w.base]), strict=True):
         begin = [start if i == axis else 0 for i in range(w.ndim)]
         end = [start + int(size) if i == axis else n for i, n in enumerate(w.shape)]
-        results.append(w.with_parts(base, lambda part, b=begin, e=end: _sliced(part, b, e, (1,) * w.ndim)))
+        piece = w.with_parts(base, lambda part, b=begin, e=end: _sliced(part, b, e, (1,) * w.ndim))
+        results.append(_looked_up(w, piece))
         start += int(size)
     return results
 
@@ -226,7 +242,8 @@ def _unstack(eqn, index, values):
         part = _without(_sliced(part, begin, end, (1,) * w.ndim), [axis])
         return part.renamed(lambda j: j - 1 if j > axis else j)
 
-    return [w.with_parts(base, partial(entry, i=i)) for i, base in enumerate(moved(eqn, [w.base]))]
+    bases = enumerate(moved(eqn, [w.base]))
+    return [_looked_up(w, w.with_parts(base, partial(entry, i=i))) for i, base in bases]
 
 
 @rule(prims.dynamic_slice_p)
@@ -242,7 +259,7 @@ def _dynamic_slice(eqn, index, values):
         ]
         return Part(lax.dynamic_slice(part.array, begin, size), part.axes) if part.axes else part
 
-    return [w.with_parts(_one(eqn, w.base, *starts), sliced)]
+    return [_looked_up(w, w.with_parts(_one(eqn, w.base, *starts), sliced))]
 
 
 @rule("tile")

@@ -1,5 +1,6 @@
 """`usage`: reads off a traced function what it does with each parameter. Nothing is computed."""
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -79,7 +80,11 @@ def usage(fn: Callable, params: PyTree, *args: Any, argnum: int = 0, **kwargs: A
 
     Axes that a dot product or convolution contracts are inputs, those that it keeps are outputs; axes that
     are scanned, indexed or batched are stack axes; an axis that array indices look up (an embedding) is an
-    input. So ``split(params, layout=usage(fn, params, x))`` needs no naming convention.
+    input. A row that a single number picks is a lookup where a product uses the table whole, else it has no
+    layout. Of a fused kernel ``[3, d, heads, head]`` the 3 is a stack axis if q, k and v are indexed or split
+    apart, an ``A`` for each; if one product keeps it, an output: one ``A`` for all, as PEFT has it.
+
+    So ``split(params, layout=usage(fn, params, x))`` needs no naming convention at all.
 
     Args:
       fn: any JAX function.
@@ -112,7 +117,9 @@ def usage(fn: Callable, params: PyTree, *args: Any, argnum: int = 0, **kwargs: A
         refs.append([] if leaf is None else [Ref(path, tuple((i,) for i in range(len(leaf.shape))))])
     reader = Reader(found)
     reader.leave("return", "", reader.read(trace.jaxpr, refs, 1), 1)
-    layouts = {path: _layout(uses, dict(named)[path]) for path, uses in found.items()}
+    leaf_of = dict(named)
+    found = {path: _with_lookups(uses, leaf_of[path]) for path, uses in found.items()}
+    layouts = {path: _layout(uses, leaf_of[path]) for path, uses in found.items()}
     unserved = _unserved(trace, named, layouts)
     result = []
     for path, leaf in named:
@@ -120,7 +127,7 @@ def usage(fn: Callable, params: PyTree, *args: Any, argnum: int = 0, **kwargs: A
             continue
         uses, layout = found[path], layouts[path]
         if layout is not None:
-            source = [f"{report.primitive}: {report.where}" for report in unserved.get(path, [])]
+            source = [f"{report.primitive}: {report.where}{report.line}" for report in unserved.get(path, [])]
         else:
             source = list(dict.fromkeys(f"{use.op}: {use.source}" for use in uses))
         ops = tuple(dict.fromkeys(use.op for use in uses))
@@ -138,6 +145,22 @@ def usage(fn: Callable, params: PyTree, *args: Any, argnum: int = 0, **kwargs: A
             )
         )
     return Usage(result)
+
+
+def _with_lookups(uses: list[Use], leaf: Any) -> list[Use]:
+    """Rows picked by a number are lookups in a table where a product uses the table whole, for logits.
+
+    Without one they may as well be biases or norm scales, one a layer: then they have no layout.
+    """
+    whole = [use.layout for use in uses if use.layout is not None]
+    if _layout(uses, leaf) is None:
+        return uses
+    return [
+        dataclasses.replace(use, op="gather", layout=use.row)
+        if use.row and any(not set(use.row.inputs) & set(layout.stack) for layout in whole)
+        else use
+        for use in uses
+    ]
 
 
 def _layout(uses: list[Use], leaf: Any) -> Layout | None:

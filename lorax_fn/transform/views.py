@@ -17,6 +17,7 @@ class Use:
     times: int
     flops: int
     source: str
+    row: Layout | None = None  # of one row, picked by a number: its layout if this is a lookup in a table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Ref:
     axes: tuple[tuple[int, ...], ...]
     stack: frozenset[int] = frozenset()  # scanned or indexed away
     looked_up: frozenset[int] = frozenset()  # indexed by an array
+    picked: frozenset[int] = frozenset()  # one entry taken: of a stack of layers, or a row of a table
 
     def moved(self, axes: Sequence[tuple[int, ...]], gone: Sequence[int] = ()) -> "Ref":
         """The view with other axes; parameter axes in ``gone`` became stack axes."""
@@ -35,8 +37,7 @@ class Ref:
 
 SAME = {
     "convert_element_type", "copy", "neg", "stop_gradient", "sharding_constraint", "reshard", "name",
-    "device_put", "pvary", "pcast", "reduce_precision", "rev", "pad", "tile", "slice", "dynamic_slice",
-    "split", "concatenate",
+    "device_put", "pvary", "pcast", "reduce_precision", "rev", "pad", "tile", "concatenate",
 }  # fmt: skip
 SCALING = {"mul", "div"}
 
@@ -46,6 +47,10 @@ class Reader:
 
     def __init__(self, found: dict[str, list[Use]]):
         self.found = found
+        self.around: list[Any] = []  # the control flow that the current equation is in
+
+    def line(self, eqn: Any) -> str:
+        return jx.source_line(eqn, *reversed(self.around))
 
     def read(self, jaxpr: Any, refs: Sequence[list[Ref]], times: int) -> list[list[Ref]]:
         env = dict(zip(jaxpr.invars, refs, strict=True))
@@ -59,23 +64,30 @@ class Reader:
         name = eqn.primitive.name
         inner = _INNER.get(name)
         if inner is not None:
-            return inner(self, eqn, views, times)
+            self.around.append(eqn)
+            results = inner(self, eqn, views, times)
+            self.around.pop()
+            return results
         view = _VIEWS.get(name)
-        if view is not None and not (name in SCALING and not _scales(eqn, views)):
+        if view is not None and not (name in ONLY_WHERE and not ONLY_WHERE[name](eqn, views)):
             return view(eqn, views)
         for position, refs in enumerate(views):
+            alone = not any(views[:position] + views[position + 1 :])
             for ref in refs:
-                self._use(eqn, position, ref, times)
+                self._use(eqn, position, ref, times, alone)
         return [[]] * len(eqn.outvars)
 
-    def _use(self, eqn: Any, position: int, ref: Ref, times: int) -> None:
+    def _use(self, eqn: Any, position: int, ref: Ref, times: int, alone: bool) -> None:
         name = eqn.primitive.name
         roles, flops = PRODUCTS[name](eqn, position) if name in PRODUCTS else (None, 0)
-        layout = None if roles is None else _roles_of(ref, *roles)
+        # What was picked out of a parameter and meets a weight is more likely a lookup than a weight too.
+        activation = bool(ref.picked) and not alone
+        layout = None if roles is None or activation else _roles_of(ref, *roles)
         if layout is None and ref.looked_up:  # no product that keeps outputs: the rows are an activation
-            self.leave(name, jx.source_line(eqn), [[ref]], times)
+            self.leave(name, self.line(eqn), [[ref]], times)
         else:
-            self.found[ref.path].append(Use(name, layout, times, flops, jx.source_line(eqn)))
+            row = _row(ref) if layout is None else None
+            self.found[ref.path].append(Use(name, layout, times, flops, self.line(eqn), row))
 
     def leave(self, op: str, source: str, views: list[list[Ref]], times: int) -> None:
         """Notes views that are followed no further: rows that were looked up, or a use without a layout."""
@@ -85,7 +97,15 @@ class Reader:
                 layout = Layout(tuple(sorted(ref.stack)), tuple(sorted(ref.looked_up)), tuple(sorted(rest)))
                 self.found[ref.path].append(Use("gather", layout, times, 0, source))
             else:
-                self.found[ref.path].append(Use(op, None, times, 0, source))
+                self.found[ref.path].append(Use(op, None, times, 0, source, _row(ref)))
+
+
+def _row(ref: Ref) -> Layout | None:
+    """The layout of a table, if what is left of it is a row of that."""
+    rest = {axis for axes in ref.axes for axis in axes}
+    if not ref.picked or not rest:
+        return None
+    return Layout(tuple(sorted(ref.stack - ref.picked)), tuple(sorted(ref.picked)), tuple(sorted(rest)))
 
 
 def _roles_of(ref: Ref, batch: Sequence[int], inputs: Sequence[int]) -> Layout | None:
@@ -152,8 +172,28 @@ def _scales(eqn: Any, views: list) -> bool:
     return fits and by_axis and not (eqn.primitive.name == "div" and views[1])
 
 
+def _cut(eqn: Any, views: list) -> list[list[Ref]]:
+    """An axis of which one entry is taken is a stack axis; whether it is a table's rows, other uses tell."""
+    before, results = eqn.invars[0].aval.shape, []
+    for out in eqn.outvars:
+        one = [i for i, n in enumerate(out.aval.shape) if n == 1 < before[i]]
+        results.append([_picked(ref, one) for ref in views[0]])
+    return results
+
+
+def _picked(ref: Ref, one: Sequence[int]) -> Ref:
+    gone = [axis for i in one for axis in ref.axes[i]]
+    moved = ref.moved([() if i in one else axes for i, axes in enumerate(ref.axes)], gone)
+    return dataclasses.replace(moved, picked=ref.picked | frozenset(gone))
+
+
+def _sums_ones(eqn: Any, views: list) -> bool:
+    """Whether a sum is over axes of size 1 alone, as `jax.numpy.einsum` drops those."""
+    return all(eqn.invars[0].aval.shape[i] == 1 for i in eqn.params["axes"])
+
+
 def _squeezed(eqn: Any, ref: Ref) -> Ref:
-    dims = eqn.params["dimensions"]
+    dims = eqn.params["dimensions"] if "dimensions" in eqn.params else eqn.params["axes"]
     gone = [axis for d in dims for axis in ref.axes[d]]
     kept = [axes for i, axes in enumerate(ref.axes) if i not in dims]
     left = {axis for axes in kept for axis in axes}
@@ -186,7 +226,8 @@ def _reshaped(eqn: Any, ref: Ref) -> Ref:
 
 def _unstacked(eqn: Any, ref: Ref) -> Ref:
     axis = eqn.params["axis"]
-    return ref.moved(ref.axes[:axis] + ref.axes[axis + 1 :], ref.axes[axis])
+    ref = _picked(ref, [axis])
+    return ref.moved(ref.axes[:axis] + ref.axes[axis + 1 :])
 
 
 def _stacked(eqn: Any, ref: Ref) -> Ref:
@@ -222,12 +263,15 @@ _VIEWS: dict[str, Callable] = {
     "optimization_barrier": lambda eqn, views: views,
     "transpose": _each(lambda eqn, ref: ref.moved([ref.axes[i] for i in eqn.params["permutation"]])),
     "squeeze": _each(_squeezed),
+    **dict.fromkeys(("slice", "dynamic_slice", "split"), _cut),
+    "reduce_sum": _each(_squeezed),
     "broadcast_in_dim": _each(_broadcasted),
     "reshape": _each(_reshaped),
     "unstack": _each(_unstacked),
     "stack": _each(_stacked),
     "gather": _gathered,
 }
+ONLY_WHERE = {**dict.fromkeys(SCALING, _scales), "reduce_sum": _sums_ones}
 
 
 # Control flow. Views that it does not hand on are noted where they enter.
@@ -242,17 +286,15 @@ def _call(name: str):
 
 def _cond(reader: Reader, eqn: Any, views: list, times: int):
     for closed in eqn.params["branches"]:
-        reader.leave("cond", jx.source_line(eqn), reader.read(jx.opened(closed)[0], views[1:], times), times)
+        reader.leave("cond", reader.line(eqn), reader.read(jx.opened(closed)[0], views[1:], times), times)
     return [[]] * len(eqn.outvars)
 
 
 def _carry(reader: Reader, eqn: Any, body: Any, first: int, views: list, times: int) -> list:
     """The carried views that the loop hands on unchanged; the others are followed no further."""
-    same = [
-        out is var for var, out in zip(body.invars[first : first + len(views)], body.outvars, strict=False)
-    ]
+    same = [i == first + k for k, i in enumerate(jx.handed_on(body)[: len(views)])]
     for view, kept in zip(views, same, strict=True):
-        reader.leave(eqn.primitive.name, jx.source_line(eqn), [] if kept else [view], times)
+        reader.leave(eqn.primitive.name, reader.line(eqn), [] if kept else [view], times)
     return [view if kept else [] for view, kept in zip(views, same, strict=True)]
 
 
@@ -273,7 +315,7 @@ def _scan(reader: Reader, eqn: Any, views: list, times: int):
     results = reader.read(body, [*views[:n], *carry, *slices], times * eqn.params["length"])
     stacked = []
     for refs in results[m:]:  # a weight handed out by every iteration (Flax NNX) is that weight again
-        reader.leave("scan", jx.source_line(eqn), [[ref for ref in refs if ref.looked_up]], times)
+        reader.leave("scan", reader.line(eqn), [[ref for ref in refs if ref.looked_up]], times)
         stacked.append([ref.moved([(), *ref.axes]) for ref in refs if not ref.looked_up])
     return [*carry, *stacked]
 

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import inspect
+import os
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
@@ -39,7 +40,9 @@ def adapt(fn: Callable, *, argnum: int = 0, fallback: str = "warn") -> Callable:
       fn: any JAX function; its argument ``argnum`` is the parameter tree.
       argnum: position of the parameters in ``fn``; the result takes the adapters right after it.
       fallback: what happens where an operation has no rule and the whole weight must be built: ``"warn"``
-        (once a weight and operation), ``"error"`` or ``"allow"``. Values are right in every case.
+        (once a weight and operation), ``"error"`` or ``"allow"``. Values are right in every case. Without a
+        rule are functions of a weight's entries (``sin(w)``), reshapes that mix its inputs and outputs, and a
+        weight given to a ``custom_vjp``, changed by a loop, or returned by a branch, ``shard_map`` or ``fn``.
 
     Returns:
       ``fn2`` with ``fn``'s signature and ``lora`` inserted after argument ``argnum``;
@@ -191,6 +194,7 @@ class Report:
     shape: tuple[int, ...]
     primitive: str
     where: str
+    line: str  # empty within a function that JAX itself jits, until the call of that is known
     adapted: bool = True  # else stored, with no adapter on it
 
     def of(self, paths: dict[str, tuple[str, ...]]) -> "Report":
@@ -205,6 +209,7 @@ class Walk:
         self.fallback = fallback
         self.reported: set[tuple[str, str]] = set()
         self.sinks: list[list[Report]] = []
+        self.around: list[Any] = []  # the control flow that the current equation is in
         self.known: dict[Hashable, tuple[Any, Any]] = {}
 
     def evaluate(self, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
@@ -232,7 +237,11 @@ class Walk:
     def _apply(self, eqn: Any, index: int, values: list, env: dict) -> Sequence[Any]:
         name = eqn.primitive.name
         if name in CONTROL:
-            return CONTROL[name](self, eqn, index, values)
+            self.around.append(eqn)
+            try:
+                return CONTROL[name](self, eqn, index, values)
+            finally:
+                self.around.pop()
         results = RULES[name](eqn, index, values) if name in RULES else NotImplemented
         if results is NotImplemented:
             values = self.dense(eqn, values)
@@ -246,29 +255,34 @@ class Walk:
         """Ordinary arrays only: factored weights are built, which is reported."""
         if not any(map(is_factored, values)):  # asked of every loop value: looks up no source line
             return list(values)
-        where = f"name stack {jx.name_stack(eqn) or '(none)'}; {jx.source_line(eqn)}"
-        return [self._built(value, eqn.primitive.name, where) for value in values]
+        where = f"name stack {jx.name_stack(eqn) or '(none)'}; "
+        return [self._built(value, eqn.primitive.name, where, jx.source_line(eqn)) for value in values]
 
     def returned(self, values: Sequence[Any]) -> list[Any]:
-        return [self._built(value, "return", "the function returns the weight") for value in values]
+        return [self._built(value, "return", "", "the function returns the weight") for value in values]
 
-    def _built(self, value: Any, primitive: str, where: str) -> Any:
+    def _built(self, value: Any, primitive: str, where: str, line: str) -> Any:
         if not is_factored(value):
             return value
         if not value.lookup:
-            report = Report(" + ".join(value.paths), value.shape, primitive, where, bool(value.parts))
+            report = Report(" + ".join(value.paths), value.shape, primitive, where, line, bool(value.parts))
             self.report(report)
         return build(value)
 
     @contextlib.contextmanager
     def collecting(self, sink: list[Report]) -> Iterator[None]:
+        """Puts reports into ``sink``, to be told again for each caller: what is around differs then."""
         self.sinks.append(sink)
+        around, self.around = self.around, []
         try:
             yield
         finally:
             self.sinks.pop()
+            self.around = around
 
     def report(self, report: Report) -> None:
+        if not report.line:
+            report = dataclasses.replace(report, line=jx.source_line(*reversed(self.around)))
         if self.sinks:
             self.sinks[-1].append(report)
             return
@@ -280,7 +294,7 @@ class Walk:
             else "a quantised weight has to be unpacked in full: this use of it is no product.",
             path=report.path,
             shape=report.shape,
-            got=f"primitive {report.primitive!r}; {report.where}",
+            got=f"primitive {report.primitive!r}; {report.where}{report.line}",
             do='leave the weight out (exclude=...), or accept the cost: lx.adapt(fn, fallback="allow").'
             if report.adapted
             else 'do not quantise it, or accept the cost: lx.adapt(fn, fallback="allow").',
@@ -289,7 +303,7 @@ class Walk:
             raise problem
         if (report.path, report.primitive) not in self.reported:
             self.reported.add((report.path, report.primitive))
-            warnings.warn(str(problem), LoraFallbackWarning, stacklevel=2)
+            warnings.warn(str(problem), LoraFallbackWarning, stacklevel=_level_of_user())
 
     def once(self, key: Hashable, alive: Any, make: Callable[[], Any]) -> Any:
         """What ``make`` gave for ``key``, an id of ``alive``; the oldest are forgotten."""
@@ -304,6 +318,17 @@ class Walk:
         if any(map(is_tracer, jax.tree_util.tree_leaves(values))):
             return fn(*values)
         return self.once(("eager", id(eqn)), eqn, lambda: jax.jit(fn))(*values)
+
+
+OWN_CODE = tuple(os.path.dirname(file) + os.sep for file in (lorax_fn.__file__, jax.__file__))
+
+
+def _level_of_user() -> int:
+    """The stack level of the user's call, for `warnings.warn`: the first neither in here nor in JAX."""
+    frame, level = inspect.currentframe(), 0
+    while frame is not None and frame.f_code.co_filename.startswith(OWN_CODE):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def _bias_first(eqn: Any, values: Sequence[Any]) -> list[Any]:
