@@ -32,10 +32,12 @@ def replicate(tree: PyTree, devices: Sequence[Any] | None = None) -> PyTree:
     """
     devices = list(jax.local_devices() if devices is None else devices)
 
+    whole = _along_devices(devices)
+
     def copies(x):
-        x = jnp.asarray(x)
-        parts = [jax.device_put(x, device)[None] for device in devices]
-        return _along_devices((len(devices), *x.shape), parts, devices)
+        x = jnp.asarray(x)[None]
+        parts = [jax.device_put(x, device) for device in devices]
+        return jax.make_array_from_single_device_arrays((len(devices), *x.shape[1:]), whole, parts)
 
     return jax.tree.map(copies, tree)
 
@@ -106,20 +108,13 @@ def shard(batch: PyTree, devices: Sequence[Any] | None = None) -> PyTree:
 
     def deal(x):
         x = x if isinstance(x, jax.Array) else np.asarray(x)
-        size = x.shape[0] // count
-        parts = [
-            jax.device_put(x[i * size : (i + 1) * size], device)[None] for i, device in enumerate(devices)
-        ]
-        return _along_devices((count, size, *x.shape[1:]), parts, devices)
+        return jax.device_put(x.reshape(count, x.shape[0] // count, *x.shape[1:]), _along_devices(devices))
 
     return jax.tree.map(deal, batch)
 
 
-def _along_devices(shape: tuple[int, ...], parts: list, devices: list) -> jax.Array:
-    mesh = jax.sharding.Mesh(np.array(devices), ("devices",))
-    return jax.make_array_from_single_device_arrays(
-        shape, NamedSharding(mesh, PartitionSpec("devices")), parts
-    )
+def _along_devices(devices: list) -> NamedSharding:
+    return NamedSharding(jax.sharding.Mesh(np.array(devices), ("devices",)), PartitionSpec("devices"))
 
 
 # On a mesh: adapters follow their weights -----------------------------------------------------------------
