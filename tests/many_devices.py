@@ -10,7 +10,12 @@ import lorax_fn as lx
 
 P = jax.P
 STEPS = 20
-RULES = {"bias": P(), "up": P("fsdp", "tensor"), "down": P("tensor", "fsdp"), "layers": P(None, "fsdp", "tensor")}
+RULES = {
+    "bias": P(),
+    "up": P("fsdp", "tensor"),
+    "down": P("tensor", "fsdp"),
+    "layers": P(None, "fsdp", "tensor"),
+}
 TX = optax.adam(1e-2)
 KINDS = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
 
@@ -38,7 +43,11 @@ def model(params, x, checkpoint=False):
     return jax.lax.scan(jax.checkpoint(body) if checkpoint else body, x, params["layers"]["kernel"])[0]
 
 
-LAYOUT = {"layers": lx.Layout((0,), (1,), (2,)), "up": lx.Layout((), (0,), (1,)), "down": lx.Layout((), (0,), (1,))}
+LAYOUT = {
+    "layers": lx.Layout((0,), (1,), (2,)),
+    "up": lx.Layout((), (0,), (1,)),
+    "down": lx.Layout((), (0,), (1,)),
+}
 
 
 def base():
@@ -76,5 +85,6 @@ def mesh_of(sizes, kind):
 def rules_of(mesh):
     """RULES without the axes that the mesh lacks."""
     return {
-        pattern: P(*(axis if axis in mesh.shape else None for axis in spec)) for pattern, spec in RULES.items()
+        pattern: P(*(axis if axis in mesh.shape else None for axis in spec))
+        for pattern, spec in RULES.items()
     }

@@ -217,7 +217,9 @@ def _adapter_shardings(path: str, adapter: Adapter, weight: NamedSharding, misfi
     """``{(key path, shape): sharding}`` of one adapter's arrays."""
     axes = adapter.axes()
     spec = tuple(weight.spec)
-    known = 1 + max((i for run in axes.values() for i in run if i is not None), default=len(spec) - 1)
+    layout = getattr(adapter, "layout", None)
+    last = max((i for run in axes.values() for i in run if i is not None), default=len(spec) - 1)
+    known = last + 1 if layout is None else layout.ndim
     if any(entry is not None for entry in spec[known:]):
         misfits.append((path, f"{weight.spec} for {known} axes", "at most an entry an axis"))
     spec += (None,) * (known - len(spec))
