@@ -298,7 +298,7 @@ BOTH = r"(?s)a/kernel\n +b/kernel\n"
         ({"alpha": None}, BOTH + r".*alpha=None"),
         ({"alpha": lambda rank: math.nan}, BOTH + r".*alpha=nan"),
         ({"method": "lara"}, BOTH + r".*'lara'.*'lora', 'lora_fa'.*method='lora'"),
-        ({"init": "kaming"}, BOTH + r".*'kaming'.*'kaiming', 'loftq', .*'orthogonal', 'pissa'.*init='kaiming'"),
+        ({"init": "kaming"}, BOTH + r".*'kaming'.*'kaiming', 'loftq'.*'orthogonal', 'pissa'.*init='kaiming'"),
         ({"scaling": {"a": "lora", "*": "rs"}}, r"(?s)unknown scaling.*path: +b/kernel\n.*'rs'.*'rslora'"),
         ({"rows": [1]}, r"rows= is no mapping"),
         ({"rows": {"c": [1]}}, r"rows= matches nothing"),
