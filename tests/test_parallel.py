@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import NamedSharding
-from many_devices import RULES, STEPS, TX, P, make, mesh_of, model, rules_of
+from many_devices import LAYOUT, RULES, STEPS, TX, P, make, mesh_of, model, rules_of
 
 import lorax_fn as lx
 
@@ -223,3 +223,20 @@ def test_arguments_of_another_form_are_refused_with_the_remedy():
         lx.mesh_train_step(mesh, RULES, loss_fn, TX, accumulate=2)(state, params, odd)
     with pytest.raises(lx.LoraError, match=r"arrays only(.|\n)*name\n"):
         lx.mesh_train_step(mesh, {}, loss_fn, TX)(state, params | {"name": "mlp"}, batch)
+
+
+@pytest.mark.parametrize("kind", ["auto", "explicit"])
+def test_a_quantised_base_trains_on_a_mesh_as_on_one_device(kind):
+    """Codes follow the rule of their weight; scales too few for all devices are on each."""
+    loss_fn, state, params, batch = make()
+    params = lx.quantize(
+        params, "nf4", block=4, double=False, targets=("up", "down", "layers"), layout=LAYOUT
+    )
+    want, wanted = jax.device_get(jax.jit(lx.make_train_step(loss_fn, TX))(state, params, batch))
+    step = lx.mesh_train_step(mesh_of((2, 2, 2), kind), RULES, loss_fn, TX)
+    state, params = step.place(state, params)
+    assert params["up"]["kernel"].codes.sharding.spec == P("fsdp", "tensor")
+    assert state.lora["up/kernel"].a.sharding.spec == P("fsdp", None)
+    got, metrics = step(state, params, batch)
+    np.testing.assert_allclose(metrics["loss"], wanted["loss"], rtol=1e-5)
+    close(jax.device_get(got.lora), want.lora)

@@ -46,6 +46,7 @@ WANT = {
     "loha": dict.fromkeys(("a1", "a2"), P("data", None, "fsdp", None))
     | dict.fromkeys(("b1", "b2"), P("data", None, "tensor")),
     "lokr": dict.fromkeys(("w1", "a", "b"), P("data", None, None)),
+    "lora_xs": dict(a=P("data", None, "fsdp", None), b=P("data", None, "tensor"), core=P("data", None, None)),
     "vera": dict(a=P(None, "fsdp", None), b=P(None, "tensor"), d=P("data", None), gain=P("data", "tensor")),
 }
 

@@ -71,6 +71,11 @@ class LoRAXS(LowRank):
         sizes.update(zip(layout.outputs, np.shape(self.b)[s + 1 :], strict=True))
         return tuple(sizes[i] for i in range(layout.ndim))
 
+    def axes(self) -> dict[str, tuple[int | None, ...]]:
+        stack, layout = self.layout.stack, self.layout
+        factors = {"a": (*stack, *layout.inputs, None), "b": (*stack, None, *layout.outputs)}
+        return factors | {"core": (*stack, None, None)}
+
     def pair(self) -> Factors:
         a, b = jax.lax.stop_gradient((self.a, self.b))
         s = len(self.layout.stack)

@@ -10,7 +10,16 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lorax_fn.targets import arrays, find
-from lorax_fn.types import Adapter, PyTree, error, flatten_with_paths, is_adapter, is_array, nearest
+from lorax_fn.types import (
+    Adapter,
+    PyTree,
+    error,
+    flatten_with_paths,
+    is_adapter,
+    is_array,
+    is_stored,
+    nearest,
+)
 
 # For pmap: a leading axis of devices --------------------------------------------------------------------
 
@@ -133,7 +142,8 @@ def shardings(lora: PyTree, params_shardings: PyTree) -> PyTree:
         keeps of an adapter's array, in that array's shape, is sharded as the array, all else replicated.
         Abstract leaves are fine.
       params_shardings: a tree like ``params`` of ``NamedSharding``, or ``params`` themselves (arrays, or
-        ``jax.ShapeDtypeStruct`` with a sharding), whose shardings are read. All on one mesh.
+        ``jax.ShapeDtypeStruct`` with a sharding), whose shardings are read. All on one mesh. A quantised
+        weight counts by its codes.
 
     Returns:
       The same tree of ``NamedSharding``, as ``jax.device_put`` and ``jax.jit`` take it.
@@ -177,8 +187,7 @@ def shardings(lora: PyTree, params_shardings: PyTree) -> PyTree:
 
 def _weight_shardings(tree: PyTree) -> tuple[dict[str, NamedSharding], Any]:
     """The sharding of each weight by path, and the mesh of them all."""
-    # A node that is one weight, such as a quantised one, joins here, under its own path.
-    found: dict[str, Any] = {path: getattr(x, "sharding", x) for path, x in flatten_with_paths(tree)[0]}
+    found: dict[str, Any] = {path: _sharding_of(x) for path, x in flatten_with_paths(tree)[0]}
     strange = {path: x for path, x in found.items() if not isinstance(x, NamedSharding)}
     mesh = next((x.mesh for x in found.values() if isinstance(x, NamedSharding)), None)
     others = {path: x for path, x in found.items() if isinstance(x, NamedSharding) and x.mesh != mesh}
@@ -193,6 +202,12 @@ def _weight_shardings(tree: PyTree) -> tuple[dict[str, NamedSharding], Any]:
             do="jax.device_put(params, jax.NamedSharding(mesh, jax.P(...))), or a tree of NamedSharding.",
         )
     return found, mesh
+
+
+def _sharding_of(leaf: Any) -> Any:
+    """A leaf's sharding; of a stored weight that of its codes, which come first."""
+    leaf = jax.tree.leaves(leaf)[0] if is_stored(leaf) else leaf
+    return getattr(leaf, "sharding", leaf)
 
 
 def _check_known(adapters: Mapping[str, Adapter], given: Mapping[str, Any], filled: bool) -> None:
@@ -306,11 +321,32 @@ def rule_shardings(mesh: Any, rules: Mapping[Any, PartitionSpec], params: PyTree
     for pattern, spec in rules.items():
         for _, hits in find([pattern], leaves, "rules"):
             specs.update((path, spec) for path in hits if path not in specs)
-    raise_misfits([x for path in specs for x in misfits_of(path, leaves[path].shape, specs[path], mesh)])
+    misfits = []
+    for path, spec in specs.items():
+        misfits += misfits_of(path, leaves[path].shape, spec, mesh)
+        if is_stored(leaves[path]) and not misfits:
+            codes = jax.tree.leaves(leaves[path])[0]
+            misfits += misfits_of(path, codes.shape, spec, mesh, "codes: ")
+    raise_misfits(misfits)
     named, treedef = flatten_with_paths(params)
     return treedef.unflatten(
-        NamedSharding(mesh, specs.get(path, PartitionSpec())) for path, leaf in named if is_array(leaf)
+        _placed(leaf, mesh, specs.get(path, PartitionSpec())) for path, leaf in named if is_array(leaf)
     )
+
+
+def _placed(leaf: Any, mesh: Any, spec: PartitionSpec) -> Any:
+    """A leaf's sharding; of a stored weight one for each array: its scales may be too few for all devices."""
+    if not is_stored(leaf):
+        return NamedSharding(mesh, spec)
+
+    def one(array):
+        entries = [
+            entry if size % math.prod(mesh.shape[name] for name in mesh_axes(entry)) == 0 else None
+            for entry, size in zip(spec, array.shape, strict=False)
+        ]
+        return NamedSharding(mesh, PartitionSpec(*entries))
+
+    return jax.tree.map(one, leaf)
 
 
 def _named(tree: PyTree) -> list[tuple[str, Any]]:
