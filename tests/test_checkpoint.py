@@ -12,7 +12,8 @@ import numpy as np
 import optax
 import pytest
 
-from lorax_fn import checkpoint
+from lorax_fn import checkpoint, storage
+from lorax_fn.fingerprint import fingerprint
 from lorax_fn.methods.lora import LoRA
 from lorax_fn.methods.whole import Full
 from lorax_fn.training.step import TrainState, make_train_step
@@ -79,7 +80,7 @@ def edit(path, change):
     """Rewrites the facts, with a right crc32."""
     facts = json.loads((path / "adapter.json").read_text())
     change(facts)
-    checkpoint._write_facts(path / "adapter.json", facts)
+    storage.write_facts(path / "adapter.json", facts)
 
 
 @pytest.mark.parametrize("with_params", [False, True])
@@ -134,12 +135,12 @@ def test_training_goes_on_identically_after_load(tmp_path):
 
 def test_sharded_params_have_the_same_fingerprint():
     params = {"w": normal(0, (16, 700)), "b": normal(1, (16,), jnp.bfloat16)}
-    want = checkpoint._fingerprint(params)
-    assert checkpoint._fingerprint(jax.tree.map(np.asarray, params)) == want
+    want = fingerprint(params)
+    assert fingerprint(jax.tree.map(np.asarray, params)) == want
     for kind in (jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit):
         mesh = jax.make_mesh((8,), ("d",), axis_types=(kind,))
         sharded = jax.device_put(params, jax.NamedSharding(mesh, jax.P("d")))
-        assert checkpoint._fingerprint(sharded) == want
+        assert fingerprint(sharded) == want
 
 
 def test_sharded_adapters_are_saved_whole(tmp_path):
@@ -223,7 +224,7 @@ def test_an_older_checkpoint_is_replaced_and_nothing_is_left_over(tmp_path):
     assert names == ["adapter.json", "arrays"] and len(list(tmp_path.iterdir())) == 1
 
 
-@pytest.mark.parametrize("moment", ["_write_arrays", "_write_facts", "_publish"])
+@pytest.mark.parametrize("moment", ["_write_arrays", "write_facts", "_publish"])
 def test_a_failure_while_saving_leaves_the_old_checkpoint(tmp_path, monkeypatch, moment):
     checkpoint.save(tmp_path / "ck", lora_of())
 
