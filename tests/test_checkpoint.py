@@ -16,6 +16,7 @@ from lorax_fn import checkpoint, storage
 from lorax_fn.fingerprint import fingerprint
 from lorax_fn.methods.lora import LoRA
 from lorax_fn.methods.whole import Full
+from lorax_fn.storage import LoraCheckpointWarning
 from lorax_fn.training.step import TrainState, make_train_step
 from lorax_fn.types import Adapter, Layout, LoraError
 
@@ -176,6 +177,31 @@ def test_another_base_is_refused_with_every_differing_path(tmp_path):
         assert line in text
     assert "layer/w" not in text and "np:" not in text
     assert len(checkpoint.load(tmp_path / "ck")) == 3  # without params nothing is compared
+
+
+def test_not_strict_leaves_out_what_does_not_fit_and_says_so(tmp_path):
+    params, lora = params_of(), lora_of()
+    checkpoint.save(tmp_path / "ck", lora, params=params)
+    other = params | {"bias": jnp.zeros(4), "embed": params["embed"] + 1}
+    del other["qkv"]
+    with pytest.warns(LoraCheckpointWarning) as caught:
+        got = checkpoint.load(tmp_path / "ck", params=other, strict=False)
+    assert bits(got) == bits({"layer/w": lora["layer/w"]})
+    text = str(caught.pop().message)
+    assert not caught.list and text.splitlines()[0].endswith("2 of 3 adapters were skipped:")
+    for line in (
+        "  bias: skipped: a leaf of shape (4,)",
+        "  qkv: skipped: no such array in params",
+        "  bias: shape: [3] saved, [4] in params",
+        "  embed: content: other values",
+        "  qkv: missing in params",
+    ):
+        assert line in text.splitlines()
+    # nothing differs: no warning; nothing to compare with: a warning
+    assert bits(checkpoint.load(tmp_path / "ck", params=params, strict=False)) == bits(lora)
+    checkpoint.save(tmp_path / "bare", lora)
+    with pytest.warns(LoraCheckpointWarning, match="0 of 3(.|\n)*nothing was compared"):
+        assert bits(checkpoint.load(tmp_path / "bare", params=params, strict=False)) == bits(lora)
 
 
 def test_abstract_params_are_compared_by_shape_and_dtype(tmp_path):

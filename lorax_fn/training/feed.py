@@ -60,8 +60,16 @@ class Feed:
         if self.iterator is self.batches and not skip:
             self.taken = position["taken"]
             return 0
-        for _ in range(position["taken"]):
-            next(self)
+        try:
+            for _ in range(position["taken"]):
+                next(self)
+        except StopIteration:
+            raise error(
+                "there are fewer batches than were trained on before the checkpoint.",
+                got=f"{self.taken} batches",
+                want=f"{position['taken']}, and those to go on with",
+                do="pass the same batches as when it was saved, a plain iterator from its beginning.",
+            ) from None
         return self.taken
 
     def __next__(self) -> Any:

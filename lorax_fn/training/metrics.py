@@ -47,10 +47,11 @@ def _without_none(tree: Any) -> Any:
 
 
 def _json(value: Any) -> Any:
-    """NaN and infinity as strings: strict JSON has no numbers for them."""
+    """NaN, infinity and complex numbers as strings: strict JSON has no numbers for them."""
     if isinstance(value, dict):
         return {name: _json(part) for name, part in value.items()}
-    return value if isinstance(value, bool | int | str) or math.isfinite(value) else str(value)
+    odd = isinstance(value, complex) or (isinstance(value, float) and not math.isfinite(value))
+    return str(value) if odd else value
 
 
 def read_rows(path: pathlib.Path) -> list[dict]:

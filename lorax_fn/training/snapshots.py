@@ -298,9 +298,22 @@ def _unlike(saved: list[dict], now: list[dict]) -> list[str]:
         if old is None or new is None:
             lines.append(f"{name}: {'not in the state' if new is None else 'not in the checkpoint'}")
         elif old != new:
-            keys = [key for key in old if old[key] != new.get(key)]
-            lines += [f"{name}: {key}: {old[key]} saved, {new.get(key)} in the state" for key in keys]
+            was_flat, now_flat = _flat(old), _flat(new)
+            lines += [
+                f"{name}: {key}: {was_flat.get(key)} saved, {now_flat.get(key)} in the state"
+                for key in sorted(was_flat.keys() | now_flat.keys())
+                if was_flat.get(key) != now_flat.get(key)
+            ]
     return lines
+
+
+def _flat(entry: dict) -> dict:
+    """Facts of an entry, and those of its fields by ``field.fact``."""
+    flat = {}
+    for name, value in entry.items():
+        inner = _flat(value) if isinstance(value, dict) else None
+        flat |= {name: value} if inner is None else {f"{name}.{key}": part for key, part in inner.items()}
+    return flat
 
 
 def _placed(value: jax.Array, like: Any) -> Any:
