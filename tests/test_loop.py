@@ -1,4 +1,4 @@
-"""`fit` against the same loop by hand: states, rows, evaluation, early stop, what is not finite, arguments."""
+"""`fit` against the same loop by hand: state, rows, evaluation, early stop, what is not finite; arguments."""
 
 import builtins
 import json

@@ -173,7 +173,7 @@ def test_another_base_or_state_is_refused_with_all_that_differs(tmp_path):
     other = {"w": PARAMS["w"] + 1, "more": jnp.zeros(1)}
     with pytest.raises(lx.LoraError, match=r"more: extra in params\n +w: content: other values"):
         fit(tmp_path, 4, params=other)
-    text = r"not of the kind(.|\n)*w: arrays.a.shape: \[6, 2\] saved, \[6, 3\](.|\n)*w: static.rank: 2 saved, 3 in"
+    text = r"not of the kind(.|\n)*w: arrays.a.shape: \[6, 2\] saved, \[6, 3\](.|\n)*w: static.rank: 2 saved"
     with pytest.raises(lx.LoraError, match=text + r"(.|\n)*opt_state\S*mu\S*: shape"):
         fit(tmp_path, 4, state=new_state(rank=3))
     sgd = lx.TrainState.create(lora=new_state().lora, tx=optax.sgd(0.1), key=jax.random.key(2))
@@ -302,7 +302,7 @@ def process(folder, steps, every, seconds):
 
 @pytest.mark.slow
 def test_killed_twenty_times_it_ends_as_if_it_had_never_been(tmp_path):
-    """kill -9 at random moments: while it starts, trains, evaluates, writes a checkpoint, deletes old ones."""
+    """kill -9 at random moments: while it starts, trains, evaluates, writes a checkpoint or deletes one."""
     steps, kills, dice = 600, 20, random.Random(0)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     for folder in (whole, broken):
@@ -315,7 +315,7 @@ def test_killed_twenty_times_it_ends_as_if_it_had_never_been(tmp_path):
             # most moments after the first step: starting up takes seconds, in which there is nothing to break
             if killed < kills and dice.random() < 0.8:
                 lines.append(child.stdout.readline())
-                time.sleep(dice.uniform(0, 0.25))
+                time.sleep(dice.uniform(0, 1.5))
             elif killed < kills:
                 time.sleep(dice.uniform(0, 4))
             if killed < kills:

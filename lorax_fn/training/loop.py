@@ -123,9 +123,9 @@ def fit(
       checkpoint_dir: where checkpoints go: adapters, optimizer state, step, key, ``extra`` and the position
         in the batches, written while training goes on. None writes none.
       max_to_keep: how many of the newest are kept; None keeps all.
-      metrics_file: a file of JSON lines, one a step and one an evaluation. Lines of steps after ``state.step``
-        (after a restart: the checkpoint's) are cut off. NaN is written as a string; leaves of ``aux`` that
-        have axes are not written.
+      metrics_file: a file of JSON lines, one a step and one an evaluation. Lines of later steps than the
+        state's (after a restart: the checkpoint's) are cut off. NaN is written as a string; leaves of ``aux``
+        that have axes are not written.
       callbacks: each is called with each of these rows, a dict, as soon as it is known, one step late.
       progress: a bar by tqdm; None shows one if tqdm is installed, and plain lines if not.
       count: ``count(batch)``, how many ``unit`` a batch holds; None takes axis 0 of its first leaf.
