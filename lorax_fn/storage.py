@@ -229,19 +229,19 @@ def read_facts(path: pathlib.Path, form: str, version: int) -> dict:
     """Reads what `write_facts` wrote; another format or version, or any damage, is a `LoraError`."""
     try:
         facts = json.loads(path.read_text("utf-8"))
-        known = (facts["format"], facts["version"]) == (form, version)
+        found = facts["format"], facts["version"]
     except (OSError, ValueError, KeyError, TypeError) as failure:
         raise damaged(path, f"{type(failure).__name__}: {failure}") from failure
-    if not known:
+    if facts.get("crc32") != _crc(facts):  # first: a flipped byte may lie in the format's name
+        raise damaged(path, "content that does not match its own crc32")
+    if found != (form, version):
         raise error(
             "unknown checkpoint format.",
             path=path,
-            got=f"{facts['format']} version {facts['version']}",
+            got="{} version {}".format(*found),
             want=f"{form} version {version}",
             do="update lorax_fn.",
         )
-    if facts.get("crc32") != _crc(facts):
-        raise damaged(path, "content that does not match its own crc32")
     return facts
 
 

@@ -158,7 +158,7 @@ def fit(
     run = _Run(step, state, params, Feed(batches), _number(state.step), copies=nan_guard, count=count)
     with contextlib.ExitStack() as stack:
         if checkpoint_dir is not None:
-            run.snapshots = Snapshots(checkpoint_dir, params, max_to_keep)
+            run.snapshots = Snapshots(checkpoint_dir, params, max_to_keep, keep_best)
             stack.callback(run.snapshots.close)
         notes = run.resume()
         run.log = Log(run.done, steps, metrics_file, callbacks, progress, unit)
@@ -291,7 +291,7 @@ def _termination(wanted: bool) -> Iterator[Callable[[int], bool]]:
         yield multihost_utils.reached_preemption_sync_point
         return
     came = threading.Event()
-    former = signal.signal(signal.SIGTERM, lambda number, frame: came.set())
+    former = signal.signal(signal.SIGTERM, lambda number, frame: came.set()) or signal.SIG_DFL
     try:
         yield lambda step: came.is_set()
     finally:

@@ -23,6 +23,13 @@ def scalars(metrics: PyTree) -> dict:
 
     Leaves with axes are left out: an ``aux`` may hold logits, which nobody wants in a line of JSON.
     """
+    if not isinstance(metrics, dict) or "loss" not in metrics:
+        raise error(
+            "the step's metrics hold no loss.",
+            got=sorted(metrics) if isinstance(metrics, dict) else f"a {type(metrics).__name__}",
+            want='(state, {"loss": loss, ...}), as the steps of make_train_step return',
+            do='return state, {"loss": loss}.',
+        )
     mapped = np.ndim(metrics["loss"]) > 0
 
     def read(x):

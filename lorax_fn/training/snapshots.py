@@ -55,12 +55,12 @@ NAME = re.compile(r"step-(\d{8,})")
 class Snapshots:
     """The training checkpoints of one directory: one is written at a time, by a thread."""
 
-    def __init__(self, folder: str | os.PathLike, params: PyTree, keep: int | None):
+    def __init__(self, folder: str | os.PathLike, params: PyTree, keep: int | None, keep_best: int):
         import orbax.checkpoint as ocp
 
         self.folder = pathlib.Path(os.path.abspath(folder))
         self.base = fingerprint(params)
-        self.keep = keep
+        self.keep, self.keep_best = keep, keep_best
         self.pending: Future | None = None
         if (self.folder / "adapter.json").is_file():
             raise error(
@@ -146,7 +146,7 @@ class Snapshots:
     def _prune(self, facts: dict) -> None:
         if self.keep is None:
             return
-        kept = {step for _, step in facts["loop"]["best"]}
+        kept = {step for _, step in facts["loop"]["best"][: self.keep_best]}
         older = [path for path in _steps(self.folder) if _number(path) <= facts["step"]]
         for path in older[self.keep :]:
             if _number(path) not in kept:
