@@ -5,8 +5,8 @@ A ``checkpoint_dir`` holds ``step-<number>/`` directories, each with
     arrays/             every array of the state, by Orbax
     batches-<p>.json    where in its batches process p is
     train.json          format, version, step, files {name: crc32}, adapters (as in `storage`), state (facts
-                        of all other leaves), base (fingerprint of the frozen tree), loop (evaluations so
-                        far), crc32 of all that
+                        of all other leaves), weak (paths of those weakly typed), base (fingerprint of the
+                        frozen tree), loop (evaluations so far), crc32 of all that
 
 It is written as ``.step-<number>`` by a thread, and appears by one rename when everything is on disk. What is
 damaged afterwards is found by the sums, renamed to ``step-<number>.damaged`` and passed over with a warning.
@@ -114,6 +114,7 @@ class Snapshots:
             "files": None,
             "adapters": adapters,
             "state": [{"path": path, **array_facts(x)} for path, x in rest],
+            "weak": [path for path, x in rest if getattr(x, "weak_type", False)],
             "base": self.base,
             "loop": loop,
         }
@@ -263,7 +264,7 @@ def _rest(state: TrainState) -> list[tuple[str, Any]]:
         (jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
         for path, leaf in jax.tree_util.tree_flatten_with_path(_others(state))[0]
     ]
-    return [(path, leaf if is_array(leaf) else np.asarray(leaf)) for path, leaf in named]
+    return [(path, leaf if is_array(leaf) else jnp.asarray(leaf)) for path, leaf in named]
 
 
 def _restored(path: pathlib.Path, facts: dict, like: TrainState) -> TrainState:
@@ -286,8 +287,14 @@ def _restored(path: pathlib.Path, facts: dict, like: TrainState) -> TrainState:
         adapters, {name: to_device(arrays[name], fact) for name, fact in named_facts(adapters).items()}
     )
     rest = [to_device(arrays[f"state.{i}"], fact) for i, fact in enumerate(want)]
+    rest = [_weak(x) if fact["path"] in facts["weak"] else x for x, fact in zip(rest, want, strict=True)]
     others = jax.tree.unflatten(jax.tree.structure(_others(like)), rest)
     return jax.tree.map(_placed, TrainState(lora=lora, **others), like)
+
+
+def _weak(x: jax.Array) -> jax.Array:
+    """``x`` weakly typed, as it was: a strong type would compile the step again and may widen its results."""
+    return jnp.full(x.shape, np.zeros((), x.dtype).item()).at[...].set(x)
 
 
 def _unlike(saved: list[dict], now: list[dict]) -> list[str]:
