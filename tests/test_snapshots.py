@@ -123,6 +123,15 @@ def test_the_same_program_may_call_fit_again(tmp_path):
         fit(tmp_path, 9, source, by_hand(9)[0])
 
 
+def test_a_state_that_is_donated_while_it_is_written_is_written_whole(tmp_path):
+    fit(
+        tmp_path, 6, every=1, max_to_keep=None, nan_guard=False
+    )  # without the guard no copy is donated instead
+    for steps in range(1, 7):
+        want = by_hand(steps)[0].lora
+        assert_same(checkpoint.load(tmp_path / f"step-{steps:08d}"), want)
+
+
 def test_no_weight_of_the_base_is_on_disk_and_the_newest_are_kept(tmp_path):
     fit(tmp_path, 9)
     assert sorted(p.name for p in tmp_path.iterdir()) == [f"step-0000000{i}" for i in (6, 8, 9)]
