@@ -30,6 +30,12 @@ from lorax_fn.residual_inits import loftq as loftq
 from lorax_fn.splitting import delta as delta
 from lorax_fn.splitting import merge as merge
 from lorax_fn.splitting import split as split
+from lorax_fn.storage import LoraCheckpointWarning as LoraCheckpointWarning
+from lorax_fn.training.data import attention_mask as attention_mask
+from lorax_fn.training.data import pack as pack
+from lorax_fn.training.data import prompt_mask as prompt_mask
+from lorax_fn.training.loop import FitError as FitError
+from lorax_fn.training.loop import fit as fit
 from lorax_fn.training.optim import lora_fa_gradient as lora_fa_gradient
 from lorax_fn.training.optim import loraplus as loraplus
 from lorax_fn.training.optim import mask as mask

@@ -328,12 +328,7 @@ def check_fits(leaves: Mapping[str, Any], lora: Any, *, allow_dropped: bool = Tr
       >>> from lorax_fn.targets import check_fits
       >>> check_fits({}, {})
     """
-    check_lora(lora)
-    wrong = [
-        (path, *found)
-        for path, adapter in lora.items()
-        if (found := _misfit(leaves, path, adapter, allow_dropped))
-    ]
+    wrong = misfits(leaves, lora, allow_dropped=allow_dropped)
     if wrong:
         raise error(
             "lora does not fit these params.",
@@ -342,6 +337,18 @@ def check_fits(leaves: Mapping[str, Any], lora: Any, *, allow_dropped: bool = Tr
             want=[want for _, _, want in wrong],
             do="use the params that this lora was split from; for dropout, the lora from before it.",
         )
+
+
+def misfits(
+    leaves: Mapping[str, Any], lora: Any, *, allow_dropped: bool = True
+) -> list[tuple[str, str, str]]:
+    """``(path, what is there, what should be)`` of every adapter that does not fit its leaf."""
+    check_lora(lora)
+    return [
+        (path, *found)
+        for path, adapter in lora.items()
+        if (found := _misfit(leaves, path, adapter, allow_dropped))
+    ]
 
 
 def check_lora(lora: Any) -> None:

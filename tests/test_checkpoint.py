@@ -12,9 +12,11 @@ import numpy as np
 import optax
 import pytest
 
-from lorax_fn import checkpoint
+from lorax_fn import checkpoint, storage
+from lorax_fn.fingerprint import fingerprint
 from lorax_fn.methods.lora import LoRA
 from lorax_fn.methods.whole import Full
+from lorax_fn.storage import LoraCheckpointWarning
 from lorax_fn.training.step import TrainState, make_train_step
 from lorax_fn.types import Adapter, Layout, LoraError
 
@@ -79,7 +81,7 @@ def edit(path, change):
     """Rewrites the facts, with a right crc32."""
     facts = json.loads((path / "adapter.json").read_text())
     change(facts)
-    checkpoint._write_facts(path / "adapter.json", facts)
+    storage.write_facts(path / "adapter.json", facts)
 
 
 @pytest.mark.parametrize("with_params", [False, True])
@@ -134,12 +136,12 @@ def test_training_goes_on_identically_after_load(tmp_path):
 
 def test_sharded_params_have_the_same_fingerprint():
     params = {"w": normal(0, (16, 700)), "b": normal(1, (16,), jnp.bfloat16)}
-    want = checkpoint._fingerprint(params)
-    assert checkpoint._fingerprint(jax.tree.map(np.asarray, params)) == want
+    want = fingerprint(params)
+    assert fingerprint(jax.tree.map(np.asarray, params)) == want
     for kind in (jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit):
         mesh = jax.make_mesh((8,), ("d",), axis_types=(kind,))
         sharded = jax.device_put(params, jax.NamedSharding(mesh, jax.P("d")))
-        assert checkpoint._fingerprint(sharded) == want
+        assert fingerprint(sharded) == want
 
 
 def test_sharded_adapters_are_saved_whole(tmp_path):
@@ -175,6 +177,31 @@ def test_another_base_is_refused_with_every_differing_path(tmp_path):
         assert line in text
     assert "layer/w" not in text and "np:" not in text
     assert len(checkpoint.load(tmp_path / "ck")) == 3  # without params nothing is compared
+
+
+def test_not_strict_leaves_out_what_does_not_fit_and_says_so(tmp_path):
+    params, lora = params_of(), lora_of()
+    checkpoint.save(tmp_path / "ck", lora, params=params)
+    other = params | {"bias": jnp.zeros(4), "embed": params["embed"] + 1}
+    del other["qkv"]
+    with pytest.warns(LoraCheckpointWarning) as caught:
+        got = checkpoint.load(tmp_path / "ck", params=other, strict=False)
+    assert bits(got) == bits({"layer/w": lora["layer/w"]})
+    text = str(caught.pop().message)
+    assert not caught.list and text.splitlines()[0].endswith("2 of 3 adapters were skipped:")
+    for line in (
+        "  bias: skipped: a leaf of shape (4,)",
+        "  qkv: skipped: no such array in params",
+        "  bias: shape: [3] saved, [4] in params",
+        "  embed: content: other values",
+        "  qkv: missing in params",
+    ):
+        assert line in text.splitlines()
+    # nothing differs: no warning; nothing to compare with: a warning
+    assert bits(checkpoint.load(tmp_path / "ck", params=params, strict=False)) == bits(lora)
+    checkpoint.save(tmp_path / "bare", lora)
+    with pytest.warns(LoraCheckpointWarning, match="0 of 3(.|\n)*nothing was compared"):
+        assert bits(checkpoint.load(tmp_path / "bare", params=params, strict=False)) == bits(lora)
 
 
 def test_abstract_params_are_compared_by_shape_and_dtype(tmp_path):
@@ -223,7 +250,7 @@ def test_an_older_checkpoint_is_replaced_and_nothing_is_left_over(tmp_path):
     assert names == ["adapter.json", "arrays"] and len(list(tmp_path.iterdir())) == 1
 
 
-@pytest.mark.parametrize("moment", ["_write_arrays", "_write_facts", "_publish"])
+@pytest.mark.parametrize("moment", ["_write_arrays", "write_facts", "_publish"])
 def test_a_failure_while_saving_leaves_the_old_checkpoint(tmp_path, monkeypatch, moment):
     checkpoint.save(tmp_path / "ck", lora_of())
 

@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import importlib
 import importlib.util
 import sys
 from pathlib import Path
@@ -279,6 +280,15 @@ def test_the_script_trains_a_toy(script):
     assert before > 3.0 and after < 1.0, (before, after)
     merged = model.apply(lx.merge(params, trained), rows[:, :-1])
     np.testing.assert_allclose(merged, adapted(params, trained, rows[:, :-1]), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["fit_iterator", "fit_grain"])
+def test_the_examples_of_fit_learn_and_resume(name, capsys):
+    if name == "fit_grain":
+        pytest.importorskip("grain")
+    with jax.numpy_dtype_promotion("standard"):  # as above
+        importlib.import_module(name).main()
+    assert capsys.readouterr().out.endswith("the resumed run ends with the same bits: True\n")
 
 
 # --- SmolLM2 itself

@@ -1,0 +1,111 @@
+"""Where `fit` takes its batches from, and how it finds the place again after a restart."""
+
+import base64
+import json
+from collections.abc import Callable
+from typing import Any
+
+from lorax_fn.types import error
+
+
+class Feed:
+    """Batches without end, if they can be had, and the position of the next one.
+
+    A callable ``batches(start)`` gives an iterator from batch number ``start`` on; an iterator with
+    ``get_state`` and ``set_state`` (grain's protocol), or an iterable of such, is put back to its own state;
+    an iterable is run from its beginning again at each end; of these and of a plain iterator a restart reads
+    and drops what was taken before.
+    """
+
+    def __init__(self, batches: Any):
+        if not callable(batches) and not hasattr(batches, "__iter__") and not hasattr(batches, "__next__"):
+            raise error(
+                "batches are not a source of batches.",
+                got=f"a {type(batches).__name__}",
+                want="an iterable, an iterator, or batches(start) -> iterator",
+                do="fit(step, state, params, [batch], steps=10).",
+            )
+        self.batches: Any = batches
+        self.taken = 0
+        self.fresh = True  # no batch taken from the current pass
+        self.calls = callable(batches) and not hasattr(batches, "__iter__")
+        self.iterator: Any = None
+
+    def start(self, position: dict | None, done: int, *, skip: bool) -> int:
+        """Goes to a stored position, or to the beginning; returns how many batches were read and dropped.
+
+        Args:
+          position: what `position` gave, or None.
+          done: steps taken so far: where a callable starts.
+          skip: whether a plain iterator is at its beginning, so that what was taken is dropped.
+        """
+        if self.calls:
+            self.taken = done if position is None else position["taken"]
+            self.iterator = iter(self.batches(self.taken))
+            return 0
+        self.iterator = iter(self.batches)
+        if position is None:
+            return 0
+        if position["state"] is not None:
+            if not hasattr(self.iterator, "set_state"):
+                raise error(
+                    "these batches can't be put back to where the checkpoint was.",
+                    got=f"a {type(self.iterator).__name__} without set_state",
+                    want="an iterator with get_state and set_state, as when it was saved",
+                    do="pass the same kind of batches.",
+                )
+            self.iterator.set_state(_decode(position["state"]))
+            self.taken, self.fresh = position["taken"], position["taken"] == 0
+            return 0
+        if self.iterator is self.batches and not skip:
+            self.taken = position["taken"]
+            return 0
+        try:
+            for _ in range(position["taken"]):
+                next(self)
+        except StopIteration:
+            raise error(
+                "there are fewer batches than were trained on before the checkpoint.",
+                got=f"{self.taken} batches",
+                want=f"{position['taken']}, and those to go on with",
+                do="pass the same batches as when it was saved, a plain iterator from its beginning.",
+            ) from None
+        return self.taken
+
+    def __next__(self) -> Any:
+        try:
+            batch = next(self.iterator)
+        except StopIteration:
+            again = not self.calls and iter(self.batches) is not self.batches and not self.fresh
+            if not again:
+                raise
+            self.iterator, self.fresh = iter(self.batches), True
+            batch = next(self.iterator)
+        self.taken, self.fresh = self.taken + 1, False
+        return batch
+
+    def position(self) -> dict:
+        """Where the next batch is, as JSON."""
+        get: Callable | None = getattr(self.iterator, "get_state", None)
+        return {"taken": self.taken, "state": None if get is None else _encode(get())}
+
+
+def _encode(state: Any) -> Any:
+    """JSON as it is, bytes in base64."""
+    if isinstance(state, bytes):
+        return {"bytes": base64.b64encode(state).decode()}
+    try:
+        if json.loads(json.dumps(state)) == state:
+            return {"json": state}
+    except TypeError:
+        pass
+    raise error(
+        "get_state() of the batches gave something that a checkpoint can't hold.",
+        got=f"a {type(state).__name__}",
+        want="bytes, or JSON (dicts with string keys, lists, numbers, strings, bools, None)",
+        do="return json from get_state, or pickle it to bytes.",
+    )
+
+
+def _decode(state: dict) -> Any:
+    return base64.b64decode(state["bytes"]) if "bytes" in state else state["json"]

@@ -1,0 +1,159 @@
+"""What `fit` tells: a progress bar, lines of JSON, and callbacks; all on the first process alone."""
+
+import collections
+import json
+import math
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import numpy as np
+
+from lorax_fn.types import PyTree, error
+
+WINDOW = 20  # steps over which the speed is taken
+
+
+def scalars(metrics: PyTree) -> dict:
+    """The scalar leaves of a step's metrics as Python numbers; those of the first device after a pmap.
+
+    Leaves with axes are left out: an ``aux`` may hold logits, which nobody wants in a line of JSON.
+    """
+    if not isinstance(metrics, dict) or "loss" not in metrics:
+        raise error(
+            "the step's metrics hold no loss.",
+            got=sorted(metrics) if isinstance(metrics, dict) else f"a {type(metrics).__name__}",
+            want='(state, {"loss": loss, ...}), as the steps of make_train_step return',
+            do='return state, {"loss": loss}.',
+        )
+    mapped = np.ndim(metrics["loss"]) > 0
+
+    def read(x):
+        if isinstance(x, jax.Array):
+            x = x.addressable_shards[0].data if mapped or x.is_fully_replicated else None
+        if x is not None and np.size(x) == 1 and np.ndim(x) <= mapped:
+            return np.asarray(x).reshape(()).item()
+        return None
+
+    return _without_none(jax.tree.map(read, metrics))
+
+
+def _without_none(tree: Any) -> Any:
+    """Named leaves of nested dicts; other containers become dicts of their paths."""
+    if isinstance(tree, dict):
+        kept = {str(name): _without_none(part) for name, part in tree.items()}
+        return {name: part for name, part in kept.items() if part is not None and part != {}}
+    if tree is None or isinstance(tree, bool | int | float | complex):
+        return tree
+    named = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in named}
+
+
+def _json(value: Any) -> Any:
+    """NaN, infinity and complex numbers as strings: strict JSON has no numbers for them."""
+    if isinstance(value, dict):
+        return {name: _json(part) for name, part in value.items()}
+    odd = isinstance(value, complex) or (isinstance(value, float) and not math.isfinite(value))
+    return str(value) if odd else value
+
+
+def read_rows(path: pathlib.Path) -> list[dict]:
+    """The whole lines of a file of metrics; a last one that a crash cut short is left out."""
+    lines = path.read_text("utf-8").split("\n")[:-1] if path.is_file() else []
+    return [json.loads(line) for line in lines]
+
+
+class Log:
+    """Hands each row of metrics to the bar, the file and the callbacks."""
+
+    def __init__(
+        self,
+        done: int,
+        steps: int,
+        file: str | os.PathLike | None,
+        callbacks: Iterable[Callable[[dict], None]],
+        progress: bool | None,
+        unit: str,
+    ):
+        first = jax.process_index() == 0
+        self.unit = unit
+        self.callbacks = tuple(callbacks) if first else ()
+        self.file = self.bar = None
+        self.begin, self.clock = time.perf_counter(), collections.deque(maxlen=WINDOW + 1)
+        self.plain = False
+        if not first:
+            return
+        self.bar = None if progress is False else _bar(done, steps, needed=progress is True)
+        self.plain = progress is None and self.bar is None
+        if file is not None:
+            path = pathlib.Path(file)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            kept = [row for row in read_rows(path) if row["step"] <= done] if done else []
+            stage = path.with_name(f".{path.name}.new")
+            stage.write_text("".join(json.dumps(row) + "\n" for row in kept), "utf-8")
+            os.replace(stage, path)
+            self.file = open(path, "a", encoding="utf-8")
+
+    def tick(self, amount: int) -> None:
+        """Begins the clock, or counts what one step worked through."""
+        self.clock.append((time.perf_counter(), amount))
+
+    def speed(self) -> float | None:
+        """Units a second over the last steps; None before the second one, as the first compiles."""
+        if len(self.clock) < 2:
+            return None
+        seconds = self.clock[-1][0] - self.clock[0][0]
+        return sum(amount for _, amount in list(self.clock)[1:]) / max(seconds, 1e-9)
+
+    def step(self, number: int, metrics: dict, amount: int) -> None:
+        """One row a step: its metrics, the speed, and the seconds since the start."""
+        self.tick(amount)
+        speed = self.speed()
+        row = {"step": number, **metrics, "seconds": round(time.perf_counter() - self.begin, 3)}
+        if speed is not None:
+            row[f"{self.unit}_per_second"] = round(speed, 1)
+        self.row(row)
+        if self.bar is not None:
+            shown = f"loss {metrics['loss']:.4g}"
+            self.bar.set_postfix_str(
+                shown if speed is None else f"{shown}, {speed:,.0f} {self.unit}/s", False
+            )
+            self.bar.update(1)
+
+    def row(self, row: dict) -> None:
+        """One row to the file and the callbacks."""
+        if self.file is not None:
+            self.file.write(json.dumps(_json(row)) + "\n")
+            self.file.flush()
+        for callback in self.callbacks:
+            callback(row)
+
+    def note(self, text: str) -> None:
+        """A line above the bar, or to stderr where there is no tqdm."""
+        if self.bar is not None:
+            self.bar.write(text, file=sys.stderr)
+        elif self.plain:
+            print(text, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        for part in (self.bar, self.file):
+            if part is not None:
+                part.close()
+
+
+def _bar(done: int, steps: int, *, needed: bool) -> Any:
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        if needed:
+            raise error(
+                "a progress bar needs tqdm.",
+                got="no module tqdm",
+                do='pip install "lorax_fn[progress]", or progress=False.',
+            ) from None
+        return None
+    return tqdm(total=steps, initial=done, desc="fit", unit="step", dynamic_ncols=True)
