@@ -83,15 +83,16 @@ def _to_dynamic(x: jax.Array) -> jax.Array:
 
 
 def _looked_up(code: jax.Array) -> jax.Array:
-    """NF4's value of a code by a tree of selects on its bits.
+    """NF4's value of a code by a tree of choices on its bits: ``low ^ (on & (low ^ high))`` of float bits.
 
-    A gather is as fast on CPU (18 against 19 ms for 4096 x 4096) but goes element by element on TPU.
+    A gather goes element by element on TPU; `jnp.where` makes arrays of the constants, and the gradient of a
+    scan would keep them.
     """
-    values = [np.float32(x) for x in NF4]
-    for bit in (1, 2, 4, 8):
-        on = (code & np.uint8(bit)) != 0
-        values = [jnp.where(on, high, low) for low, high in zip(values[::2], values[1::2], strict=True)]
-    return jnp.asarray(values[0])
+    values: list[Any] = [x for x in NF4.view(np.int32)]
+    for bit in range(4):
+        on = -((code >> np.uint8(bit)) & np.uint8(1)).astype(jnp.int32)  # all bits or none
+        values = [low ^ (on & (low ^ high)) for low, high in zip(values[::2], values[1::2], strict=True)]
+    return jax.lax.bitcast_convert_type(values[0], jnp.float32)
 
 
 def _nibble(x: jax.Array) -> jax.Array:
@@ -196,6 +197,17 @@ def check_options(format: Any, block: Any) -> None:
             want="2, 4, 6, ...: two codes share a byte",
             do="block=64.",
         )
+
+    def stacked(self, axis: int, size: int) -> "Quantized":
+        """This weight for arrays that got a stack axis ``axis`` of ``size``: undoes `entry`."""
+
+        def moved(axes):
+            return tuple(i + (i >= axis) for i in axes)
+
+        layout = Layout(
+            (axis, *moved(self.layout.stack)), moved(self.layout.inputs), moved(self.layout.outputs)
+        )
+        return dataclasses.replace(self, shape=(*self.shape[:axis], size, *self.shape[axis:]), layout=layout)
 
 
 def encode(w: Any, layout: Layout, format: str, block: int, double: bool) -> Quantized:

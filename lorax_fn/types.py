@@ -178,6 +178,10 @@ class Stored:
         """This object for arrays that lost ``axis``, as those of a loop over it; None for a packed axis."""
         raise TypeError(f"{type(self).__name__} must define entry(axis)")
 
+    def stacked(self, axis: int, size: int) -> "Stored":
+        """This object for arrays that got a stack axis ``axis`` of ``size``: undoes `entry`."""
+        raise TypeError(f"{type(self).__name__} must define stacked(axis, size)")
+
 
 def is_stored(x: object) -> bool:
     return isinstance(x, Stored)

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec
 
 from lorax_fn.transform import jaxpr as jx
 from lorax_fn.transform.factored import Factored, Part, is_factored
-from lorax_fn.transform.stored import Later, along_axes, entry_of, is_unbuilt, local
+from lorax_fn.transform.stored import Later, along_axes, is_unbuilt, local, scanned
 
 
 def with_new_key(value: Any, use: Any) -> Any:
@@ -173,7 +173,7 @@ def scan(walk, eqn, index, values):
     def run(consts, init, xs):
         constant, moving = carry.parted(init)
         counter = jnp.arange(options["length"]) if _any_dropped((*consts, *constant)) else None
-        xs = [x if not is_factored(x) or entry_of(x.base) else walk.dense(eqn, [x])[0] for x in xs]
+        xs = [x if not is_factored(x) or scanned(x.base) else walk.dense(eqn, [x])[0] for x in xs]
         pieces = [unstack(x) if is_factored(x) else (x, None) for x in xs]
         rebuild = [fn for _, fn in pieces]
 
@@ -219,22 +219,22 @@ def _restacked(w: Factored) -> Factored:
 
 def unstack(w: Factored) -> tuple[Any, Any]:
     """What a loop over the leading axis scans, and how an iteration puts its weight together again."""
-    scanned = {name: 0 in part.axes for name, part in w.parts.items()}
+    moves = {name: 0 in part.axes for name, part in w.parts.items()}
 
     def leading(part: Part) -> Any:
         where = part.axes.index(0)
         return part.array if where == 0 else jnp.moveaxis(part.array, where, 0)
 
-    entry = entry_of(w.base)
-    leaves = (w.base, {name: leading(part) for name, part in w.parts.items() if scanned[name]})
+    whole, piece_of = scanned(w.base)  # pyright: ignore[reportGeneralTypeIssues]
+    leaves = (whole, {name: leading(part) for name, part in w.parts.items() if moves[name]})
 
     def rebuild(slices):
-        base, arrays = slices
+        piece, arrays = slices
         parts = {}
         for name, part in w.parts.items():
             axes = tuple(axis - 1 if axis > 0 else axis for axis in part.axes if axis != 0)
-            parts[name] = Part(arrays[name] if scanned[name] else part.array, axes)
-        return dataclasses.replace(w, base=entry(base), parts=parts)  # pyright: ignore[reportOptionalCall]
+            parts[name] = Part(arrays[name] if moves[name] else part.array, axes)
+        return dataclasses.replace(w, base=piece_of(piece), parts=parts)
 
     return leaves, rebuild
 

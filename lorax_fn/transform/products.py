@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import primitives as prims
@@ -208,9 +209,9 @@ def _expanded(value: Any, axis: int) -> Any:
     """A new axis of size 1; in a weight no part runs along it."""
     if not is_factored(value):
         return lax.expand_dims(value, [axis])
-    return value.with_parts(
-        lax.expand_dims(value.base, [axis]), lambda part: part.renamed(lambda i: i + 1 if i >= axis else i)
-    )
+    shape = (*value.shape[:axis], 1, *value.shape[axis:])
+    base = jax.ShapeDtypeStruct(shape, value.dtype)  # the bases are joined already
+    return value.with_parts(base, lambda part: part.renamed(lambda i: i + 1 if i >= axis else i))
 
 
 def _plain_factors(w: Factored, axis: int, stacks: bool, dtype: Any) -> dict[str, Part]:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax import lax
 from jax.extend.core import primitives as prims
 
@@ -65,9 +66,9 @@ def moved(eqn: Any, values: Sequence[Any]) -> list[Any]:
     """An operation that moves, cuts or casts a base: run on arrays, put off for stored weights."""
     if not any(map(is_unbuilt, values)):
         return jx.bind(eqn, values)
-    cut = CUTS.get(eqn.primitive.name)
-    results = None if cut is None or not is_unbuilt(values[0]) else cut(eqn, *values)
-    return results or [
+    shortcut = STACKS.get(eqn.primitive.name)
+    result = None if shortcut is None or not is_unbuilt(values[0]) else shortcut(eqn, *values)
+    return result or [
         Later(tuple(values), Step(eqn, i), tuple(var.aval.shape), var.aval.dtype)
         for i, var in enumerate(eqn.outvars)
     ]
@@ -82,7 +83,7 @@ def product(eqn: Any, values: Sequence[Any]) -> list[Any]:
     if not any(map(is_unbuilt, values)):
         return jx.bind(eqn, values)
     leaves, treedef = jax.tree_util.tree_flatten(list(values), is_leaf=is_stored)
-    packed = [lax.stop_gradient(x) if is_stored(x) else None for x in leaves]
+    packed = [x if is_stored(x) else None for x in leaves]
     others = [None if is_stored(x) else x for x in leaves]
 
     def run(packed: list, others: list) -> list[Any]:
@@ -109,23 +110,44 @@ def _unpacked_twice(run: Callable, packed: list, others: list) -> list[Any]:
 
 # Stack entries of a stored weight are stored weights.
 
-ELEMENTWISE = {p.name for p in (prims.convert_element_type_p, prims.copy_p, prims.neg_p, prims.name_p)}
+ELEMENTWISE = {
+    p.name
+    for p in (prims.convert_element_type_p, prims.copy_p, prims.neg_p, prims.name_p, prims.mul_p, prims.div_p)
+}
 
 
-def entry_of(base: Any) -> Callable[[Any], Any] | None:
-    """How an iteration of a loop over axis 0 reads its slice of ``base``; None where it can't be sliced."""
+def scanned(base: Any) -> tuple[Any, Callable[[Any], Any]] | None:
+    """What a loop over axis 0 scans, and how an iteration makes its slice of that; None where it can't."""
     if not is_unbuilt(base):
-        return lambda piece: piece
+        return base, lambda piece: piece
     if is_stored(base):
-        return None if base.entry(0) is None else lambda piece: piece.entry(0)
+        return None if base.entry(0) is None else (base, lambda piece: piece.entry(0))
     if base.step.eqn.primitive.name not in ELEMENTWISE:
         return None
-    inner = entry_of(base.operands[0])
-    return None if inner is None else lambda piece: _elementwise(piece, inner(piece.operands[0]))
+    known = [scanned(x) if np.shape(x) else (None, lambda _, x=x: x) for x in base.operands]
+    if any(pair is None for pair in known):
+        return None
+    pairs: list[Any] = known
+    return (
+        [leaves for leaves, _ in pairs],
+        lambda pieces: _elementwise(base, [f(piece) for (_, f), piece in zip(pairs, pieces, strict=True)]),
+    )
 
 
-def _elementwise(later: Later, operand: Any) -> Later:
-    return dataclasses.replace(later, operands=(operand,), shape=tuple(operand.shape))
+def _elementwise(later: Later, operands: Sequence[Any]) -> Later:
+    shape = next(tuple(x.shape) for x in operands if is_unbuilt(x))
+    return dataclasses.replace(later, operands=tuple(operands), shape=shape)
+
+
+def _through(base: Any, change: Callable[[Any], Any]) -> Any:
+    """``change`` of the stored weight under casts and the like; None where there is more on it."""
+    if not isinstance(base, Later):
+        return change(base)
+    operand, *more = base.operands
+    if more or base.step.eqn.primitive.name not in ELEMENTWISE:
+        return None
+    inner = _through(operand, change)
+    return None if inner is None else _elementwise(base, [inner])
 
 
 def _cut_stack(
@@ -135,18 +157,16 @@ def _cut_stack(
 
     ``sizes`` are the result's: those of ``shape`` along ``axes``, the array's own elsewhere.
     """
-    if isinstance(base, Later):
-        if base.step.eqn.primitive.name not in ELEMENTWISE:
-            return None
-        inner = _cut_stack(base.operands[0], axes, shape, cut)
-        return None if inner is None else _elementwise(base, inner)
-    if any(base.entry(axis) is None for axis in axes):
-        return None
 
     def each(array: Any) -> Any:
         return cut(array, [shape[i] if i in axes else n for i, n in enumerate(array.shape)])
 
-    return dataclasses.replace(jax.tree.map(each, base), shape=tuple(shape))  # pyright: ignore
+    def change(stored: Any) -> Any:
+        if any(stored.entry(axis) is None for axis in axes):
+            return None
+        return dataclasses.replace(jax.tree.map(each, stored), shape=tuple(shape))
+
+    return _through(base, change)
 
 
 def _slice(eqn: Any, base: Any) -> list[Any] | None:
@@ -181,12 +201,12 @@ def _squeeze(eqn: Any, base: Any) -> list[Any] | None:
 
 
 def _squeezed(base: Any, axis: int) -> Any:
-    if isinstance(base, Later):
-        inner = _squeezed(base.operands[0], axis) if base.step.eqn.primitive.name in ELEMENTWISE else None
-        return None if inner is None else _elementwise(base, inner)
-    if base is None or base.entry(axis) is None:
-        return None
-    return jax.tree.map(lambda array: lax.squeeze(array, [axis]), base).entry(axis)
+    def change(stored: Any) -> Any:
+        if stored is None or stored.entry(axis) is None:
+            return None
+        return jax.tree.map(lambda array: lax.squeeze(array, [axis]), stored).entry(axis)
+
+    return _through(base, change)
 
 
 def _split(eqn: Any, base: Any) -> list[Any] | None:
@@ -214,12 +234,48 @@ def _unstack(eqn: Any, base: Any) -> list[Any] | None:
     return None if results[0] is None else results
 
 
-CUTS = {
+def _broadcast(eqn: Any, base: Any, *sizes: Any) -> list[Any] | None:
+    """Only what `jnp.expand_dims` makes of it: one new axis of size 1."""
+    shape, kept = eqn.params["shape"], eqn.params["broadcast_dimensions"]
+    new = [i for i in range(len(shape)) if i not in kept]
+    if sizes or len(new) != 1 or shape[new[0]] != 1 or list(kept) != sorted(kept):
+        return None
+    if tuple(n for i, n in enumerate(shape) if i in kept) != base.shape:
+        return None
+
+    def change(stored: Any) -> Any:
+        return jax.tree.map(lambda x: lax.expand_dims(x, new), stored).stacked(new[0], 1)
+
+    result = _through(base, change)
+    return None if result is None else [result]
+
+
+def _concatenate(eqn: Any, *bases: Any) -> list[Any] | None:
+    axis, shape = eqn.params["dimension"], tuple(eqn.outvars[0].aval.shape)
+    if not all(is_stored(base) and base.entry(axis) is not None for base in bases):
+        return None
+    alike: list[Any] = [dataclasses.replace(base, shape=shape) for base in bases]
+    if len({jax.tree.structure(base) for base in alike}) > 1:
+        return None
+    return [jax.tree.map(lambda *arrays: lax.concatenate(arrays, axis), *alike)]
+
+
+def _stack(eqn: Any, *bases: Any) -> list[Any] | None:
+    axis = eqn.params["axis"]
+    if not all(map(is_stored, bases)) or len({jax.tree.structure(base) for base in bases}) > 1:
+        return None
+    return [jax.tree.map(lambda *arrays: jax.numpy.stack(arrays, axis), *bases).stacked(axis, len(bases))]
+
+
+STACKS = {
     prims.slice_p.name: _slice,
     prims.dynamic_slice_p.name: _dynamic_slice,
     prims.squeeze_p.name: _squeeze,
     "split": _split,
     "unstack": _unstack,
+    prims.broadcast_in_dim_p.name: _broadcast,
+    prims.concatenate_p.name: _concatenate,
+    "stack": _stack,
 }
 
 
