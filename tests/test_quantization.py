@@ -104,7 +104,7 @@ def test_error_and_storage_on_normal_numbers(getkey):
 
 @hypothesis.given(
     st.sampled_from(FORMAT_NAMES),
-    st.sampled_from([(7, 3), (64, 5), (70, 2), (1, 4)]),
+    st.sampled_from([(7, 3), (70, 2)]),
     st.integers(0, 10**6),
     st.sampled_from([1e-3, 1.0, 1e4]),
 )
@@ -134,8 +134,9 @@ def test_double_quantisation_errs_within_a_gap_of_its_table(getkey):
     np.testing.assert_allclose(twice.groups, np.stack(groups, 1), rtol=1e-5)
 
 
-@pytest.mark.parametrize("format", FORMAT_NAMES)
-@pytest.mark.parametrize("shape", [(65, 3), (63, 300), (2, 2), (1, 1)])
+@pytest.mark.parametrize(
+    "format, shape", [("nf4", (65, 3)), ("nf4", (63, 300)), ("int4", (1, 1)), ("int8", (65, 3))]
+)
 def test_padding_is_invisible(getkey, format, shape):
     w = jax.random.normal(getkey(), shape)
     q, whole = quantized(w, format=format), -(-shape[0] // 64) * 64
