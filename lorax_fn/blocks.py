@@ -9,6 +9,7 @@ CPU and GPU, and has no NF4; qwix keeps its codes in such dtypes, unpacked and w
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -82,15 +83,15 @@ def _to_dynamic(x: jax.Array) -> jax.Array:
     )
 
 
-def _looked_up(code: jax.Array) -> jax.Array:
-    """NF4's value of a code by a tree of choices on its bits: ``low ^ (on & (low ^ high))`` of float bits.
+def _chosen(index: jax.Array, table: np.ndarray) -> jax.Array:
+    """``table[index]`` by a tree of choices on its bits: ``low ^ (on & (low ^ high))`` of float bits.
 
     A gather goes element by element on TPU; `jnp.where` makes arrays of the constants, and the gradient of a
     scan would keep them.
     """
-    values: list[Any] = [x for x in NF4.view(np.int32)]
-    for bit in range(4):
-        on = -((code >> np.uint8(bit)) & np.uint8(1)).astype(jnp.int32)  # all bits or none
+    values: list[Any] = list(table.view(np.int32))
+    for bit in range(len(values).bit_length() - 1):
+        on = -((index.astype(jnp.int32) >> bit) & 1)  # all bits or none
         values = [low ^ (on & (low ^ high)) for low, high in zip(values[::2], values[1::2], strict=True)]
     return jax.lax.bitcast_convert_type(values[0], jnp.float32)
 
@@ -100,7 +101,7 @@ def _nibble(x: jax.Array) -> jax.Array:
 
 
 FORMATS = {
-    "nf4": Format(4, 1.0, lambda x: _nearest(x, NF4), _looked_up),
+    "nf4": Format(4, 1.0, lambda x: _nearest(x, NF4), lambda code: _chosen(code, NF4)),
     "int4": Format(4, 7.0, _nibble, lambda code: code.astype(jnp.float32) - 8.0),
     "int8": Format(8, 127.0, lambda x: jnp.round(x).astype(jnp.int8), lambda code: code.astype(jnp.float32)),
 }
@@ -153,19 +154,7 @@ class Quantized(Stored):
     def dense(self) -> jax.Array:
         """The weight itself, ``shape`` and ``dtype``, elementwise throughout: XLA makes one loop of it."""
         _check_axes(self)
-        codes, scales, groups, offset = jax.lax.stop_gradient(
-            (self.codes, self.scales, self.groups, self.offset)
-        )
-        axis, form = self.block_axis, FORMATS[self.format]
-        if groups is not None:
-            group = _spread(groups, self.group_axis, GROUP, self.shape[self.group_axis])
-            scales = _from_dynamic(scales) * group + offset
-        if form.bits == 4:
-            codes = _unpacked(codes, axis, self.shape[axis])
-        scales = _spread(scales, axis, self.block, self.shape[axis])
-        # said twice, as XLA drops a cast to bfloat16 and back: the same weight for every use of it
-        kind = jnp.finfo(self.dtype)
-        return jax.lax.reduce_precision(form.decode(codes) * scales, kind.nexp, kind.nmant).astype(self.dtype)
+        return _dense(jax.lax.stop_gradient(self))
 
     def entry(self, axis: int) -> "Quantized | None":
         """This weight for arrays that lost stack axis ``axis``, as in a loop over it; None for any other."""
@@ -236,6 +225,19 @@ def _inverse(x: jax.Array) -> jax.Array:
     return 1.0 / jnp.maximum(x, jnp.finfo(jnp.float32).tiny)
 
 
+@functools.partial(jax.jit, inline=True)  # one program also where all else runs operation by operation
+def _dense(q: Quantized) -> jax.Array:
+    axis, form, scales = q.block_axis, FORMATS[q.format], q.scales
+    if q.groups is not None:
+        group = _spread(q.groups, q.group_axis, GROUP, q.shape[q.group_axis])
+        scales = _from_dynamic(scales) * group + q.offset
+    codes = _unpacked(q.codes, axis, q.shape[axis]) if form.bits == 4 else q.codes
+    scales = _spread(scales, axis, q.block, q.shape[axis])
+    # said twice, as XLA drops a cast to bfloat16 and back: the same weight for every use of it
+    kind = jnp.finfo(q.dtype)
+    return jax.lax.reduce_precision(form.decode(codes) * scales, kind.nexp, kind.nmant).astype(q.dtype)
+
+
 # Axes -------------------------------------------------------------------------------------------------
 
 
@@ -293,18 +295,18 @@ def _cut(x: jax.Array, axis: int, length: int) -> jax.Array:
     return x if x.shape[axis] == length else jax.lax.slice_in_dim(x, 0, length, axis=axis)
 
 
+# by the place of a code's highest bit; the last is that of the one value, 1, which is no middle of a fraction
+POWERS = np.array([*(10.0 ** (bits - 6) for bits in range(7)), 1 / (0.1 + 0.9 * 0.5 / 128)], np.float32)
+
+
 def _from_dynamic(code: jax.Array) -> jax.Array:
-    """``DYNAMIC[code]`` by arithmetic: a gather would go element by element on TPU."""
-    index = code.astype(jnp.int32) - 127  # 0 is 0; 1 to 127 are positive, and 128 is 1
-    size = jnp.minimum(jnp.abs(index), 127)
-    bits = 31 - jax.lax.clz(jnp.maximum(size, 1))
+    """``DYNAMIC[code]``."""
+    index = code.astype(jnp.int32) - 127  # 0 is 0, 128 is 1
+    size = jnp.maximum(jnp.abs(index), 1)
+    bits = 31 - jax.lax.clz(size)
     edge = jnp.left_shift(jnp.ones_like(bits), bits)
     fraction = ((size - edge).astype(jnp.float32) + 0.5) / edge.astype(jnp.float32)
-    power = jnp.full(bits.shape, 1e-6, jnp.float32)
-    for i in range(1, 7):
-        power = jnp.where(bits == i, np.float32(10.0 ** (i - 6)), power)
-    value = jnp.sign(index).astype(jnp.float32) * power * (0.1 + 0.9 * fraction)
-    return jnp.where(index == 128, np.float32(1.0), value)
+    return jnp.sign(index).astype(jnp.float32) * _chosen(bits, POWERS) * (0.1 + 0.9 * fraction)
 
 
 def _check_axes(q: Quantized) -> None:
