@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lorax_fn.types import PyTree, flatten_with_paths, is_array
+from lorax_fn.types import PyTree, flatten_with_paths, is_abstract, is_array, is_stored
 
 SAMPLE = 4096  # elements a leaf that the fingerprint reads
 
@@ -20,18 +20,26 @@ SAMPLE = 4096  # elements a leaf that the fingerprint reads
 def fingerprint(params: PyTree) -> list[dict]:
     """What tells one base from another: path, shape, dtype and crc32 of a strided sample of every array.
 
-    It is the same on every run and for every sharding; abstract leaves have no crc32.
+    It is the same on every run and for every sharding; abstract leaves have no crc32. A quantised weight
+    names its format, and the crc32 is that of all its arrays.
     """
     return [
         {
             "path": path,
-            "shape": list(np.shape(leaf)),
-            "dtype": str(leaf.dtype),
-            "crc32": None if isinstance(leaf, jax.ShapeDtypeStruct) else zlib.crc32(_sample(leaf).tobytes()),
+            "shape": list(np.shape(leaf)) if not is_stored(leaf) else list(leaf.shape),
+            "dtype": f"{leaf.dtype} as {leaf.format}" if is_stored(leaf) else str(leaf.dtype),
+            "crc32": None if is_abstract(leaf) else _crc(leaf),
         }
         for path, leaf in flatten_with_paths(params)[0]
         if is_array(leaf)
     ]
+
+
+def _crc(leaf: Any) -> int:
+    crc = 0
+    for array in jax.tree.leaves(leaf):
+        crc = zlib.crc32(_sample(array).tobytes(), crc)
+    return crc
 
 
 def differences(saved: list[dict], params: PyTree) -> dict[str, str]:

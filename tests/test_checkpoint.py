@@ -12,6 +12,7 @@ import numpy as np
 import optax
 import pytest
 
+import lorax_fn as lx
 from lorax_fn import checkpoint, storage
 from lorax_fn.fingerprint import fingerprint
 from lorax_fn.methods.lora import LoRA
@@ -354,3 +355,17 @@ def test_import_does_not_load_orbax():
     code = "import sys, lorax_fn.checkpoint; print([m for m in ('orbax', 'flax') if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+def test_a_quantised_base_is_told_from_its_float_one_and_from_other_codes(tmp_path):
+    params = {"w": {"kernel": jax.random.normal(jax.random.key(0), (16, 8))}}
+    stored = lx.quantize(params, "nf4", block=4)
+    stored, lora = lx.split(stored, rank=2)
+    checkpoint.save(tmp_path / "adapter", lora, params=stored)
+    got = checkpoint.load(tmp_path / "adapter", params=stored)
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, got, lora))
+    with pytest.raises(LoraError, match=r"w/kernel: dtype: float32 as nf4 saved, float32 in params"):
+        checkpoint.load(tmp_path / "adapter", params=params)
+    other = lx.quantize(jax.tree.map(lambda x: x + 0.5, params), "nf4", block=4)
+    with pytest.raises(LoraError, match="w/kernel: content: other values"):
+        checkpoint.load(tmp_path / "adapter", params=other)
