@@ -374,8 +374,3 @@ def test_what_is_no_lora_is_refused(verb):
         verb([1])
     with pytest.raises(LoraError, match=r"(?s)not a dict of adapters.*a: dict.*params, lora = lx\.split"):
         verb({"a": {"kernel": jnp.ones(2)}})
-
-
-def test_requantize_waits_for_quantisation():
-    with pytest.raises(LoraError, match="requantize= is not available"):
-        merge(small_net(), {}, requantize=True)
