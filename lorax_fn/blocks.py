@@ -176,6 +176,18 @@ class Quantized(Stored):
         layout = self.layout.without(axis)
         return dataclasses.replace(self, shape=shape, layout=layout, block_axis=block, group_axis=group)
 
+    def stacked(self, axis: int, size: int) -> "Quantized":
+        """This weight for arrays that got a stack axis ``axis`` of ``size``: undoes `entry`."""
+
+        def moved(axes):
+            return tuple(i + (i >= axis) for i in axes)
+
+        old = self.layout
+        layout = Layout((axis, *moved(old.stack)), moved(old.inputs), moved(old.outputs))
+        block, group = moved((self.block_axis, self.group_axis))
+        shape = (*self.shape[:axis], size, *self.shape[axis:])
+        return dataclasses.replace(self, shape=shape, layout=layout, block_axis=block, group_axis=group)
+
     def store(self, w: jax.Array) -> "Quantized":
         return encode(w, self.layout, self.format, self.block, self.groups is not None)
 
@@ -197,17 +209,6 @@ def check_options(format: Any, block: Any) -> None:
             want="2, 4, 6, ...: two codes share a byte",
             do="block=64.",
         )
-
-    def stacked(self, axis: int, size: int) -> "Quantized":
-        """This weight for arrays that got a stack axis ``axis`` of ``size``: undoes `entry`."""
-
-        def moved(axes):
-            return tuple(i + (i >= axis) for i in axes)
-
-        layout = Layout(
-            (axis, *moved(self.layout.stack)), moved(self.layout.inputs), moved(self.layout.outputs)
-        )
-        return dataclasses.replace(self, shape=(*self.shape[:axis], size, *self.shape[axis:]), layout=layout)
 
 
 def encode(w: Any, layout: Layout, format: str, block: int, double: bool) -> Quantized:
