@@ -113,7 +113,7 @@ FORMATS = {
     "int4": Format(4, 7.0, _nibble, lambda code: _float(code) - 8.0),
     "int8": Format(8, 127.0, lambda x: jnp.round(x).astype(jnp.int8), _float),
 }
-# The blocks of GGUF files, of 32 weights: `quantize` makes none, but they are read, and stored again by a merge.
+# The blocks of GGUF files, of 32 weights: `quantize` makes none, but one that is there stays.
 GGUF = {
     "q4_1": Format(4, 15.0, lambda x: jnp.round(x).astype(jnp.uint8), _float, True, np.float16),
     "q8_0": Format(8, 127.0, FORMATS["int8"].encode, _float, False, np.float16),
