@@ -9,10 +9,10 @@ How to run, from the root of the checkout (some minutes on two CPU cores, 4 GB o
     python examples/qlora_smollm2.py --smoke             # the short form for CI, under 90 s
 
 It prints what each format costs in likelihood before training. Then it trains LoRA on the float weights, and
-QLoRA on each quantised base, with the same steps, batches and first adapters. The model is small, and its file
-has been through 4 bits already: `nf4` throughout costs it much, `nf4+int8` (8 bits for the three kinds of
-weights that bear rounding worst) less, and blocks that are kept cost nothing. It exits with a status other
-than 0 where a base costs more than its limit.
+QLoRA on each quantised base, with the same steps, batches and first adapters. The model is small, and its
+file has been through 4 bits already: `nf4` throughout costs it much, `nf4+int8` (8 bits for the three kinds
+of weights that bear rounding worst) less, and blocks that are kept cost nothing. It exits with a status
+other than 0 where a base costs more than its limit.
 """
 
 import argparse

@@ -27,12 +27,15 @@ TOY = llama.LlamaConfig()
 @functools.cache
 def toy(config=TOY):
     """A toy Llama with random norms too, so that a dropped or swapped scale shows."""
-    model = llama.Llama(config)
-    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))
-    leaves, treedef = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    noisy = [leaf + 0.1 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
-    return model, jax.tree.unflatten(treedef, noisy)
+    model, rng = llama.Llama(config), np.random.default_rng(0)
+
+    def drawn(path, leaf):  # by NumPy: to compile init takes seconds
+        x = rng.normal(size=leaf.shape).astype(np.float32)
+        axis = {"kernel": -2, "embedding": -1, "scale": None}[path[-1].key]
+        return jnp.asarray(1 + x / 10 if axis is None else x * np.float32(leaf.shape[axis] ** -0.5))
+
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 4), jnp.int32))
+    return model, jax.tree.map_with_path(drawn, shapes)
 
 
 def tokens(length=10):
