@@ -142,8 +142,9 @@ def test_padding_is_invisible(getkey, format, shape):
     q, whole = quantized(w, format=format), -(-shape[0] // 64) * 64
     padded = quantized(jnp.pad(w, [(0, whole - shape[0]), (0, 0)]), format=format)
     assert q.dense().shape == shape
-    np.testing.assert_array_equal(q.dense(), padded.dense()[: shape[0]])
-    assert q.scales.shape == padded.scales.shape
+    np.testing.assert_array_equal(q.scales, padded.scales)
+    # two programs: the mean scale and its sum may round differently
+    np.testing.assert_allclose(q.dense(), padded.dense()[: shape[0]], rtol=2e-6)
     assert q.codes.shape[0] == (shape[0] if format == "int8" else -(-shape[0] // 2))
 
 
