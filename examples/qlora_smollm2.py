@@ -75,9 +75,18 @@ class Run(NamedTuple):
     after: float
 
 
-def fine_tune(args: argparse.Namespace, model: Any, params: Any, layout: Any, rows: Any, texts: dict) -> Run:
-    """Splits, trains and evaluates; ``params`` are float or quantised, and nothing else differs."""
-    params, lora = lx.split(params, rank=args.rank, layout=layout, key=jax.random.key(args.seed))
+def fine_tune(
+    args: argparse.Namespace,
+    model: Any,
+    params: Any,
+    layout: Any,
+    rows: Any,
+    texts: dict,
+    init: Any = "kaiming",
+) -> Run:
+    """Splits, trains and evaluates; ``params`` are float or quantised, and nothing but ``init`` differs."""
+    key = jax.random.key(args.seed)
+    params, lora = lx.split(params, rank=args.rank, init=init, layout=layout, key=key)
     adapted = lx.adapt(model.apply, fallback="error")  # no weight may be built
     evaluate, adapters = evaluation(adapted), size(lora)
     before = measure(evaluate, params, lora, texts)
