@@ -3,6 +3,7 @@
 w = value(code) * scale               value: NF4's table, or an integer; the largest |w| of a block gets the
                                       largest value
 scale = map(code') * group + offset   double quantisation: scales are codes, too, in groups
+w = code * scale + minimum            GGUF's Q4_1; scale and minimum in float16
 
 Dettmers et al., "QLoRA" (https://arxiv.org/abs/2305.14314), section 3. `jnp.int4` would take a whole byte on
 CPU and GPU, and has no NF4; qwix keeps its codes in such dtypes, unpacked and without a second level.
@@ -58,12 +59,16 @@ class Format:
       top: the value of the largest code: what a block's largest number is divided to.
       encode: values from ``-top`` to ``top`` to codes.
       decode: codes to float32 values.
+      minimum: whether a block's smallest number is taken off first, and kept: values begin at 0.
+      scales: dtype of scales and minimum.
     """
 
     bits: int
     top: float
     encode: Callable[[jax.Array], jax.Array]
     decode: Callable[[jax.Array], jax.Array]
+    minimum: bool = False
+    scales: Any = np.float32
 
 
 def _nearest(x: jax.Array, table: np.ndarray) -> jax.Array:
@@ -100,11 +105,21 @@ def _nibble(x: jax.Array) -> jax.Array:
     return (jnp.round(x) + 8.0).astype(jnp.uint8)
 
 
+def _float(code: jax.Array) -> jax.Array:
+    return code.astype(jnp.float32)
+
+
 FORMATS = {
     "nf4": Format(4, 1.0, lambda x: _nearest(x, NF4), lambda code: _chosen(code, NF4)),
-    "int4": Format(4, 7.0, _nibble, lambda code: code.astype(jnp.float32) - 8.0),
-    "int8": Format(8, 127.0, lambda x: jnp.round(x).astype(jnp.int8), lambda code: code.astype(jnp.float32)),
+    "int4": Format(4, 7.0, _nibble, lambda code: _float(code) - 8.0),
+    "int8": Format(8, 127.0, lambda x: jnp.round(x).astype(jnp.int8), _float),
 }
+# The blocks of GGUF files, of 32 weights: `quantize` makes none, but one that is there stays.
+GGUF = {
+    "q4_1": Format(4, 15.0, lambda x: jnp.round(x).astype(jnp.uint8), _float, True, np.float16),
+    "q8_0": Format(8, 127.0, FORMATS["int8"].encode, _float, False, np.float16),
+}
+READ = {**FORMATS, **GGUF}
 
 
 @jax.tree_util.register_dataclass
@@ -119,10 +134,11 @@ class Quantized(Stored):
     Args:
       codes: the weight's shape, int8; or uint8, half as long (rounded up) along ``block_axis``, where two
         codes of 4 bits share a byte, the first in its high half.
-      scales: one a block along ``block_axis``: float32, or uint8 under double quantisation.
+      scales: one a block along ``block_axis``: float32, uint8 under double quantisation, float16 in GGUF's.
       groups: float32, one for 256 scales along ``group_axis``; None without double quantisation.
       offset: float32, one a stack entry: the mean scale; None without double quantisation.
-      format: ``"nf4"``, ``"int4"`` or ``"int8"``.
+      minimum: float16, one a block, what its code 0 stands for: in ``"q4_1"``, else None.
+      format: ``"nf4"``, ``"int4"``, ``"int8"``; or ``"q4_1"``, ``"q8_0"``: blocks of a GGUF file.
       block: weights that share a scale.
       shape: the weight's.
       dtype: the weight's.
@@ -143,6 +159,7 @@ class Quantized(Stored):
     scales: Any
     groups: Any
     offset: Any
+    minimum: Any
     format: str = dataclasses.field(metadata={"static": True})
     block: int = dataclasses.field(metadata={"static": True})
     shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
@@ -202,21 +219,25 @@ def check_options(format: Any, block: Any) -> None:
 
 def encode(w: Any, layout: Layout, format: str, block: int, double: bool) -> Quantized:
     """A weight as `Quantized`. All runs along the weight's own axes: a stack is as good as its entries."""
-    form, shape = FORMATS[format], tuple(w.shape)
+    form, shape = READ[format], tuple(w.shape)
     axis, across = _axis(layout.inputs, shape, block), _axis(layout.outputs, shape, GROUP)
-    wide = w.astype(jnp.float32)
+    wide, minimum = w.astype(jnp.float32), None
+    if form.minimum:
+        minimum = _folded(wide, axis, block).min(axis + 1)
+        wide = wide - _spread(minimum, axis, block, shape[axis])
+        minimum = minimum.astype(form.scales)
     scales = _largest(jnp.abs(wide), axis, block)
     codes = form.encode(wide * _spread(_inverse(scales), axis, block, shape[axis]) * form.top)
     if form.bits == 4:
         codes = _packed(codes, axis)
-    scales = scales / form.top
+    scales = (scales / form.top).astype(form.scales)
     groups = offset = None
     if double:
         inner = tuple(i for i in range(len(shape)) if i not in layout.stack)
         offset = jnp.mean(scales, inner, keepdims=True)
         groups = _largest(jnp.abs(scales - offset), across, GROUP)
         scales = _to_dynamic((scales - offset) * _spread(_inverse(groups), across, GROUP, shape[across]))
-    arrays = (codes, scales, groups, offset)
+    arrays = (codes, scales, groups, offset, minimum)
     return Quantized(*arrays, format, block, shape, np.dtype(w.dtype), layout, axis, across)
 
 
@@ -227,15 +248,17 @@ def _inverse(x: jax.Array) -> jax.Array:
 
 @functools.partial(jax.jit, inline=True)  # one program also where all else runs operation by operation
 def _dense(q: Quantized) -> jax.Array:
-    axis, form, scales = q.block_axis, FORMATS[q.format], q.scales
+    axis, form, scales = q.block_axis, READ[q.format], q.scales
     if q.groups is not None:
         group = _spread(q.groups, q.group_axis, GROUP, q.shape[q.group_axis])
         scales = _from_dynamic(scales) * group + q.offset
     codes = _unpacked(q.codes, axis, q.shape[axis]) if form.bits == 4 else q.codes
-    scales = _spread(scales, axis, q.block, q.shape[axis])
+    w = form.decode(codes) * _spread(_float(scales), axis, q.block, q.shape[axis])
+    if q.minimum is not None:
+        w = w + _spread(_float(q.minimum), axis, q.block, q.shape[axis])
     # said twice, as XLA drops a cast to bfloat16 and back: the same weight for every use of it
     kind = jnp.finfo(q.dtype)
-    return jax.lax.reduce_precision(form.decode(codes) * scales, kind.nexp, kind.nmant).astype(q.dtype)
+    return jax.lax.reduce_precision(w, kind.nexp, kind.nmant).astype(q.dtype)
 
 
 # Axes -------------------------------------------------------------------------------------------------
