@@ -43,7 +43,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--bases",
         nargs="+",
         choices=("nf4", "nf4+int8", "loftq"),
-        help="what to quantise to; loftq is nf4 by that init, slow (default: the first two, with --smoke nf4)",
+        help="quantise to; loftq: nf4 by that init, slow (default: the first two, with --smoke nf4)",
     )
     parser.add_argument("--keep-gguf", action="store_true", help="QLoRA on the blocks of the file, too")
     parser.add_argument("--block", type=int, default=64, help="weights that share a scale")
