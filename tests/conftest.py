@@ -8,9 +8,14 @@ import itertools
 import os
 import zlib
 
-import hypothesis
-import jax
-import pytest
+# Tests compile far more than they compute: code is generated without optimising it. The passes over the
+# program, which decide its FLOPs and bytes, all run. JAX reads this once, so it comes first.
+FAST = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+os.environ["XLA_FLAGS"] = f"{FAST} {os.environ.get('XLA_FLAGS', '')}"
+
+import hypothesis  # noqa: E402
+import jax  # noqa: E402
+import pytest  # noqa: E402
 
 # Set before JAX starts its backend: eight devices in one CPU, so that mesh and pmap tests always run.
 jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS", "cpu"))

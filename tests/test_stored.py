@@ -52,7 +52,7 @@ def compare(cases, format, adapters):
             np.testing.assert_allclose(one, other, rtol=2e-5, atol=2e-5, err_msg=jax.tree_util.keystr(path))
 
 
-@pytest.mark.parametrize("chunk", range(3))
+@pytest.mark.parametrize("chunk", [0, *(pytest.param(i, marks=pytest.mark.slow) for i in (1, 2))])
 def test_every_rule_on_a_quantised_weight(chunk):
     cases = CASES[chunk::3]
     compare(cases, "int8", {c.name: c.adapter for c in cases})
