@@ -30,6 +30,13 @@ from lorax_fn.training.optim import loraplus as loraplus
 from lorax_fn.training.optim import mask as mask
 from lorax_fn.training.optim import riemannian as riemannian
 from lorax_fn.training.optim import train_only as train_only
+from lorax_fn.training.parallel import MeshStep as MeshStep
+from lorax_fn.training.parallel import mesh_train_step as mesh_train_step
+from lorax_fn.training.parallel import pmap_train_step as pmap_train_step
+from lorax_fn.training.sharding import replicate as replicate
+from lorax_fn.training.sharding import shard as shard
+from lorax_fn.training.sharding import shardings as shardings
+from lorax_fn.training.sharding import unreplicate as unreplicate
 from lorax_fn.training.step import TrainState as TrainState
 from lorax_fn.training.step import make_train_step as make_train_step
 from lorax_fn.transform.tracing import Usage as Usage

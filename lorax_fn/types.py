@@ -127,6 +127,13 @@ class Adapter:
         del w
         return None
 
+    def axes(self) -> dict[str, tuple[int | None, ...]]:
+        """Which axis of the weight each axis of each array field runs along, None for a rank.
+
+        Shardings of the weight are handed down along it; a field left out is replicated.
+        """
+        return {}
+
     def problem(self, w: Any) -> str | None:
         """Why this adapter does not fit a weight of ``w``'s shape, or None where it fits."""
         del w

@@ -54,6 +54,9 @@ class DoRA(LoRA):
         facts = (plain.a, plain.b, plain.alpha, plain.rank, plain.scaling, plain.layout)
         return cls(*facts, magnitude=norm.astype(start.dtype)), frozen
 
+    def axes(self) -> dict[str, tuple[int | None, ...]]:
+        return super().axes() | {"magnitude": (*self.layout.stack, *self.layout.outputs)}
+
     def delta(self) -> jax.Array:
         """``scale * A @ B``, the change of the direction before it is normalised."""
         return super().delta()

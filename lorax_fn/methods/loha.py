@@ -64,6 +64,11 @@ class LoHa(LowRank):
         """The number before the products."""
         return scale_of(self.alpha, self.rank, self.scaling, ())
 
+    def axes(self) -> dict[str, tuple[int | None, ...]]:
+        stack, layout = self.layout.stack, self.layout
+        down, up = (*stack, *layout.inputs, None), (*stack, None, *layout.outputs)
+        return {"a1": down, "b1": up, "a2": down, "b2": up}
+
     def pair(self) -> Factors:
         at = len(self.layout.stack)
         a = self.a1[..., :, None] * self.a2[..., None, :]

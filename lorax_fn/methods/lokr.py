@@ -83,6 +83,10 @@ class LoKr(LowRank):
         """The number before the product."""
         return scale_of(self.alpha, self.rank, self.scaling, ())
 
+    def axes(self) -> dict[str, tuple[int | None, ...]]:
+        # inputs and outputs are each cut into two: no axis of a factor is one of the weight but the stack's
+        return dict.fromkeys(("w1", "a", "b"), (*self.layout.stack, None, None))
+
     def pair(self) -> Factors:
         stack, n, m = self.layout.shapes(self.sizes)
         n1, m1 = self.w1.shape[-2:]

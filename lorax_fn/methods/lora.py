@@ -77,6 +77,10 @@ class LoRA(LowRank):
         sizes.update(zip(layout.outputs, b[len(layout.stack) + 1 :], strict=True))
         return tuple(sizes[i] for i in range(layout.ndim))
 
+    def axes(self) -> dict[str, tuple[int | None, ...]]:
+        stack, layout = self.layout.stack, self.layout
+        return {"a": (*stack, *layout.inputs, None), "b": (*stack, None, *layout.outputs), "key": stack}
+
     def pair(self) -> Factors:
         return Factors(self.a, self.b, self.layout, self.scale, key=self.key, rate=self.rate)
 

@@ -69,6 +69,11 @@ class VeRA(LowRank):
         sizes.update(zip((*layout.stack, *layout.outputs), np.shape(self.gain), strict=True))
         return tuple(sizes[i] for i in range(layout.ndim))
 
+    def axes(self) -> dict[str, tuple[int | None, ...]]:
+        stack, layout = self.layout.stack, self.layout
+        shared = {"a": (*layout.inputs, None), "b": (None, *layout.outputs)}
+        return shared | {"d": (*stack, None), "gain": (*stack, *layout.outputs)}
+
     def pair(self) -> Factors:
         a, b = jax.lax.stop_gradient((self.a, self.b))
         stack = len(self.layout.stack)

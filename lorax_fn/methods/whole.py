@@ -29,6 +29,9 @@ class Full(Adapter):
     def weight(self, w: jax.Array) -> jax.Array:
         return self.value.astype(w.dtype)
 
+    def axes(self) -> dict[str, tuple[int | None, ...]]:
+        return {"value": tuple(range(len(self.value.shape)))}
+
     def problem(self, w: Any) -> str | None:
         if tuple(w.shape) != np.shape(self.value):
             return f"a whole leaf of shape {np.shape(self.value)}"
@@ -63,6 +66,9 @@ class Rows(Adapter):
 
     def weight(self, w: jax.Array) -> jax.Array:
         return w.at[np.asarray(self.ids, np.int32)].set(self.values.astype(w.dtype))
+
+    def axes(self) -> dict[str, tuple[int | None, ...]]:
+        return {"values": (None, *range(1, len(self.values.shape)))}
 
     def factors(self, w: jax.Array) -> Factors:
         ids = np.asarray(self.ids, np.int32)

@@ -138,7 +138,7 @@ def make_train_step(
     tx = train_only(tx)
 
     def step(state: TrainState, params: PyTree, batch: PyTree) -> tuple[TrainState, dict]:
-        _check_arrays_only(params)
+        check_arrays_only(params)
         lora, flags = state.lora, mask(state.lora)
         trained = jax.tree.map(lambda train, leaf: leaf if train else None, flags, lora)
 
@@ -213,7 +213,7 @@ def _accumulated(gradient, trained, batch, key, extra, count, axis_name):
     batch = _micro_batches(batch, count)
 
     def wide(x):  # sums of many 16-bit gradients lose the small ones
-        return jnp.zeros(x.shape, jnp.float32 if x.dtype.itemsize < 4 else x.dtype)
+        return jnp.zeros_like(x, jnp.float32 if x.dtype.itemsize < 4 else x.dtype)
 
     def body(carry, inputs):
         total, extra = carry
@@ -320,7 +320,7 @@ def _check_trains(lora: dict) -> None:
         )
 
 
-def _check_arrays_only(params: PyTree) -> None:
+def check_arrays_only(params: PyTree) -> None:
     wrong = [(path, leaf) for path, leaf in flatten_with_paths(params)[0] if not is_array(leaf)]
     if wrong:
         raise error(

@@ -17,6 +17,7 @@ from lorax_fn.transform.factored import (
     build,
     contract,
     dropped,
+    explicit_mesh,
     is_factored,
     low_rank_product,
 )
@@ -57,11 +58,20 @@ def _dot_general(eqn, index, values):
     base = product(eqn, (w.base, x) if w_first else (x, w.base))[0]
     change = low_rank_product(w, x, xs, out, dtype=base.dtype, precision=eqn.params["precision"], use=index)
     known = [n for n in out if not isinstance(n, int) or w.has("a", n) or w.has("b", n) or n in xs]
-    change = align(change, known, out) if known != out else change
+    change = _placed_like(base, align(change, known, out) if known != out else change)
     if after is None:
         return [Sum(base, change)]
     total = base + change
     return [total * align(after.array.astype(total.dtype), after.axes, out)]
+
+
+def _placed_like(base: Any, change: Any) -> Any:
+    """``change`` with the sharding that the program asked of its product, where mesh axes are Explicit."""
+    if not explicit_mesh(base):
+        return change
+    asked = jax.typeof(base).sharding
+    spec = [entry if change.shape[i] == base.shape[i] else None for i, entry in enumerate(asked.spec)]
+    return jax.sharding.reshard(change, jax.NamedSharding(asked.mesh, jax.P(*spec)))
 
 
 @rule(prims.conv_general_dilated_p)

@@ -1,0 +1,318 @@
+"""Where arrays live: copies and shares for pmap, and adapters laid out as the weights that they change."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from lorax_fn.targets import arrays, find
+from lorax_fn.types import Adapter, PyTree, error, flatten_with_paths, is_adapter, is_array, nearest
+
+# For pmap: a leading axis of devices --------------------------------------------------------------------
+
+
+def replicate(tree: PyTree, devices: Sequence[Any] | None = None) -> PyTree:
+    """Copies a tree to each device, side by side on a new leading axis, as `pmap_train_step` takes it.
+
+    Args:
+      tree: a `TrainState`, params, or any tree of arrays ``[...]`` and numbers; PRNG keys are welcome.
+      devices: the devices; None is ``jax.local_devices()``, the order of ``jax.pmap``.
+
+    Returns:
+      The same tree of arrays ``[devices, ...]``, one copy on each device.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lorax_fn as lx
+      >>> lx.replicate({"w": jnp.ones((2, 3))}, jax.devices()[:4])["w"].shape
+      (4, 2, 3)
+    """
+    devices = list(jax.local_devices() if devices is None else devices)
+
+    whole = _along_devices(devices)
+
+    def copies(x):
+        x = jnp.asarray(x)[None]
+        parts = [jax.device_put(x, device) for device in devices]
+        return jax.make_array_from_single_device_arrays((len(devices), *x.shape[1:]), whole, parts)
+
+    return jax.tree.map(copies, tree)
+
+
+def unreplicate(tree: PyTree) -> PyTree:
+    """The first device's copy of a replicated tree: what `replicate` was given, after training.
+
+    Args:
+      tree: a tree of arrays ``[devices, ...]``, as `replicate` and ``jax.pmap`` give them.
+
+    Returns:
+      The same tree of arrays ``[...]`` on the first device.
+
+    Raises:
+      LoraError: a leaf has no leading axis.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lorax_fn as lx
+      >>> lx.unreplicate(lx.replicate({"w": jnp.ones((2, 3))}))["w"].shape
+      (2, 3)
+    """
+    wrong = [path for path, leaf in _named(tree) if not np.ndim(leaf)]
+    if wrong:
+        raise error(
+            "a leaf has no axis of devices.",
+            path=wrong,
+            got="shape ()",
+            want="shape (devices, ...)",
+            do="pass what lx.replicate or a pmapped step gave; nothing else needs lx.unreplicate.",
+        )
+
+    def first(x):
+        # not x[0], which is a program over all devices
+        return x.addressable_shards[0].data.reshape(x.shape[1:]) if isinstance(x, jax.Array) else x[0]
+
+    return jax.tree.map(first, tree)
+
+
+def shard(batch: PyTree, devices: Sequence[Any] | None = None) -> PyTree:
+    """Deals a batch out to devices: axis 0 of every leaf becomes ``[devices, B / devices]``.
+
+    Args:
+      batch: a tree of arrays ``[B, ...]``.
+      devices: the devices; None is ``jax.local_devices()``, the order of ``jax.pmap``.
+
+    Returns:
+      The same tree of arrays ``[devices, B / devices, ...]``, each device with its own examples.
+
+    Raises:
+      LoraError: axis 0 of a leaf does not divide by the number of devices, or there is none.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lorax_fn as lx
+      >>> lx.shard({"x": jnp.ones((16, 3))}, jax.devices()[:4])["x"].shape
+      (4, 4, 3)
+    """
+    devices = list(jax.local_devices() if devices is None else devices)
+    count = len(devices)
+    wrong = [(path, np.shape(x)) for path, x in _named(batch) if not np.ndim(x) or np.shape(x)[0] % count]
+    if wrong:
+        raise error(
+            "the batch can't be dealt out to the devices.",
+            path=[path for path, _ in wrong],
+            got=[f"shape {shape}" for _, shape in wrong],
+            want=f"axis 0 a multiple of {count}, the number of devices",
+            do="change the batch size; keep what is not a batch out of it.",
+        )
+
+    def deal(x):
+        x = x if isinstance(x, jax.Array) else np.asarray(x)
+        return jax.device_put(x.reshape(count, x.shape[0] // count, *x.shape[1:]), _along_devices(devices))
+
+    return jax.tree.map(deal, batch)
+
+
+def _along_devices(devices: list) -> NamedSharding:
+    return NamedSharding(jax.sharding.Mesh(np.array(devices), ("devices",)), PartitionSpec("devices"))
+
+
+# On a mesh: adapters follow their weights -----------------------------------------------------------------
+
+
+def shardings(lora: PyTree, params_shardings: PyTree) -> PyTree:
+    """Shards adapters as the weights that they change: A along W's inputs, B along its outputs.
+
+    Stack axes keep their sharding and the rank is replicated, so a product with A or B needs no other
+    communication than that with W. `DoRA`'s magnitude follows the outputs, `VeRA` and `LoHa` their weights'
+    axes, `Full` its leaf, `Rows` all axes but the first; `LoKr`, whose factors cut the axes in two, keeps the
+    stack axes and is replicated otherwise.
+
+    Args:
+      lora: ``dict[str, Adapter]``, or any tree that holds one, such as a `TrainState`: whatever an optimizer
+        keeps of an adapter's array, in that array's shape, is sharded as the array, all else replicated.
+        Abstract leaves are fine.
+      params_shardings: a tree like ``params`` of ``NamedSharding``, or ``params`` themselves (arrays, or
+        ``jax.ShapeDtypeStruct`` with a sharding), whose shardings are read. All on one mesh.
+
+    Returns:
+      The same tree of ``NamedSharding``, as ``jax.device_put`` and ``jax.jit`` take it.
+
+    Raises:
+      LoraError: a sharded axis does not divide by its mesh axes, an adapter has no weight, or a leaf of
+        ``params_shardings`` has no ``NamedSharding``, or one of another mesh; all are listed.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lorax_fn as lx
+      >>> mesh = jax.make_mesh((2, 2), ("fsdp", "tensor"))
+      >>> params, lora = lx.split({"up": {"kernel": jnp.ones((8, 6))}}, rank=2)
+      >>> rules = {"up": {"kernel": jax.NamedSharding(mesh, jax.P("fsdp", "tensor"))}}
+      >>> adapter = lx.shardings(lora, rules)["up/kernel"]
+      >>> adapter.a.spec, adapter.b.spec
+      (P('fsdp', None), P(None, 'tensor'))
+    """
+    given, mesh = _weight_shardings(params_shardings)
+    nodes, treedef = jax.tree_util.tree_flatten_with_path(lora, is_leaf=is_adapter)
+    named = [(str(getattr(path[-1], "key", "")) if path else "", node) for path, node in nodes]
+    adapters: dict[str, Adapter] = {}
+    for path, node in named:  # the first of each path: in a TrainState that is lora's
+        if is_adapter(node):
+            adapters.setdefault(path, node)
+    _check_known(adapters, given, bool(named))
+
+    misfits: list = []
+    placed = {path: _adapter_shardings(path, x, given[path], misfits) for path, x in adapters.items()}
+    raise_misfits(misfits)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+
+    def one(path, node):
+        if not is_adapter(node):
+            return everywhere
+        leaves, inner = jax.tree_util.tree_flatten_with_path(node)
+        known = placed[path]
+        return inner.unflatten(known.get((at, np.shape(x)), everywhere) for at, x in leaves)
+
+    return treedef.unflatten([one(path, node) for path, node in named])
+
+
+def _weight_shardings(tree: PyTree) -> tuple[dict[str, NamedSharding], Any]:
+    """The sharding of each weight by path, and the mesh of them all."""
+    # A node that is one weight, such as a quantised one, joins here, under its own path.
+    found: dict[str, Any] = {path: getattr(x, "sharding", x) for path, x in flatten_with_paths(tree)[0]}
+    strange = {path: x for path, x in found.items() if not isinstance(x, NamedSharding)}
+    mesh = next((x.mesh for x in found.values() if isinstance(x, NamedSharding)), None)
+    others = {path: x for path, x in found.items() if isinstance(x, NamedSharding) and x.mesh != mesh}
+    if strange or others or mesh is None:
+        raise error(
+            "params_shardings do not place every leaf on one mesh.",
+            path=[*strange, *others] or "(no leaf)",
+            got=[f"a {type(x).__name__}" for x in strange.values()]
+            + [f"another mesh, {x.mesh}" for x in others.values()]
+            or "nothing",
+            want="a NamedSharding, or an array that has one" + (f", of {mesh}" if others else ""),
+            do="jax.device_put(params, jax.NamedSharding(mesh, jax.P(...))), or a tree of NamedSharding.",
+        )
+    return found, mesh
+
+
+def _check_known(adapters: Mapping[str, Adapter], given: Mapping[str, Any], filled: bool) -> None:
+    if filled and not adapters:
+        raise error(
+            "there is no adapter to shard.",
+            got="a tree without any",
+            want="lora, or a tree that holds it, first; params_shardings second",
+            do="lx.shardings(lora, params_shardings).",
+        )
+    lost = [path for path in adapters if path not in given]
+    if lost:
+        raise error(
+            "an adapter has no leaf in params_shardings.",
+            path=lost,
+            want=[f"one of {nearest(path, list(given))}" for path in lost],
+            do="give the shardings of the params that this lora was split from.",
+        )
+
+
+def _adapter_shardings(path: str, adapter: Adapter, weight: NamedSharding, misfits: list) -> dict:
+    """``{(key path, shape): sharding}`` of one adapter's arrays."""
+    axes = adapter.axes()
+    spec = tuple(weight.spec)
+    layout = getattr(adapter, "layout", None)
+    last = max((i for run in axes.values() for i in run if i is not None), default=len(spec) - 1)
+    known = last + 1 if layout is None else layout.ndim
+    if any(entry is not None for entry in spec[known:]):
+        misfits.append((path, f"{weight.spec} for {known} axes", "at most an entry an axis"))
+    spec += (None,) * (known - len(spec))
+    placed = {}
+    for at, leaf in jax.tree_util.tree_flatten_with_path(adapter)[0]:
+        name, shape = at[0].name, tuple(leaf.shape)
+        run = axes.get(name, (None,) * len(shape))
+        if len(run) != len(shape):
+            misfits.append((path, f"{name} of shape {shape}", f"{len(run)} axes"))
+            continue
+        own = PartitionSpec(*(None if i is None else spec[i] for i in run))
+        misfits.extend(misfits_of(path, shape, own, weight.mesh, f"{name}: "))
+        placed[at, shape] = NamedSharding(weight.mesh, own)
+    return placed
+
+
+# Specs that hold, and rules that name them -----------------------------------------------------------------
+
+
+def misfits_of(
+    path: str, shape: Sequence[int], spec: PartitionSpec, mesh: Any, label: str = "", times: int = 1
+) -> list:
+    """Why ``spec`` can't hold for an array of ``shape``: ``[(path, got, want)]``, empty where it can.
+
+    ``times`` is how many parts each share of axis 0 is cut into.
+    """
+    if len(spec) > len(shape):
+        return [(path, f"{label}{spec} for shape {tuple(shape)}", "at most an entry an axis")]
+    wrong = []
+    for axis, (size, entry) in enumerate(zip(shape, spec, strict=False)):
+        names = mesh_axes(entry)
+        cut = times if names and axis == 0 else 1
+        count = math.prod(mesh.shape[name] for name in names) * cut
+        if size % count:
+            sizes = " * ".join(f"{name}={mesh.shape[name]}" for name in names)
+            sizes += f", each cut into {cut}" if cut > 1 else ""
+            got = f"{label}axis {axis} of shape {tuple(shape)}, size {size}, over {sizes}"
+            wrong.append((path, got, f"a multiple of {count}"))
+    return wrong
+
+
+REPLICATE = "give these leaves a rule of their own, before the others: {'path': jax.P()} replicates."
+
+
+def raise_misfits(misfits: list, do: str = REPLICATE) -> None:
+    """One error for all that `misfits_of` found."""
+    if misfits:
+        raise error(
+            "a sharding can't hold.",
+            path=[path for path, _, _ in misfits],
+            got=[got for _, got, _ in misfits],
+            want=[want for _, _, want in misfits],
+            do=do,
+        )
+
+
+def mesh_axes(entry: Any) -> tuple[str, ...]:
+    """The mesh axes that one entry of a PartitionSpec names."""
+    return () if entry is None else entry if isinstance(entry, tuple) else (entry,)
+
+
+def check_specs(specs: Mapping[Any, Any], mesh: Any, argument: str) -> None:
+    """Refuses what is no PartitionSpec of this mesh's axes."""
+    wrong = {
+        label: spec
+        for label, spec in specs.items()
+        if not isinstance(spec, PartitionSpec)
+        or any(name not in mesh.shape for entry in spec for name in mesh_axes(entry))
+    }
+    if wrong:
+        raise error(
+            f"{argument}= holds no specs of this mesh.",
+            path=[str(label) for label in wrong],
+            got=[repr(spec) for spec in wrong.values()],
+            want=f"jax.P(...) of the mesh axes {tuple(mesh.shape)}",
+            do=f"{argument}: jax.P({', '.join(repr(name) for name in tuple(mesh.shape)[:2])}).",
+        )
+
+
+def rule_shardings(mesh: Any, rules: Mapping[Any, PartitionSpec], params: PyTree) -> PyTree:
+    """A tree like ``params`` of ``NamedSharding``: the first rule that matches a leaf, else replicated."""
+    leaves = arrays(params)
+    specs: dict[str, PartitionSpec] = {}
+    for pattern, spec in rules.items():
+        for _, hits in find([pattern], leaves, "rules"):
+            specs.update((path, spec) for path in hits if path not in specs)
+    raise_misfits([x for path in specs for x in misfits_of(path, leaves[path].shape, specs[path], mesh)])
+    named, treedef = flatten_with_paths(params)
+    return treedef.unflatten(
+        NamedSharding(mesh, specs.get(path, PartitionSpec())) for path, leaf in named if is_array(leaf)
+    )
+
+
+def _named(tree: PyTree) -> list[tuple[str, Any]]:
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return [(jax.tree_util.keystr(path, simple=True, separator="/") or "batch", x) for path, x in leaves]
