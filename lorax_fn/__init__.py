@@ -22,6 +22,7 @@ from lorax_fn.reallocation import reallocate as reallocate
 from lorax_fn.reallocation import sensitivity as sensitivity
 from lorax_fn.report import Summary as Summary
 from lorax_fn.report import summary as summary
+from lorax_fn.residual_inits import loftq as loftq
 from lorax_fn.splitting import delta as delta
 from lorax_fn.splitting import merge as merge
 from lorax_fn.splitting import split as split

@@ -9,6 +9,7 @@ CPU and GPU, and has no NF4; qwix keeps its codes in such dtypes, unpacked and w
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -111,20 +112,22 @@ class Quantized(Stored):
     """A weight of 4 or 8 bits, one leaf with the weight's shape and dtype.
 
     Every array has the weight's axes in their order, so that stacks scan and shardings carry over. Blocks run
-    along one input axis (`block_axis`), second-level groups of 256 scales along one output axis
-    (`group_axis`): the last that is as long as a block or group, else the longest.
+    along one input axis, second-level groups of 256 scales along one output axis: the last that is as long as
+    a block or group, else the longest.
 
     Args:
-      codes: the weight's shape, but half as long (rounded up) along `block_axis` where two codes share a byte
-        (uint8, the first in the high four bits); int8 for int8.
-      scales: one a block along `block_axis`: float32, or uint8 under double quantisation.
-      groups: float32, one for 256 scales along `group_axis`; None without double quantisation.
+      codes: the weight's shape, int8; or uint8, half as long (rounded up) along ``block_axis``, where two
+        codes of 4 bits share a byte, the first in its high half.
+      scales: one a block along ``block_axis``: float32, or uint8 under double quantisation.
+      groups: float32, one for 256 scales along ``group_axis``; None without double quantisation.
       offset: float32, one a stack entry: the mean scale; None without double quantisation.
       format: ``"nf4"``, ``"int4"`` or ``"int8"``.
       block: weights that share a scale.
       shape: the weight's.
       dtype: the weight's.
       layout: which axes of the weight are stack, inputs and outputs.
+      block_axis: the input axis along which blocks run and codes are packed.
+      group_axis: the output axis along which groups run.
 
     Example:
       >>> import jax.numpy as jnp, lorax_fn as lx
@@ -144,21 +147,8 @@ class Quantized(Stored):
     shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
     dtype: Any = dataclasses.field(metadata={"static": True})
     layout: Layout = dataclasses.field(metadata={"static": True})
-
-    @property
-    def block_axis(self) -> int:
-        """The input axis along which blocks run and codes are packed."""
-        return _axis(self.layout.inputs, self.shape, self.block)
-
-    @property
-    def group_axis(self) -> int:
-        """The output axis along which second-level groups run."""
-        return _axis(self.layout.outputs, self.shape, GROUP)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all that is stored."""
-        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self))
+    block_axis: int = dataclasses.field(metadata={"static": True})
+    group_axis: int = dataclasses.field(metadata={"static": True})
 
     def dense(self) -> jax.Array:
         """The weight itself, ``shape`` and ``dtype``, elementwise throughout: XLA makes one loop of it."""
@@ -173,20 +163,40 @@ class Quantized(Stored):
         if form.bits == 4:
             codes = _unpacked(codes, axis, self.shape[axis])
         scales = _spread(scales, axis, self.block, self.shape[axis])
-        return (form.decode(codes) * scales).astype(self.dtype)
+        # said twice, as XLA drops a cast to bfloat16 and back: the same weight for every use of it
+        kind = jnp.finfo(self.dtype)
+        return jax.lax.reduce_precision(form.decode(codes) * scales, kind.nexp, kind.nmant).astype(self.dtype)
 
     def entry(self, axis: int) -> "Quantized | None":
         """This weight for arrays that lost stack axis ``axis``, as in a loop over it; None for any other."""
-        layout, axis = self.layout, range(len(self.shape))[axis]
-        if axis not in layout.stack:
+        if axis not in self.layout.stack:
             return None
-
-        def left(axes):
-            return tuple(i - (i > axis) for i in axes if i != axis)
-
-        layout = Layout(left(layout.stack), left(layout.inputs), left(layout.outputs))
         shape = (*self.shape[:axis], *self.shape[axis + 1 :])
-        return dataclasses.replace(self, shape=shape, layout=layout)
+        block, group = (i - (i > axis) for i in (self.block_axis, self.group_axis))
+        layout = self.layout.without(axis)
+        return dataclasses.replace(self, shape=shape, layout=layout, block_axis=block, group_axis=group)
+
+    def store(self, w: jax.Array) -> "Quantized":
+        return encode(w, self.layout, self.format, self.block, self.groups is not None)
+
+
+def check_options(format: Any, block: Any) -> None:
+    """Raises a `LoraError` unless ``format`` is known and ``block`` is an even number."""
+    if not (isinstance(format, str) and format in FORMATS):
+        raise error(
+            "unknown format.",
+            got=repr(format),
+            want=f"one of {sorted(FORMATS)}",
+            do='lx.quantize(params, "nf4").',
+        )
+    whole = isinstance(block, int | np.integer) and not isinstance(block, bool)
+    if not whole or block < 2 or block % 2:
+        raise error(
+            "a block is an even number of weights.",
+            got=f"block={block!r}",
+            want="2, 4, 6, ...: two codes share a byte",
+            do="block=64.",
+        )
 
     def stacked(self, axis: int, size: int) -> "Quantized":
         """This weight for arrays that got a stack axis ``axis`` of ``size``: undoes `entry`."""
@@ -206,8 +216,7 @@ def encode(w: Any, layout: Layout, format: str, block: int, double: bool) -> Qua
     axis, across = _axis(layout.inputs, shape, block), _axis(layout.outputs, shape, GROUP)
     wide = w.astype(jnp.float32)
     scales = _largest(jnp.abs(wide), axis, block)
-    safe = _spread(jnp.where(scales == 0, jnp.ones_like(scales), scales), axis, block, shape[axis])
-    codes = form.encode(wide / safe * form.top)
+    codes = form.encode(wide * _spread(_inverse(scales), axis, block, shape[axis]) * form.top)
     if form.bits == 4:
         codes = _packed(codes, axis)
     scales = scales / form.top
@@ -216,9 +225,14 @@ def encode(w: Any, layout: Layout, format: str, block: int, double: bool) -> Qua
         inner = tuple(i for i in range(len(shape)) if i not in layout.stack)
         offset = jnp.mean(scales, inner, keepdims=True)
         groups = _largest(jnp.abs(scales - offset), across, GROUP)
-        safe = _spread(jnp.where(groups == 0, jnp.ones_like(groups), groups), across, GROUP, shape[across])
-        scales = _to_dynamic((scales - offset) / safe)
-    return Quantized(codes, scales, groups, offset, format, block, shape, np.dtype(w.dtype), layout)
+        scales = _to_dynamic((scales - offset) * _spread(_inverse(groups), across, GROUP, shape[across]))
+    arrays = (codes, scales, groups, offset)
+    return Quantized(*arrays, format, block, shape, np.dtype(w.dtype), layout, axis, across)
+
+
+def _inverse(x: jax.Array) -> jax.Array:
+    """1 / x for numbers that are not negative; finite for a block of zeros. Bitsandbytes multiplies, too."""
+    return 1.0 / jnp.maximum(x, jnp.finfo(jnp.float32).tiny)
 
 
 # Axes -------------------------------------------------------------------------------------------------
@@ -232,9 +246,21 @@ def _axis(axes: tuple[int, ...], shape: tuple[int, ...], size: int) -> int:
 def _folded(x: jax.Array, axis: int, size: int) -> jax.Array:
     """``axis`` as two: runs, and ``size`` neighbours in each; padded with zeros."""
     extra = -x.shape[axis] % size
+    x = _gathered(x, axis, -(-x.shape[axis] // size))
     if extra:
         x = jnp.pad(x, [(0, extra if i == axis else 0) for i in range(x.ndim)])
     return x.reshape(*x.shape[:axis], -1, size, *x.shape[axis + 1 :])
+
+
+def _gathered(x: jax.Array, axis: int, runs: int) -> jax.Array:
+    """``x``, unsharded along ``axis`` where the runs do not divide by an explicit mesh's shards."""
+    sharding = jax.typeof(x).sharding
+    names = sharding.spec[axis]
+    names = names if isinstance(names, tuple) else (names,)
+    if runs % math.prod(sharding.mesh.shape[name] for name in names if name) == 0:
+        return x
+    spec = (*sharding.spec[:axis], None, *sharding.spec[axis + 1 :])
+    return jax.sharding.reshard(x, jax.NamedSharding(sharding.mesh, jax.P(*spec)))
 
 
 def _largest(x: jax.Array, axis: int, size: int) -> jax.Array:

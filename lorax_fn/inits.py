@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lorax_fn.residual_inits import olora, pissa, used_ranks
+from lorax_fn.residual_inits import LoftQ, loftq, olora, pissa, used_ranks
 from lorax_fn.types import Layout
 
 
@@ -164,23 +164,35 @@ INITS = {
 
 
 def find_init(name: object) -> Any:
-    """The init of a name, ``"pissa:n"`` included; None for any other value."""
+    """The init of a name, ``"pissa:n"`` and ``"loftq:n"`` included, or `loftq`'s own; else None."""
+    if isinstance(name, LoftQ):
+        return name
     if not isinstance(name, str):
         return None
     base, colon, count = name.partition(":")
     if base == "pissa" and colon and count.isdecimal():
         return functools.partial(pissa, iterations=int(count))
+    if base == "loftq" and (not colon or (count.isdecimal() and int(count))):
+        return loftq(iterations=int(count or 5))
     return INITS.get(name)
 
 
-def refuses(init: str, rank: int | tuple[int, ...], alpha: float | tuple[float, ...]) -> str | None:
+def refuses(init: Any, rank: int | tuple[int, ...], alpha: float | tuple[float, ...]) -> str | None:
     """What an init needs that it has not got here, or None."""
     ranks = rank if isinstance(rank, tuple) else (rank,)
     alphas = alpha if isinstance(alpha, tuple) else (alpha,) * len(ranks)
     if init == "orthogonal" and any(r % 2 for r in ranks):
         return f"an even rank for init='orthogonal', not {rank}: each factor uses half of it"
-    if init.startswith("pissa") and any(a <= 0 for r, a in zip(ranks, alphas, strict=True) if r):
+    divides = isinstance(init, LoftQ) or init.startswith(("pissa", "loftq"))
+    if divides and any(a <= 0 for r, a in zip(ranks, alphas, strict=True) if r):
         return f"an alpha above 0 for init={init!r}, not {alpha}: singular values are divided by the scale"
+    return None
+
+
+def refuses_stored(init: Any) -> str | None:
+    """What an init that takes a part of W says of a weight whose values are rounded already, or None."""
+    if isinstance(init, LoftQ) or init.startswith(("pissa", "loftq", "olora")):
+        return f"float weights for init={init!r}, which takes a part of W: split first, then lx.quantize"
     return None
 
 

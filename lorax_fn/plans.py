@@ -19,7 +19,7 @@ from lorax_fn.methods.lora import LoRA, LoRAFA
 from lorax_fn.methods.low_rank import SCALINGS
 from lorax_fn.methods.vera import VeRA
 from lorax_fn.targets import find, matches
-from lorax_fn.types import Layout, error, is_float
+from lorax_fn.types import Layout, error, is_float, is_stored
 
 METHODS = {"lora": LoRA, "dora": DoRA, "lora_fa": LoRAFA, "vera": VeRA, "loha": LoHa, "lokr": LoKr}
 DEFAULTS = {"rank": 16, "alpha": 32.0, "scaling": "lora", "method": "lora", "init": "kaiming"}
@@ -34,15 +34,15 @@ class Plan:
     alpha: float | tuple[float, ...]
     scaling: str
     method: str
-    init: str
+    init: Any  # a name, or what `lorax_fn.loftq` returns
 
 
 def make_plans(leaves: Mapping[str, Any], layouts: Mapping[str, Layout], **choices: Any) -> dict[str, Plan]:
     """Resolves rank, alpha, scaling, method and init for each weight of ``layouts``, or raises."""
     given = {name: _per_path(name, value, layouts, leaves) for name, value in choices.items()}
-    _check_known("method", given["method"], METHODS, METHODS.get)
-    _check_known("scaling", given["scaling"], SCALINGS, SCALINGS.get)
-    _check_known("init", given["init"], [*inits.INITS, "pissa:4"], inits.find_init)
+    _check_known("method", given["method"], METHODS, _named_in(METHODS))
+    _check_known("scaling", given["scaling"], SCALINGS, _named_in(SCALINGS))
+    _check_known("init", given["init"], [*inits.INITS, "pissa:4", "loftq", "loftq:5"], inits.find_init)
     ranks = {path: _as_rank(rank) for path, rank in given["rank"].items()}
     _check_ranks(ranks, leaves, layouts, choices["rank"], given["method"])
     alphas = {path: _as_alpha(alpha, ranks[path]) for path, alpha in given["alpha"].items()}
@@ -63,6 +63,8 @@ def _check_methods(plans: Mapping[str, Plan], leaves: Mapping[str, Any]) -> None
             why = f"no init=: it starts from its paper's own values, not from {plan.init!r}"
         if why is None:
             why = inits.refuses(plan.init, plan.rank, plan.alpha)
+        if why is None and is_stored(leaves[path]):
+            why = inits.refuses_stored(plan.init)
         if why is not None:
             refused[path] = why
     if refused:
@@ -105,8 +107,12 @@ def _per_path(
     return chosen
 
 
+def _named_in(table: Mapping[str, Any]) -> Callable:
+    return lambda name: table.get(name) if isinstance(name, str) else None
+
+
 def _check_known(name: str, values: Mapping[str, Any], names: Iterable[str], known: Callable) -> None:
-    unknown = [path for path, value in values.items() if not isinstance(value, str) or known(value) is None]
+    unknown = [path for path, value in values.items() if known(value) is None]
     if unknown:
         raise error(
             f"unknown {name}.",

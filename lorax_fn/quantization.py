@@ -7,11 +7,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from lorax_fn.blocks import FORMATS, Quantized, encode
+from lorax_fn.blocks import Quantized, check_options, encode
 from lorax_fn.targets import arrays, choose, classify
-from lorax_fn.types import Layout, PyTree, error, flatten_with_paths, is_stored, is_tracer, replace_leaves
+from lorax_fn.types import (
+    Layout,
+    PyTree,
+    error,
+    flatten_with_paths,
+    is_stored,
+    is_tracer,
+    replace_leaves,
+    run,
+)
 
 
 def quantize(
@@ -52,7 +60,7 @@ def quantize(
       >>> params["kernel"].nbytes, params["bias"].nbytes, params["kernel"].dtype
       (4236, 256, dtype('float32'))
     """
-    _check_options(format, block)
+    check_options(format, block)
     leaves = arrays(params)
     layouts, _ = choose(leaves, classify(params, layout), targets, None, None)
     _check_weights(leaves, layouts)
@@ -91,12 +99,6 @@ def dequantize(params: PyTree) -> PyTree:
     return replace_leaves(params, {path: run(_dense, leaf) for path, leaf in stored.items()})
 
 
-def run(f: Any, *args: Any) -> Any:
-    """Calls ``f``, or asks for its shapes where an argument is abstract."""
-    abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(args))
-    return jax.eval_shape(f, *args) if abstract else f(*args)
-
-
 @jax.jit
 def _dense(q: Quantized) -> jax.Array:
     return q.dense()
@@ -113,24 +115,6 @@ def _encoded(w: Any, layout: Layout, format: str, block: int, double: bool) -> t
 def _encode(w: Any, layout: Layout, format: str, block: int, double: bool) -> tuple[Quantized, jax.Array]:
     w = jnp.asarray(w)
     return encode(w, layout, format, block, double), jnp.isfinite(w).all()
-
-
-def _check_options(format: Any, block: Any) -> None:
-    if not (isinstance(format, str) and format in FORMATS):
-        raise error(
-            "unknown format.",
-            got=repr(format),
-            want=f"one of {sorted(FORMATS)}",
-            do='lx.quantize(params, "nf4").',
-        )
-    whole = isinstance(block, int | np.integer) and not isinstance(block, bool)
-    if not whole or block < 2 or block % 2:
-        raise error(
-            "a block is an even number of weights.",
-            got=f"block={block!r}",
-            want="2, 4, 6, ...: two codes share a byte",
-            do="block=64.",
-        )
 
 
 def _check_weights(leaves: Mapping[str, Any], layouts: Mapping[str, Layout]) -> None:

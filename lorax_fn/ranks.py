@@ -17,7 +17,7 @@ from lorax_fn.methods.lora import LoRA
 from lorax_fn.methods.low_rank import SCALINGS, LowRank
 from lorax_fn.residual_inits import EXACT, entries, used_ranks
 from lorax_fn.targets import check_fits, check_lora
-from lorax_fn.types import Adapter, PyTree, error, flatten_with_paths, is_tracer
+from lorax_fn.types import Adapter, PyTree, error, flatten_with_paths, is_stored, is_tracer
 
 
 @jax.tree_util.register_dataclass
@@ -206,6 +206,15 @@ def to_plain(params0: PyTree, params: PyTree, lora: dict[str, Adapter]) -> dict[
             want="one weight in params0 and params",
             do="pass the params that this lora was split from, before and after split.",
         )
+    rounded = [path for path in moved if is_stored(frozen[path])]
+    if rounded:
+        raise error(
+            "the weights of params were quantised after their adapters took a part of them.",
+            path=rounded,
+            got="a difference of full rank: that part, and the rounding",
+            want="one weight in params0 and params, or the float residual that split returned",
+            do="keep the two together: serve params with lora, or lx.merge(params, lora).",
+        )
     plain, wrong = dict(lora), {}
     for path in moved:
         if isinstance(lora[path], LoRA):
@@ -345,7 +354,12 @@ def _padded(adapter: Any, rank: int) -> LoRA:
 def _differ(w0: Any, w: Any) -> bool:
     if w0 is w:
         return False
-    return is_tracer(w0) or is_tracer(w) or not np.array_equal(np.asarray(w0), np.asarray(w))
+    if jax.tree.structure(w0) != jax.tree.structure(w):
+        return True
+    pairs = zip(jax.tree.leaves(w0), jax.tree.leaves(w), strict=True)
+    return any(
+        is_tracer(a) or is_tracer(b) or not np.array_equal(np.asarray(a), np.asarray(b)) for a, b in pairs
+    )
 
 
 def _relative_to(adapter: Any, w0: Any, w: Any) -> tuple[LoRA, jax.Array]:

@@ -7,9 +7,12 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
 from lorax_fn.methods.lora import LoRA
 from lorax_fn.targets import arrays, check_fits, classify
-from lorax_fn.types import Adapter, PyTree, is_float
+from lorax_fn.types import Adapter, PyTree, is_float, is_stored
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +27,8 @@ class Row:
       alpha: numerator of the scale, or None.
       scale: factor of ``A @ B``, one number or one a stack entry, or None.
       trainable: numbers that train, pads not counted.
+      format: how a quantised weight is stored, such as ``"nf4"``; empty for an array.
+      nbytes: bytes of the weight as it is stored.
     """
 
     path: str
@@ -33,6 +38,8 @@ class Row:
     alpha: float | tuple[float, ...] | None
     scale: float | tuple[float, ...] | None
     trainable: int
+    format: str = ""
+    nbytes: int = 0
 
     @property
     def total(self) -> int:
@@ -48,11 +55,15 @@ class Skipped:
       path: its path.
       shape: its shape.
       reason: why it is not adapted.
+      format: how it is stored if it is quantised.
+      nbytes: bytes of the leaf as it is stored.
     """
 
     path: str
     shape: tuple[int, ...]
     reason: str
+    format: str = ""
+    nbytes: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +75,7 @@ class Summary:
       skipped: the leaves of two or more axes that are not adapted.
       trainable: numbers that train.
       total: numbers in the float leaves of params, adapters not counted.
+      nbytes: bytes of all leaves of params as they are stored; a column where any of them is quantised.
 
     Example:
       >>> import jax.numpy as jnp, lorax_fn as lx
@@ -78,6 +90,12 @@ class Summary:
     skipped: tuple[Skipped, ...]
     trainable: int
     total: int
+    nbytes: int = 0
+
+    @property
+    def quantised(self) -> bool:
+        """Whether any leaf listed is stored in another form than its own array."""
+        return any(x.format for x in (*self.rows, *self.skipped))
 
     @property
     def percent(self) -> float:
@@ -85,22 +103,34 @@ class Summary:
         return 100.0 * self.trainable / self.total if self.total else 0.0
 
     def __str__(self) -> str:
-        lines = _aligned([_HEAD, *map(_cells, self.rows), self._totals()], numbers=3)
+        lines = _aligned(self._table(), numbers=3 + self.quantised)
         if self.skipped:
             lines.append("not adapted:")
-            cells = [(s.path, str(s.shape), s.reason) for s in self.skipped]
+            cells = [(s.path, str(s.shape), _reason(s)) for s in self.skipped]
             lines.extend("  " + line for line in _aligned(cells))
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
-        tables = [_html_table(_HEAD, [*map(_cells, self.rows), self._totals()])]
+        head, *lines = self._table()
+        tables = [_html_table(head, lines)]
         if self.skipped:
-            cells = [(s.path, str(s.shape), s.reason) for s in self.skipped]
+            cells = [(s.path, str(s.shape), _reason(s)) for s in self.skipped]
             tables.append(_html_table(("not adapted", "shape", "reason"), cells))
         return "".join(tables)
 
-    def _totals(self) -> tuple[str, ...]:
-        return ("all of params", "", "", "", "", "", *_share(self.trainable, self.total))
+    def _table(self) -> list[tuple[str, ...]]:
+        total = ("all of params", "", "", "", "", "", *_share(self.trainable, self.total))
+        table = [_HEAD, *map(_cells, self.rows), total]
+        if not self.quantised:
+            return table
+        last = [
+            ("bytes", "stored"),
+            *((f"{x.nbytes:,}", x.format) for x in self.rows),
+            (f"{self.nbytes:,}", ""),
+        ]
+        return [
+            (*line[:6], stored, *line[6:], size) for line, (size, stored) in zip(table, last, strict=True)
+        ]
 
 
 def summary(params: PyTree, lora: dict[str, Adapter]) -> Summary:
@@ -124,15 +154,30 @@ def summary(params: PyTree, lora: dict[str, Adapter]) -> Summary:
     """
     leaves = arrays(params)
     check_fits(leaves, lora)
-    rows = tuple(_row(path, leaf.shape, lora[path]) for path, leaf in leaves.items() if path in lora)
+    rows = tuple(_row(path, leaf, lora[path]) for path, leaf in leaves.items() if path in lora)
     roles = classify(params)
     skipped = tuple(
-        Skipped(path, tuple(leaf.shape), _why(roles[path]))
+        Skipped(path, tuple(leaf.shape), _why(roles[path]), *_stored(leaf))
         for path, leaf in leaves.items()
         if path not in lora and len(leaf.shape) > 1
     )
     total = sum(math.prod(leaf.shape) for leaf in leaves.values() if is_float(leaf))
-    return Summary(rows, skipped, sum(row.trainable for row in rows), total)
+    nbytes = sum(_stored(leaf)[1] for leaf in leaves.values())
+    return Summary(rows, skipped, sum(row.trainable for row in rows), total, nbytes)
+
+
+def _stored(leaf: Any) -> tuple[str, int]:
+    if is_stored(leaf):
+        return leaf.format, leaf.nbytes
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        leaf = jax.eval_shape(jax.random.key_data, leaf)
+    return "", math.prod(leaf.shape) * leaf.dtype.itemsize
+
+
+def _reason(skipped: Skipped) -> str:
+    return (
+        f"{skipped.reason} ({skipped.format}, {skipped.nbytes:,} bytes)" if skipped.format else skipped.reason
+    )
 
 
 def _why(role: Any) -> str:
@@ -141,12 +186,13 @@ def _why(role: Any) -> str:
     return role.reason or "a weight, but not among targets, or excluded"
 
 
-def _row(path: str, shape: Sequence[int], adapter: Adapter) -> Row:
+def _row(path: str, leaf: Any, adapter: Adapter) -> Row:
     scale: Any = getattr(adapter, "scale", None)
     if getattr(scale, "ndim", 0):
         scale = tuple(float(x) for x in scale.ravel())
     rank, alpha = getattr(adapter, "rank", None), getattr(adapter, "alpha", None)
-    return Row(path, tuple(shape), type(adapter).__name__, rank, alpha, scale, _trainable(adapter))
+    shape, method, trainable = tuple(leaf.shape), type(adapter).__name__, _trainable(adapter)
+    return Row(path, shape, method, rank, alpha, scale, trainable, *_stored(leaf))
 
 
 def _trainable(adapter: Adapter) -> int:

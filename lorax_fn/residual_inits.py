@@ -4,13 +4,17 @@ They have the form of the inits in inits.py and return W_res as the weight to fr
 residuals are float32, one stack entry at a time under `jax.vmap`, whatever the axes of the weight.
 """
 
+import dataclasses
+import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lorax_fn.types import Layout
+from lorax_fn.blocks import check_options, encode
+from lorax_fn.types import Layout, dense, error
 
 OVERSAMPLING = 8  # extra columns of a randomised SVD (Halko et al., https://arxiv.org/abs/0909.4061)
 EXACT = jax.lax.Precision.HIGHEST
@@ -89,8 +93,82 @@ def olora(key, w, layout: Layout, rank, scale, dtype):
     return _moved(one, key, w, layout, rank, scale, dtype)
 
 
+def loftq(format: str = "nf4", *, block: int = 64, double: bool = True, iterations: int = 5) -> "LoftQ":
+    """Quantises ``W`` and starts the factors from what that rounds off, in turns: ``Q + s A @ B ~ W``.
+
+    Li et al., "LoftQ" (https://arxiv.org/abs/2310.08659), algorithm 1: ``Q <- quantise(W - s A B)``, then
+    ``A B`` the best rank-r product near ``(W - Q) / s``; PEFT's does not divide, which is right for ``s = 1``
+    only. `lorax_fn.split` takes *float* params for it, and returns them `Quantized` where adapters are.
+
+    Args:
+      format: as in `lorax_fn.quantize`.
+      block: as in `lorax_fn.quantize`.
+      double: as in `lorax_fn.quantize`.
+      iterations: how often the two take turns, from 1; the paper's 5.
+
+    Returns:
+      An ``init`` for `lorax_fn.split`. The strings ``"loftq"`` and ``"loftq:n"`` (of ``n`` iterations) stand
+      for its defaults.
+
+    Raises:
+      LoraError: an unknown format, an odd block, or no iteration.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lorax_fn as lx
+      >>> w = jax.random.normal(jax.random.key(0), (128, 64))
+      >>> params, lora = lx.split({"kernel": w}, rank=8, init=lx.loftq("nf4"))
+      >>> plain = lx.dequantize(lx.quantize({"kernel": w}))["kernel"]
+      >>> bool(jnp.linalg.norm(lx.merge(params, lora)["kernel"] - w) < 0.9 * jnp.linalg.norm(plain - w))
+      True
+    """
+    check_options(format, block)
+    if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
+        raise error("LoftQ takes turns.", got=f"iterations={iterations!r}", want="an int from 1", do="5.")
+    return LoftQ(format, int(block), bool(double), iterations)
+
+
+@dataclasses.dataclass(frozen=True)
+class LoftQ:
+    """The init that `loftq` makes."""
+
+    format: str
+    block: int
+    double: bool
+    iterations: int
+
+    def __call__(self, key: Any, w: Any, layout: Layout, rank: Any, scale: Any, dtype: Any):
+        del key
+        w = jnp.asarray(w)
+        stack, n, m = layout.shapes(w.shape)
+        count = math.prod(stack)
+        used = jnp.asarray(used_ranks(rank, count))
+        scales = jnp.broadcast_to(jnp.asarray(scale, jnp.float32).reshape(-1), (count,))
+        scales = jnp.where(scales == 0, jnp.ones_like(scales), scales)  # rank 0: nothing is used
+        a = jnp.zeros((count, math.prod(n), used.shape[1]), dtype)
+        b = jnp.zeros((count, used.shape[1], math.prod(m)), dtype)
+        for _ in range(self.iterations):
+            a, b, frozen = _turn(self, w, a, b, scales, used, layout)
+        return a.reshape(*stack, *n, -1), b.reshape(*stack, -1, *m), frozen
+
+
+@functools.partial(jax.jit, static_argnums=(0, 6))
+def _turn(init: LoftQ, w: jax.Array, a: jax.Array, b: jax.Array, scales: Any, used: Any, layout: Layout):
+    """Quantises what factors ``[s, n, r], [s, r, m]`` leave, and fits new ones to what that rounds off."""
+    whole, dtype = entries(w, layout).astype(jnp.float32), a.dtype
+    wide_a, wide_b = a.astype(jnp.float32), b.astype(jnp.float32)
+    left = whole - scales[:, None, None] * jnp.matmul(wide_a, wide_b, precision=EXACT)
+    left = from_entries(left, layout, w.shape)
+    frozen = encode(left, layout, init.format, init.block, init.double)
+    u, size, vt = jnp.linalg.svd(whole - entries(dense(frozen), layout), full_matrices=False)
+    r = used.shape[1]
+    root = jnp.sqrt(size[:, :r] / scales[:, None]) * used
+    a, b = u[:, :, :r] * root[:, None, :], root[:, :, None] * vt[:, :r]
+    return a.astype(dtype), b.astype(dtype), dataclasses.replace(frozen, dtype=w.dtype)
+
+
 def entries(w, layout: Layout) -> jax.Array:
     """A weight as float32 matrices ``[s, n, m]``, one a stack entry, whatever its axes."""
+    w = dense(w)
     stack, n, m = layout.shapes(w.shape)
     order = (*layout.stack, *layout.inputs, *layout.outputs)
     wide = jnp.float32 if w.dtype.itemsize < 4 else w.dtype

@@ -4,6 +4,8 @@ Both are pure functions on trees. Every check comes before anything is built, so
 a result.
 """
 
+import dataclasses
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,7 +18,22 @@ from lorax_fn.methods.low_rank import Start
 from lorax_fn.methods.whole import Full, Rows
 from lorax_fn.plans import METHODS, Plan, make_plans, make_row_plans
 from lorax_fn.targets import arrays, check_fits, check_lora, choose, classify
-from lorax_fn.types import Adapter, PyTree, checked_key, error, flatten_with_paths, leaf_key, replace_leaves
+from lorax_fn.types import (
+    Adapter,
+    PyTree,
+    checked_key,
+    dense,
+    error,
+    flatten_with_paths,
+    is_abstract,
+    is_stored,
+    is_tracer,
+    leaf_key,
+    replace_leaves,
+    run,
+)
+
+LOG = logging.getLogger("lorax_fn")
 
 
 def split(
@@ -26,7 +43,7 @@ def split(
     alpha: float | Callable[[int], float] | Mapping = 32.0,
     scaling: str | Mapping = "lora",
     method: str | Mapping = "lora",
-    init: str | Mapping = "kaiming",
+    init: Any = "kaiming",
     targets=None,
     exclude=None,
     full=None,
@@ -49,7 +66,8 @@ def split(
       scaling: ``"lora"`` for alpha / rank, ``"rslora"`` for alpha / sqrt(rank).
       method: ``"lora"``, ``"dora"``, ``"lora_fa"``, ``"vera"``, ``"loha"`` or ``"lokr"``.
       init: ``"kaiming"``, ``"gaussian"``, ``"orthogonal"`` or ``"zero_a"``; or ``"pissa"``, ``"pissa:4"`` (by
-        a randomised SVD of four iterations) or ``"olora"``, which take a part of W into the factors.
+        a randomised SVD of four iterations) or ``"olora"``, which take a part of W into the factors;
+        or `lorax_fn.loftq`, which also quantises W.
       targets: patterns: a glob over whole path components, a compiled regex, or ``f(path, leaf) -> bool``;
         one or a sequence. None is every linear weight: no embedding, norm, convolution or output head.
       exclude: patterns that win over ``targets``.
@@ -95,7 +113,7 @@ def split(
         elif path in whole:
             lora[path] = Full(_copy(leaves[path], dtype))
         elif path in chosen_rows:
-            lora[path] = _run(lambda w, ids=chosen_rows[path]: _rows(w, ids, dtype), leaves[path])
+            lora[path] = run(lambda w, ids=chosen_rows[path]: _rows(w, ids, dtype), leaves[path])
     return replace_leaves(params, residuals), lora
 
 
@@ -106,10 +124,12 @@ def merge(params: PyTree, lora: dict[str, Adapter], *, dtype: Any = None, requan
       params: the frozen tree that `split` returned.
       lora: its adapters, or some of them.
       dtype: dtype of the merged leaves; None keeps each leaf's own. Sums are float32 and cast once.
-      requantize: for quantised leaves; not available in this version.
+      requantize: whether quantised leaves stay quantised, in their format; what rounding takes from each is
+        logged (logger ``lorax_fn``), for it may be more than the adapter adds. Else they become arrays, those
+        without an adapter too.
 
     Returns:
-      A tree like ``params``. Leaves without an adapter are the same objects.
+      A tree like ``params``. Float leaves without an adapter are the same objects.
 
     Raises:
       LoraError: an adapter has no leaf, another shape, or dropout; all are listed, and nothing is merged.
@@ -120,13 +140,19 @@ def merge(params: PyTree, lora: dict[str, Adapter], *, dtype: Any = None, requan
       >>> bool((lx.merge(params, lora)["q"]["kernel"] == params["q"]["kernel"]).all())
       True
     """
-    if requantize:
-        raise error("requantize= is not available in this version.", got=requantize, do="leave it out.")
     named = dict(flatten_with_paths(params)[0])
     check_fits(named, lora, allow_dropped=False)
-    return replace_leaves(
-        params, {path: _merged(adapter, named[path], dtype) for path, adapter in lora.items()}
-    )
+    merged, lost = {}, {}
+    for path, leaf in named.items():
+        if path in lora and requantize and is_stored(leaf):
+            again, lost[path] = run(jax.jit(_requantized), lora[path], leaf)
+            merged[path] = dataclasses.replace(again, dtype=np.dtype(dtype or leaf.dtype))
+        elif path in lora:
+            merged[path] = _merged(lora[path], leaf, dtype)
+        elif is_stored(leaf) and not requantize:
+            merged[path] = run(jax.jit(lambda leaf: dense(leaf).astype(dtype or leaf.dtype)), leaf)
+    _log(lost)
+    return replace_leaves(params, merged)
 
 
 def delta(lora: dict[str, Adapter]) -> dict[str, jax.Array]:
@@ -156,7 +182,7 @@ def delta(lora: dict[str, Adapter]) -> dict[str, jax.Array]:
             "adapters under dropout have no one dW.", path=dropped, do="use the lora from before dropout."
         )
     able = {path: adapter for path, adapter in lora.items() if getattr(adapter, "adds", False)}
-    return {path: _run(lambda adapter: adapter.delta(), adapter) for path, adapter in able.items()}
+    return {path: run(lambda adapter: adapter.delta(), adapter) for path, adapter in able.items()}
 
 
 # Building ---------------------------------------------------------------------------------------------
@@ -167,31 +193,42 @@ def _build(plan: Plan, key: jax.Array, path: str, w: Any, dtype: Any) -> tuple[A
     init = find_init(plan.init)
     start = Start(leaf_key(key, path), plan.layout, plan.rank, plan.alpha, plan.scaling, init, dtype)
     create = METHODS[plan.method].create
-    if isinstance(w, jax.ShapeDtypeStruct):
-        return jax.eval_shape(lambda w: create(w, start)[0], w), w
+    if is_abstract(w):
+        adapter, frozen = jax.eval_shape(lambda w: create(w, start), w)
+        return adapter, frozen if is_stored(frozen) and not is_stored(w) else w
     return create(w, start)
 
 
 def _rows(w: Any, ids: tuple[int, ...], dtype: Any) -> Rows:
-    return Rows(jnp.asarray(w)[np.asarray(ids, np.int32)].astype(dtype), ids)
+    return Rows(jnp.asarray(dense(w))[np.asarray(ids, np.int32)].astype(dtype), ids)
 
 
 def _copy(leaf: Any, dtype: Any) -> Any:
     """A copy in ``dtype``, always: a donated adapter must never delete the user's params."""
-    if isinstance(leaf, jax.ShapeDtypeStruct):
-        return jax.ShapeDtypeStruct(leaf.shape, dtype)
-    return jnp.array(leaf, dtype=dtype, copy=True)
+    return run(lambda leaf: jnp.array(dense(leaf), dtype=dtype, copy=True), leaf)
+
+
+def _requantized(adapter: Adapter, stored: Any) -> tuple[Any, jax.Array]:
+    """The merged weight stored as before; what that rounds off, and the adapter's change, as shares of it."""
+    w = dense(stored).astype(jnp.float32)
+    merged = adapter.weight(w)
+    again = stored.store(merged)
+    parts = dense(again) - merged, merged - w, merged
+    rounded, changed, whole = (jnp.sqrt(jnp.sum(jnp.square(part))) for part in parts)
+    return again, jnp.stack([rounded, changed]) / jnp.maximum(whole, jnp.finfo(jnp.float32).tiny)
+
+
+def _log(lost: Mapping[str, Any]) -> None:
+    """Says what requantising took; a log line, as a warning would stop whoever makes errors of them."""
+    if lost and not any(is_abstract(shares) or is_tracer(shares) for shares in lost.values()):
+        lines = [f"  {path}: {r:.3%}, {c:.3%}" for path, (r, c) in jax.device_get(lost).items()]
+        head = "merged and requantised: rounding, and the adapter's change, as shares of the weight's norm"
+        LOG.warning("%s", "\n".join([head, *lines]))
 
 
 def _merged(adapter: Adapter, w: Any, dtype: Any) -> Any:
     def weight(adapter, w):
-        w = jnp.asarray(w)
+        w = jnp.asarray(dense(w))
         return adapter.weight(w) if dtype is None else adapter.weight(w.astype(jnp.float32)).astype(dtype)
 
-    return _run(weight, adapter, w)
-
-
-def _run(f: Callable, *args: Any) -> Any:
-    """Calls ``f``, or asks for its shapes where an argument is abstract."""
-    abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(args))
-    return jax.eval_shape(f, *args) if abstract else f(*args)
+    return run(jax.jit(weight) if is_stored(w) else weight, adapter, w)  # jit: no unpacked copy beside it

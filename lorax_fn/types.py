@@ -8,7 +8,7 @@ import dataclasses
 import math
 import sys
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -73,6 +73,14 @@ class Layout:
     def shapes(self, shape: Sequence[int]) -> tuple[tuple[int, ...], ...]:
         """Splits a weight's shape into its ``(stack, inputs, outputs)`` sizes."""
         return tuple(tuple(shape[i] for i in axes) for axes in (self.stack, self.inputs, self.outputs))
+
+    def without(self, axis: int) -> "Layout":
+        """The layout of one entry along stack axis ``axis``."""
+
+        def left(axes):
+            return tuple(i - (i > axis) for i in axes if i != axis)
+
+        return Layout(left(self.stack), left(self.inputs), left(self.outputs))
 
     def __str__(self) -> str:
         return f"Layout(stack={self.stack}, inputs={self.inputs}, outputs={self.outputs})"
@@ -144,11 +152,18 @@ class Stored:
     """A weight kept in another form than its own array, such as 4-bit codes.
 
     A subclass is a registered pytree of arrays, each of which has the weight's axes in the weight's order. It
-    has the ``shape`` and ``dtype`` of the weight. To everything in this library it is one leaf.
+    has the ``shape`` and ``dtype`` of the weight, and names its ``format``. To everything in this library it
+    is one leaf.
     """
 
     shape: tuple[int, ...]
     dtype: Any
+    format: str
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all that is stored."""
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self))
 
     @property
     def ndim(self) -> int:
@@ -161,6 +176,10 @@ class Stored:
     def dense(self) -> jax.Array:
         """The weight itself: an array of ``shape`` and ``dtype``."""
         raise TypeError(f"{type(self).__name__} must define dense()")
+
+    def store(self, w: jax.Array) -> "Stored":
+        """Another weight of this shape, stored as this one is."""
+        raise TypeError(f"{type(self).__name__} must define store(w)")
 
     def entry(self, axis: int) -> "Stored | None":
         """This object for arrays that lost ``axis``, as those of a loop over it; None for a packed axis."""
@@ -178,6 +197,23 @@ def is_stored(x: object) -> bool:
 def dense(x: Any) -> Any:
     """``x`` itself, or the weight that it stores."""
     return x.dense() if isinstance(x, Stored) else x
+
+
+def by_entry(f: Callable, w: Any, layout: Layout, *factors: Any) -> Any:
+    """``f(w, layout, *factors)`` of a dense ``w``; where it is stored, one stack entry after the other.
+
+    So no more than one entry is dense at a time. ``factors`` and the result have the stack ``*s`` in front.
+    """
+    axis = layout.stack[0] if layout.stack else None
+    if not isinstance(w, Stored) or axis is None or w.entry(axis) is None:
+        return f(dense(w), layout, *factors)
+
+    def one(parts):
+        w, *factors = parts
+        return by_entry(f, w.entry(axis), layout.without(axis), *factors)
+
+    first = jax.tree.map(lambda x: jax.numpy.moveaxis(x, axis, 0), w)
+    return jax.lax.map(one, (first, *factors))
 
 
 def is_adapter(x: object) -> bool:
@@ -248,6 +284,16 @@ def replace_leaves(tree: PyTree, new: Mapping[str, Any]) -> PyTree:
         return tree
     named, treedef = flatten_with_paths(tree)
     return jax.tree.unflatten(treedef, [new.get(path, leaf) for path, leaf in named])
+
+
+def is_abstract(x: PyTree) -> bool:
+    """Whether any array of a leaf or tree is a shape without numbers."""
+    return any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(x))
+
+
+def run(f: Callable, *args: Any) -> Any:
+    """Calls ``f``, or asks for its shapes where an argument is abstract."""
+    return jax.eval_shape(f, *args) if is_abstract(args) else f(*args)
 
 
 def checked_key(key: Any) -> jax.Array:

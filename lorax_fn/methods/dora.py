@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from lorax_fn.methods.lora import LoRA
 from lorax_fn.methods.low_rank import Start
-from lorax_fn.types import Factors
+from lorax_fn.types import Factors, by_entry, dense
 
 
 @jax.tree_util.register_dataclass
@@ -50,7 +50,7 @@ class DoRA(LoRA):
     @classmethod
     def create(cls, w: Any, start: Start) -> tuple["DoRA", Any]:
         plain, frozen = super().create(w, start)
-        norm = jnp.sqrt(_sum_over_inputs(jnp.square(w.astype(jnp.float32)), start.layout))
+        norm = by_entry(_norm, w, start.layout)
         facts = (plain.a, plain.b, plain.alpha, plain.rank, plain.scaling, plain.layout)
         return cls(*facts, magnitude=norm.astype(start.dtype)), frozen
 
@@ -62,7 +62,7 @@ class DoRA(LoRA):
         return super().delta()
 
     def weight(self, w: jax.Array) -> jax.Array:
-        direction = w.astype(jnp.float32) + self.delta()
+        direction = dense(w).astype(jnp.float32) + self.delta()
         norm = jnp.sqrt(_sum_over_inputs(jnp.square(direction), self.layout))
         gain = self._gain(jax.lax.stop_gradient(norm))
         return (direction * _on_weight_axes(gain, self.layout)).astype(w.dtype)
@@ -73,28 +73,9 @@ class DoRA(LoRA):
     def norm(self, w: jax.Array) -> jax.Array:
         """``||W + scale * A @ B||`` over inputs, ``[*s, *m]`` float32, constant in backward."""
         w, a, b = jax.lax.stop_gradient((w, self.a, self.b))
-        layout = self.layout
-        letters = "abcdefghijklmnopq"[: layout.ndim]
-        s, n, m = (
-            "".join(letters[i] for i in axes) for axes in (layout.stack, layout.inputs, layout.outputs)
-        )
-        exact = jax.lax.Precision.HIGHEST
-        # W keeps its dtype: a float32 copy of a bfloat16 base would be as large as the base twice over.
-        wa = jnp.einsum(
-            f"{letters},{s}{n}y->{s}y{m}",
-            w,
-            a.astype(w.dtype),
-            precision=exact,
-            preferred_element_type=jnp.float32,
-        )
-        a, b = a.astype(jnp.float32), b.astype(jnp.float32)
-        aab = jnp.einsum(f"{s}{n}y,{s}{n}z->{s}yz", a, a, precision=exact)
-        aab = jnp.einsum(f"{s}yz,{s}z{m}->{s}y{m}", aab, b, precision=exact)
-        scale = jnp.asarray(self.scale, jnp.float32)
-        scale = scale.reshape(scale.shape + (1,) * (wa.ndim - scale.ndim)) if scale.ndim else scale
-        change = ((2.0 * scale * wa + scale * scale * aab) * b).sum(len(layout.stack))
-        square = _sum_over_inputs(jnp.square(w.astype(jnp.float32)), layout)
-        return jnp.sqrt(jnp.maximum(square + change, jnp.zeros_like(square)))
+        stack = self.layout.shapes(self.shape)[0]
+        scale = jnp.broadcast_to(jnp.asarray(self.scale, jnp.float32), stack)
+        return by_entry(_norm_of_sum, w, self.layout, a, b, scale)
 
     def _gain(self, norm: jax.Array) -> jax.Array:
         zero = norm == 0
@@ -121,3 +102,29 @@ def _on_weight_axes(x: jax.Array, layout: Any) -> jax.Array:
     order = (*layout.stack, *layout.outputs)
     x = jnp.transpose(x, [order.index(i) for i in sorted(order)])
     return jnp.expand_dims(x, [i for i in range(layout.ndim) if i in layout.inputs])
+
+
+def _norm(w: jax.Array, layout: Any) -> jax.Array:
+    return jnp.sqrt(_sum_over_inputs(jnp.square(w.astype(jnp.float32)), layout))
+
+
+def _norm_of_sum(w: jax.Array, layout: Any, a: jax.Array, b: jax.Array, scale: jax.Array) -> jax.Array:
+    """``||W + scale * A @ B||`` over inputs, without the sum; ``scale`` is ``[*s]``."""
+    letters = "abcdefghijklmnopq"[: layout.ndim]
+    s, n, m = ("".join(letters[i] for i in axes) for axes in (layout.stack, layout.inputs, layout.outputs))
+    exact = jax.lax.Precision.HIGHEST
+    # W keeps its dtype: a float32 copy of a bfloat16 base would be as large as the base twice over.
+    wa = jnp.einsum(
+        f"{letters},{s}{n}y->{s}y{m}",
+        w,
+        a.astype(w.dtype),
+        precision=exact,
+        preferred_element_type=jnp.float32,
+    )
+    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+    aab = jnp.einsum(f"{s}{n}y,{s}{n}z->{s}yz", a, a, precision=exact)
+    aab = jnp.einsum(f"{s}yz,{s}z{m}->{s}y{m}", aab, b, precision=exact)
+    scale = scale.reshape(scale.shape + (1,) * (wa.ndim - scale.ndim))
+    change = ((2.0 * scale * wa + scale * scale * aab) * b).sum(len(layout.stack))
+    square = _sum_over_inputs(jnp.square(w.astype(jnp.float32)), layout)
+    return jnp.sqrt(jnp.maximum(square + change, jnp.zeros_like(square)))

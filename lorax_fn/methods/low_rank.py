@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lorax_fn.types import Adapter, Factors, Layout
+from lorax_fn.types import Adapter, Factors, Layout, dense
 
 SCALINGS = {"lora": lambda alpha, rank: alpha / rank, "rslora": lambda alpha, rank: alpha / math.sqrt(rank)}
 
@@ -86,7 +86,7 @@ class LowRank(Adapter):
         return product(self.pair(), self.shape)
 
     def weight(self, w: jax.Array) -> jax.Array:
-        return (w.astype(jnp.float32) + self.delta()).astype(w.dtype)
+        return (dense(w).astype(jnp.float32) + self.delta()).astype(w.dtype)
 
     def factors(self, w: jax.Array) -> Factors:
         del w

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lorax_fn.types import Adapter, Factors, Layout
+from lorax_fn.types import Adapter, Factors, Layout, dense
 
 
 @jax.tree_util.register_dataclass
@@ -65,7 +65,7 @@ class Rows(Adapter):
         return len(self.ids)
 
     def weight(self, w: jax.Array) -> jax.Array:
-        return w.at[np.asarray(self.ids, np.int32)].set(self.values.astype(w.dtype))
+        return dense(w).at[np.asarray(self.ids, np.int32)].set(self.values.astype(w.dtype))
 
     def axes(self) -> dict[str, tuple[int | None, ...]]:
         return {"values": (None, *range(1, len(self.values.shape)))}
@@ -74,7 +74,7 @@ class Rows(Adapter):
         ids = np.asarray(self.ids, np.int32)
         table = np.arange(w.shape[0], dtype=np.int32)
         a = (jnp.asarray(table)[:, None] == ids[None, :]).astype(self.values.dtype)
-        b = self.values - w[ids].astype(self.values.dtype)
+        b = self.values - dense(w)[ids].astype(self.values.dtype)
         return Factors(a, b, Layout((), (0,), tuple(range(1, w.ndim))), 1.0)
 
     def problem(self, w: Any) -> str | None:
