@@ -3,6 +3,7 @@
 w = value(code) * scale               value: NF4's table, or an integer; the largest |w| of a block gets the
                                       largest value
 scale = map(code') * group + offset   double quantisation: scales are codes, too, in groups
+w = code * scale + minimum            GGUF's Q4_1; scale and minimum in float16
 
 Dettmers et al., "QLoRA" (https://arxiv.org/abs/2305.14314), section 3. `jnp.int4` would take a whole byte on
 CPU and GPU, and has no NF4; qwix keeps its codes in such dtypes, unpacked and without a second level.
@@ -57,12 +58,16 @@ class Format:
       top: the value of the largest code: what a block's largest number is divided to.
       encode: values from ``-top`` to ``top`` to codes.
       decode: codes to float32 values.
+      minimum: whether a block's smallest number is taken off first, and kept: values begin at 0.
+      scales: dtype of scales and minimum.
     """
 
     bits: int
     top: float
     encode: Callable[[jax.Array], jax.Array]
     decode: Callable[[jax.Array], jax.Array]
+    minimum: bool = False
+    scales: Any = np.float32
 
 
 def _nearest(x: jax.Array, table: np.ndarray) -> jax.Array:
@@ -99,10 +104,19 @@ def _nibble(x: jax.Array) -> jax.Array:
     return (jnp.round(x) + 8.0).astype(jnp.uint8)
 
 
+def _float(code: jax.Array) -> jax.Array:
+    return code.astype(jnp.float32)
+
+
 FORMATS = {
     "nf4": Format(4, 1.0, lambda x: _nearest(x, NF4), _looked_up),
-    "int4": Format(4, 7.0, _nibble, lambda code: code.astype(jnp.float32) - 8.0),
-    "int8": Format(8, 127.0, lambda x: jnp.round(x).astype(jnp.int8), lambda code: code.astype(jnp.float32)),
+    "int4": Format(4, 7.0, _nibble, lambda code: _float(code) - 8.0),
+    "int8": Format(8, 127.0, lambda x: jnp.round(x).astype(jnp.int8), _float),
+}
+# The blocks of GGUF files, of 32 weights: `quantize` makes none, but they are read, and stored again by a merge.
+GGUF = {
+    "q4_1": Format(4, 15.0, lambda x: jnp.round(x).astype(jnp.uint8), _float, True, np.float16),
+    "q8_0": Format(8, 127.0, FORMATS["int8"].encode, _float, False, np.float16),
 }
 
 
@@ -118,10 +132,11 @@ class Quantized(Stored):
     Args:
       codes: the weight's shape, int8; or uint8, half as long (rounded up) along ``block_axis``, where two
         codes of 4 bits share a byte, the first in its high half.
-      scales: one a block along ``block_axis``: float32, or uint8 under double quantisation.
+      scales: one a block along ``block_axis``: float32, uint8 under double quantisation, float16 in GGUF's.
       groups: float32, one for 256 scales along ``group_axis``; None without double quantisation.
       offset: float32, one a stack entry: the mean scale; None without double quantisation.
-      format: ``"nf4"``, ``"int4"`` or ``"int8"``.
+      minimum: float16, one a block, what its code 0 stands for: in ``"q4_1"``, else None.
+      format: ``"nf4"``, ``"int4"``, ``"int8"``; or ``"q4_1"``, ``"q8_0"``: blocks of a GGUF file.
       block: weights that share a scale.
       shape: the weight's.
       dtype: the weight's.
@@ -142,6 +157,7 @@ class Quantized(Stored):
     scales: Any
     groups: Any
     offset: Any
+    minimum: Any
     format: str = dataclasses.field(metadata={"static": True})
     block: int = dataclasses.field(metadata={"static": True})
     shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
@@ -153,19 +169,21 @@ class Quantized(Stored):
     def dense(self) -> jax.Array:
         """The weight itself, ``shape`` and ``dtype``, elementwise throughout: XLA makes one loop of it."""
         _check_axes(self)
-        codes, scales, groups, offset = jax.lax.stop_gradient(
-            (self.codes, self.scales, self.groups, self.offset)
+        codes, scales, groups, offset, minimum = jax.lax.stop_gradient(
+            (self.codes, self.scales, self.groups, self.offset, self.minimum)
         )
-        axis, form = self.block_axis, FORMATS[self.format]
+        axis, form = self.block_axis, {**FORMATS, **GGUF}[self.format]
         if groups is not None:
             group = _spread(groups, self.group_axis, GROUP, self.shape[self.group_axis])
             scales = _from_dynamic(scales) * group + offset
         if form.bits == 4:
             codes = _unpacked(codes, axis, self.shape[axis])
-        scales = _spread(scales, axis, self.block, self.shape[axis])
+        w = form.decode(codes) * _spread(_float(scales), axis, self.block, self.shape[axis])
+        if minimum is not None:
+            w = w + _spread(_float(minimum), axis, self.block, self.shape[axis])
         # said twice, as XLA drops a cast to bfloat16 and back: the same weight for every use of it
         kind = jnp.finfo(self.dtype)
-        return jax.lax.reduce_precision(form.decode(codes) * scales, kind.nexp, kind.nmant).astype(self.dtype)
+        return jax.lax.reduce_precision(w, kind.nexp, kind.nmant).astype(self.dtype)
 
     def entry(self, axis: int) -> "Quantized | None":
         """This weight for arrays that lost stack axis ``axis``, as in a loop over it; None for any other."""
@@ -174,6 +192,18 @@ class Quantized(Stored):
         shape = (*self.shape[:axis], *self.shape[axis + 1 :])
         block, group = (i - (i > axis) for i in (self.block_axis, self.group_axis))
         layout = self.layout.without(axis)
+        return dataclasses.replace(self, shape=shape, layout=layout, block_axis=block, group_axis=group)
+
+    def stacked(self, axis: int, size: int) -> "Quantized":
+        """This weight for arrays that got a stack axis ``axis`` of ``size``: undoes `entry`."""
+
+        def moved(axes):
+            return tuple(i + (i >= axis) for i in axes)
+
+        old = self.layout
+        layout = Layout((axis, *moved(old.stack)), moved(old.inputs), moved(old.outputs))
+        block, group = moved((self.block_axis, self.group_axis))
+        shape = (*self.shape[:axis], size, *self.shape[axis:])
         return dataclasses.replace(self, shape=shape, layout=layout, block_axis=block, group_axis=group)
 
     def store(self, w: jax.Array) -> "Quantized":
@@ -198,35 +228,28 @@ def check_options(format: Any, block: Any) -> None:
             do="block=64.",
         )
 
-    def stacked(self, axis: int, size: int) -> "Quantized":
-        """This weight for arrays that got a stack axis ``axis`` of ``size``: undoes `entry`."""
-
-        def moved(axes):
-            return tuple(i + (i >= axis) for i in axes)
-
-        layout = Layout(
-            (axis, *moved(self.layout.stack)), moved(self.layout.inputs), moved(self.layout.outputs)
-        )
-        return dataclasses.replace(self, shape=(*self.shape[:axis], size, *self.shape[axis:]), layout=layout)
-
 
 def encode(w: Any, layout: Layout, format: str, block: int, double: bool) -> Quantized:
     """A weight as `Quantized`. All runs along the weight's own axes: a stack is as good as its entries."""
-    form, shape = FORMATS[format], tuple(w.shape)
+    form, shape = {**FORMATS, **GGUF}[format], tuple(w.shape)
     axis, across = _axis(layout.inputs, shape, block), _axis(layout.outputs, shape, GROUP)
-    wide = w.astype(jnp.float32)
+    wide, minimum = w.astype(jnp.float32), None
+    if form.minimum:
+        minimum = _folded(wide, axis, block).min(axis + 1)
+        wide = wide - _spread(minimum, axis, block, shape[axis])
+        minimum = minimum.astype(form.scales)
     scales = _largest(jnp.abs(wide), axis, block)
     codes = form.encode(wide * _spread(_inverse(scales), axis, block, shape[axis]) * form.top)
     if form.bits == 4:
         codes = _packed(codes, axis)
-    scales = scales / form.top
+    scales = (scales / form.top).astype(form.scales)
     groups = offset = None
     if double:
         inner = tuple(i for i in range(len(shape)) if i not in layout.stack)
         offset = jnp.mean(scales, inner, keepdims=True)
         groups = _largest(jnp.abs(scales - offset), across, GROUP)
         scales = _to_dynamic((scales - offset) * _spread(_inverse(groups), across, GROUP, shape[across]))
-    arrays = (codes, scales, groups, offset)
+    arrays = (codes, scales, groups, offset, minimum)
     return Quantized(*arrays, format, block, shape, np.dtype(w.dtype), layout, axis, across)
 
 

@@ -14,6 +14,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from models import gguf_blocks
+
+import lorax_fn as lx
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,6 +152,9 @@ class Llama(nn.Module):
         return embed.attend(nn.RMSNorm(epsilon=c.norm_eps, name="norm")(x))
 
 
+STACKED = lx.Layout(stack=(0,), inputs=(1,), outputs=(2,))
+TABLE = lx.Layout(inputs=(1,), outputs=(0,))  # of the tied embedding, as the head contracts it
+
 # The GGUF names of one block's tensors, and where they go under ``params/layers``.
 _BLOCK = {
     "attn_norm": ("attn_norm", "scale"),
@@ -185,17 +191,21 @@ def unpermute_heads(w: np.ndarray, heads: int) -> np.ndarray:
     return w.reshape(heads, rows // heads // 2, 2, columns).swapaxes(1, 2).reshape(rows, columns)
 
 
-def load_gguf(path: str | Path) -> tuple[LlamaConfig, dict[str, Any]]:
-    """Reads a Llama from a GGUF file: quantised blocks become float32.
+def load_gguf(path: str | Path, keep_blocks: bool = False) -> tuple[LlamaConfig, dict[str, Any]]:
+    """Reads a Llama from a GGUF file: quantised blocks become float32, or stay as they are.
 
     Args:
       path: a ``.gguf`` file of architecture "llama" with tied embeddings.
+      keep_blocks: make no float copy of Q4_1 and Q8_0 blocks: their weights are `lorax_fn.Quantized`, for
+        `lorax_fn.adapt`.
 
     Returns:
-      The config, and the variables of ``Llama(config)``: ``{"params": {...}}``, float32 JAX arrays.
+      The config, and the variables of ``Llama(config)``: ``{"params": {...}}``, float32 JAX arrays or
+      quantised leaves.
 
     Raises:
-      ValueError: another architecture, or tensors that `Llama` has no place for.
+      ValueError: another architecture, or tensors that `Llama` has no place for; or, to be kept, layers of
+        one weight in blocks of several kinds.
     """
     import gguf
 
@@ -218,26 +228,38 @@ def load_gguf(path: str | Path) -> tuple[LlamaConfig, dict[str, Any]]:
     )
     stored = {tensor.name: tensor for tensor in reader.tensors}
 
-    def take(name: str) -> np.ndarray:
-        """Dequantised float32; GGUF keeps a linear weight as ``[out, in]``."""
+    def take(name: str) -> Any:
+        """Float32 or `gguf_blocks.Parts`; GGUF keeps a linear weight as ``[out, in]``."""
         tensor = stored.pop(f"{name}.weight")
+        kind = tensor.tensor_type.name
+        if keep_blocks and kind in gguf_blocks.KINDS:
+            return gguf_blocks.take_apart(tensor.data, kind)
         return gguf.dequantize(tensor.data, tensor.tensor_type)
 
-    def take_block(layer: int, name: str) -> np.ndarray:
-        w = take(f"blk.{layer}.{name}")
-        if name in ("attn_q", "attn_k"):
-            w = unpermute_heads(w, config.heads if name == "attn_q" else config.kv_heads)
-        return w.T  # Linen's [in, out]; a norm's vector stays as it is
+    def take_block(layer: int, name: str) -> Any:
+        def turned(rows: np.ndarray) -> np.ndarray:
+            if name in ("attn_q", "attn_k"):
+                rows = unpermute_heads(rows, config.heads if name == "attn_q" else config.kv_heads)
+            return rows.T  # Linen's [in, out]; a norm's vector stays as it is
+
+        return jax.tree.map(turned, take(f"blk.{layer}.{name}"))
+
+    def leaf(weight: Any, layout: lx.Layout) -> Any:
+        if isinstance(weight, gguf_blocks.Parts):
+            return gguf_blocks.put_together(weight, layout)
+        return jnp.asarray(weight)
 
     layers: dict[str, Any] = {}
     for name, keys in _BLOCK.items():
-        stack = np.stack([take_block(layer, name) for layer in range(config.layers)])
+        stack = [take_block(layer, name) for layer in range(config.layers)]
+        if len({jax.tree.structure(weight) for weight in stack}) > 1:
+            raise ValueError(f"the layers of {name} are in blocks of several kinds: they cannot be one stack")
         node = layers
         for key in keys[:-1]:
             node = node.setdefault(key, {})
-        node[keys[-1]] = jnp.asarray(stack)
+        node[keys[-1]] = leaf(jax.tree.map(lambda *parts: np.stack(parts), *stack), STACKED)
     params = {
-        "embed": {"embedding": jnp.asarray(take("token_embd"))},
+        "embed": {"embedding": leaf(take("token_embd"), TABLE)},
         "layers": layers,
         "norm": {"scale": jnp.asarray(take("output_norm"))},
     }

@@ -17,7 +17,7 @@ from jax import lax
 from jax.extend.core import primitives as prims
 
 from lorax_fn.transform.factored import RANK, Factored, Part, align, is_factored
-from lorax_fn.transform.stored import moved
+from lorax_fn.transform.stored import lookup, moved
 
 Rule = Callable[[Any, int, Sequence[Any]], Any]
 RULES: dict[str, Rule] = {}
@@ -336,4 +336,5 @@ def _gather(eqn, index, values):
 
     cut = [axis for axis in dims.start_index_map if sizes[axis] < w.shape[axis]]
     stacked = all(w.has("a", axis) and w.has("b", axis) for axis in cut)
-    return [w.with_parts(_one(eqn, w.base, indices), gathered, lookup=w.lookup or not stacked)]
+    base = _one(eqn, w.base, indices) if stacked else lookup(eqn, [w.base, indices])[0]
+    return [w.with_parts(base, gathered, lookup=w.lookup or not stacked)]

@@ -82,6 +82,23 @@ def product(eqn: Any, values: Sequence[Any]) -> list[Any]:
     """
     if not any(map(is_unbuilt, values)):
         return jx.bind(eqn, values)
+    return _unpacked_twice(*_apart(eqn, values))
+
+
+def lookup(eqn: Any, values: Sequence[Any]) -> list[Any]:
+    """Rows of a base. A compiler unpacks no others of a stored one: it makes one loop of this.
+
+    The barrier ties the unpacking to the indices: a loop's lookups would else have the whole table unpacked
+    ahead of the loop.
+    """
+    if not any(map(is_unbuilt, values)):
+        return jx.bind(eqn, values)
+    run, packed, others = _apart(eqn, values)
+    return run(*lax.optimization_barrier((packed, others)))
+
+
+def _apart(eqn: Any, values: Sequence[Any]) -> tuple[Callable, list, list]:
+    """``(run, packed, others)``: ``run(packed, others)`` unpacks the stored operands and runs the operation."""
     leaves, treedef = jax.tree_util.tree_flatten(list(values), is_leaf=is_stored)
     packed = [x if is_stored(x) else None for x in leaves]
     others = [None if is_stored(x) else x for x in leaves]
@@ -90,7 +107,7 @@ def product(eqn: Any, values: Sequence[Any]) -> list[Any]:
         both = [o if p is None else p for p, o in zip(packed, others, strict=True)]
         return jx.bind(eqn, [built(v) for v in jax.tree_util.tree_unflatten(treedef, both)])
 
-    return _unpacked_twice(run, packed, others)
+    return run, packed, others
 
 
 def _unpacked_twice(run: Callable, packed: list, others: list) -> list[Any]:
