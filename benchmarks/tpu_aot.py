@@ -141,7 +141,7 @@ def block(c, x, w):
 def mean_loss(c, params, tokens):
     """Next-token loss of ``[B, T]`` tokens: layers checkpointed and scanned, logits a chunk at a time."""
     x = jax.lax.with_sharding_constraint(params["embed"]["embedding"][tokens], STREAM)
-    body = jax.checkpoint(functools.partial(block, c), prevent_cse=c.unroll > 1)
+    body = jax.checkpoint(functools.partial(block, c), prevent_cse=c.unroll == c.layers)
     x, _ = jax.lax.scan(body, x, params["layers"], unroll=c.unroll)
     x = norm(x, params["norm"])
 
