@@ -94,19 +94,20 @@ def test_the_same_losses_and_adapters_as_one_device(name, form):
     assert not any(x.is_deleted() for x in jax.tree.leaves(params))
 
 
-def test_every_method_trains_on_a_mesh_as_on_one_device():
-    """Each weight has another method, so that one program holds them all."""
-    methods = {"up": "dora", "down": "loha", "layers": "lokr"}
-    others = {"up": "vera", "down": "lora_fa", "layers": "dora"}
-    mesh = mesh_of((2, 2, 2), "auto")
-    for method in (methods, others):
-        loss_fn, state, params, batch = make(method=method)
-        want, wanted = jax.jit(lx.make_train_step(loss_fn, TX))(state, params, batch)
-        step = lx.mesh_train_step(mesh, RULES, loss_fn, TX)
-        want, wanted = jax.device_get((want, wanted))
-        got, metrics = step(state, params, batch)
-        np.testing.assert_allclose(metrics["grad_norm"], wanted["grad_norm"], rtol=1e-5)
-        close(jax.device_get(got.lora), want.lora)
+MIXED = {"up": "dora", "down": "loha", "layers": "lokr"}
+OTHERS = {"up": "vera", "down": "lora_fa", "layers": "dora"}
+
+
+@pytest.mark.parametrize(
+    "methods", [pytest.param(MIXED, marks=pytest.mark.slow), OTHERS], ids=["mixed", "others"]
+)
+def test_every_method_trains_on_a_mesh_as_on_one_device(methods):
+    """Each weight has another method, so that one program holds several."""
+    loss_fn, state, params, batch = make(method=methods)
+    want, wanted = jax.device_get(jax.jit(lx.make_train_step(loss_fn, TX))(state, params, batch))
+    got, metrics = lx.mesh_train_step(mesh_of((2, 2, 2), "auto"), RULES, loss_fn, TX)(state, params, batch)
+    np.testing.assert_allclose(metrics["grad_norm"], wanted["grad_norm"], rtol=1e-5)
+    close(jax.device_get(got.lora), want.lora)
 
 
 def gathered(text):

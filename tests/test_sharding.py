@@ -53,7 +53,7 @@ WANT = {
 @pytest.mark.parametrize("method", METHODS)
 def test_every_array_of_every_method_is_where_its_axes_are(method):
     shape = (2, 4, 6, 8)
-    _, lora = lx.split({"w": jnp.ones(shape)}, rank=2, method=method, layout={"w": LAYOUT})
+    _, lora = lx.split({"w": weight(shape)}, rank=2, method=method, layout={"w": LAYOUT})
     adapter = lora["w"]
     for name, axes in adapter.axes().items():  # the sizes say whether the axes are the right ones
         sizes = np.shape(getattr(adapter, name)) if getattr(adapter, name) is not None else ()
@@ -64,8 +64,6 @@ def test_every_array_of_every_method_is_where_its_axes_are(method):
     got = lx.shardings(lora, placed("data", "fsdp", None, "tensor"))
     for name, spec in WANT[method].items():
         assert getattr(got["w"], name).spec == spec, name
-    moved = jax.device_put(lora, got)
-    assert jax.tree.all(jax.tree.map(lambda x, at: x.sharding == at, moved, got))
 
 
 def test_whole_leaves_rows_and_dropout_keys():
@@ -98,10 +96,15 @@ def test_whole_leaves_rows_and_dropout_keys():
     ids=["adam", "chain", "multisteps", "loraplus", "adafactor", "muon"],
 )
 def test_the_optimizers_arrays_follow_where_they_have_the_adapters_shape(tx):
-    _, lora = lx.split({"w": jnp.ones((4, 8)), "b": jnp.ones(8)}, rank=2, method="lora_fa", full="b")
+    _, lora = lx.split({"w": weight((4, 8)), "b": weight((8,))}, rank=2, method="lora_fa", full="b")
     on = mesh()
     at = {"w": NamedSharding(on, P("fsdp", "tensor")), "b": NamedSharding(on, P("tensor"))}
-    state = lx.TrainState.create(lora=lora, tx=tx, key=jax.random.key(0), extra={"mean": jnp.ones(3)})
+    state = jax.eval_shape(
+        lambda lora: lx.TrainState.create(
+            lora=lora, tx=tx, key=jax.random.key(0), extra={"mean": jnp.ones(3)}
+        ),
+        lora,
+    )
     got = lx.shardings(state, at)
     assert got.lora == lx.shardings(lora, at)
     assert (got.step.spec, got.key.spec, got.extra["mean"].spec) == (P(), P(), P())
@@ -110,8 +113,6 @@ def test_the_optimizers_arrays_follow_where_they_have_the_adapters_shape(tx):
     assert all(where.spec == P() or where.spec == want[x.shape] for x, where in pairs)
     assert sum(x.shape == (2, 8) for x, _ in pairs) == sum(at.spec == P(None, "tensor") for _, at in pairs)
     assert any(x.ndim for x, _ in pairs)
-    moved = jax.device_put(state, got)
-    jax.tree.map(lambda x, y: np.testing.assert_array_equal(_data(x), _data(y)), moved, state)
 
 
 def _data(x):

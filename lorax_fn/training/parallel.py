@@ -107,9 +107,9 @@ def mesh_train_step(
     statistics are those of the whole batch. Mesh axes may be Auto or Explicit: the step runs under
     ``jax.set_mesh(mesh)``, and a model on Explicit axes reshards where JAX asks it to, as without adapters.
 
-    Beware: on Auto axes, constrain activations (``jax.lax.with_sharding_constraint``), in scans above all. XLA,
-    as of JAX 0.10 and 0.12, computes some scans wrongly, with or without adapters, where their carry is left to
-    it and the batch is sharded over an axis (``"fsdp"``) that shards weights, too.
+    Beware: on Auto axes, constrain activations (``jax.lax.with_sharding_constraint``), in scans above all.
+    XLA, as of JAX 0.10 and 0.12, computes some scans wrongly, with or without adapters, where their carry is
+    left to it and the batch is sharded over an axis (``"fsdp"``) that shards weights, too.
 
     Args:
       mesh: for instance ``jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"))``.
