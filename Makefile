@@ -1,8 +1,8 @@
-# make demo, make test: each sets everything up in .venv first; nothing else is needed.
+# make demo, make demo-qlora, make test: each sets everything up in .venv first; nothing else is needed.
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help setup test test-jax test-oldest test-newest test-extra lint demo bench clean
+.PHONY: help setup test test-jax test-oldest test-newest test-extra lint demo demo-qlora bench clean
 
 # The first interpreter that starts, is new enough and can make a venv (a version manager's shim may do neither).
 # python3 goes first: it is the one the user chose. PYTHON=... overrides.
@@ -17,6 +17,7 @@ PIP := $(PY) -m pip --disable-pip-version-check install -qq --progress-bar off
 
 help:
 	@echo 'make demo [ARGS=--smoke]  fine-tune a real language model (examples/finetune_smollm2.py)'
+	@echo 'make demo-qlora [ARGS=--smoke]  the same on quantised weights, beside LoRA (examples/qlora_smollm2.py)'
 	@echo 'make test [ARGS=...]      the tests; ARGS go to pytest'
 	@echo 'make test-jax              the tests on the oldest and the newest JAX, each in a venv of its own'
 	@echo 'make test-extra            google-tunix, gemma and the compiler of TPUs, each in a venv of its own'
@@ -99,6 +100,9 @@ lint: .venv/.installed
 
 demo: .venv/.installed .venv/.assets
 	$(PY) examples/finetune_smollm2.py $(ARGS)
+
+demo-qlora: .venv/.installed .venv/.assets
+	$(PY) examples/qlora_smollm2.py $(ARGS)
 
 bench: .venv/.installed
 	$(PY) benchmarks/step.py $(ARGS)

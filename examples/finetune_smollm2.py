@@ -22,18 +22,13 @@ from pathlib import Path
 import data
 import jax
 import jax.numpy as jnp
-import numpy as np
-import optax
+from hamlet import BATCH, HAMLET, LENGTH, evaluation, measure, read_texts, size, train
 from models.llama import Llama, load_gguf
-from tqdm import tqdm
 
 import lorax_fn as lx
 from lorax_fn import checkpoint
 
-BATCH, LENGTH = 4, 128  # one step reads 512 tokens
-HELD_OUT = 24  # rows at the play's end that are never trained on
 PROMPT = "Enter HAMLET and HORATIO\n\nHAMLET\n"
-HAMLET = "Hamlet, held out"
 TEMPERATURE = 0.8
 TOP_K = 40  # sampling draws from the 40 likeliest tokens
 # Merging adds A @ B to the weights before the product, adapting after it: float32 rounds the two
@@ -59,11 +54,6 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def mean_nll(logits: jax.Array, rows: jax.Array) -> jax.Array:
-    """Mean negative log-likelihood per token, in nats: ``[B, T, vocab]``, ``[B, T + 1]`` -> scalar."""
-    return optax.softmax_cross_entropy_with_integer_labels(logits, rows[:, 1:]).mean()
-
-
 def make_generate(apply, new: int):
     """Builds ``generate(params, lora, prompt, key, temperature) -> tokens``, ``new`` tokens longer.
 
@@ -80,55 +70,6 @@ def make_generate(apply, new: int):
         return jax.lax.fori_loop(len(prompt), len(prompt) + new, append, jnp.pad(prompt, (0, new)))
 
     return jax.jit(generate)
-
-
-def read_texts(tokenizer, smoke: bool) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """The rows to train on, and the rows to evaluate on: the play's end and an unrelated text."""
-    play = data.blocks(tokenizer.encode(data.hamlet()).ids, LENGTH)
-    genesis = data.blocks(tokenizer.encode(data.king_james()).ids, LENGTH)
-    amount = 8 if smoke else HELD_OUT
-    return play[:-HELD_OUT], {
-        HAMLET: play[-HELD_OUT:][:amount],
-        "King James": genesis[: amount // 2],
-    }
-
-
-def train(args, adapted, params, lora, rows):
-    """Adam with warm-up and cosine decay; returns the trained adapter."""
-    warmup = min(max(args.steps // 10, 1), args.steps - 1)
-    schedule = optax.warmup_cosine_decay_schedule(args.lr / 10, args.lr, warmup, args.steps, args.lr / 10)
-    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
-
-    def loss_fn(params, lora, batch, key):
-        del key  # no dropout here
-        return mean_nll(adapted(params, lora, batch[:, :-1]), batch)
-
-    # The frozen weights are an argument of the step, and only the state is donated.
-    step = jax.jit(lx.make_train_step(loss_fn, tx), donate_argnums=0)
-    state = lx.TrainState.create(lora=lora, tx=tx, key=jax.random.key(args.seed))
-    stream = data.batches(rows, BATCH, args.seed)
-    with tqdm(range(args.steps), desc="train", unit="step") as bar:
-        for _ in bar:
-            start = time.perf_counter()
-            state, metrics = step(state, params, next(stream))
-            loss = float(metrics["loss"])  # waits for the step
-            speed = BATCH * LENGTH / (time.perf_counter() - start)
-            bar.set_postfix_str(f"loss {loss:.3f}, {speed:.0f} tokens/s")
-    return state.lora
-
-
-def measure(evaluate, params, lora, texts: dict[str, np.ndarray]) -> dict[str, float]:
-    """Mean NLL of each text."""
-    return {
-        name: float(
-            np.mean([evaluate(params, lora, rows[i : i + BATCH]) for i in range(0, len(rows), BATCH)])
-        )
-        for name, rows in texts.items()
-    }
-
-
-def size(tree) -> int:
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
 
 def main(args: argparse.Namespace) -> None:
@@ -148,7 +89,7 @@ def main(args: argparse.Namespace) -> None:
     print(lx.summary(params, lora))
 
     # B starts at zero, so the new adapter is the base model: one program serves before and after.
-    evaluate = jax.jit(lambda params, lora, rows: mean_nll(adapted(params, lora, rows[:, :-1]), rows))
+    evaluate = evaluation(adapted)
     generate = make_generate(adapted, new=16 if args.smoke else 40)
     prompt = jnp.asarray(tokenizer.encode(PROMPT).ids, jnp.int32)
 
@@ -159,7 +100,8 @@ def main(args: argparse.Namespace) -> None:
         "\nbefore: " + ", ".join(f"{name}, {nll:.3f} nats a token" for name, nll in nll_before.items()),
         flush=True,
     )
-    lora = train(args, adapted, params, lora, rows)
+    state, _ = train(args, adapted, params, lora, rows)
+    lora = state.lora
     nll_after = measure(evaluate, params, lora, texts)
     text_after = tokenizer.decode(generate(params, lora, prompt, key, TEMPERATURE).tolist())
 

@@ -10,6 +10,7 @@ CPU and GPU, and has no NF4; qwix keeps its codes in such dtypes, unpacked and w
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -87,15 +88,15 @@ def _to_dynamic(x: jax.Array) -> jax.Array:
     )
 
 
-def _looked_up(code: jax.Array) -> jax.Array:
-    """NF4's value of a code by a tree of choices on its bits: ``low ^ (on & (low ^ high))`` of float bits.
+def _chosen(index: jax.Array, table: np.ndarray) -> jax.Array:
+    """``table[index]`` by a tree of choices on its bits: ``low ^ (on & (low ^ high))`` of float bits.
 
     A gather goes element by element on TPU; `jnp.where` makes arrays of the constants, and the gradient of a
     scan would keep them.
     """
-    values: list[Any] = [x for x in NF4.view(np.int32)]
-    for bit in range(4):
-        on = -((code >> np.uint8(bit)) & np.uint8(1)).astype(jnp.int32)  # all bits or none
+    values: list[Any] = list(table.view(np.int32))
+    for bit in range(len(values).bit_length() - 1):
+        on = -((index.astype(jnp.int32) >> bit) & 1)  # all bits or none
         values = [low ^ (on & (low ^ high)) for low, high in zip(values[::2], values[1::2], strict=True)]
     return jax.lax.bitcast_convert_type(values[0], jnp.float32)
 
@@ -109,15 +110,16 @@ def _float(code: jax.Array) -> jax.Array:
 
 
 FORMATS = {
-    "nf4": Format(4, 1.0, lambda x: _nearest(x, NF4), _looked_up),
+    "nf4": Format(4, 1.0, lambda x: _nearest(x, NF4), lambda code: _chosen(code, NF4)),
     "int4": Format(4, 7.0, _nibble, lambda code: _float(code) - 8.0),
     "int8": Format(8, 127.0, lambda x: jnp.round(x).astype(jnp.int8), _float),
 }
-# The blocks of GGUF files, of 32 weights: `quantize` makes none, but they are read, and stored again by a merge.
+# The blocks of GGUF files, of 32 weights: `quantize` makes none, but one that is there stays.
 GGUF = {
     "q4_1": Format(4, 15.0, lambda x: jnp.round(x).astype(jnp.uint8), _float, True, np.float16),
     "q8_0": Format(8, 127.0, FORMATS["int8"].encode, _float, False, np.float16),
 }
+READ = {**FORMATS, **GGUF}
 
 
 @jax.tree_util.register_dataclass
@@ -169,21 +171,7 @@ class Quantized(Stored):
     def dense(self) -> jax.Array:
         """The weight itself, ``shape`` and ``dtype``, elementwise throughout: XLA makes one loop of it."""
         _check_axes(self)
-        codes, scales, groups, offset, minimum = jax.lax.stop_gradient(
-            (self.codes, self.scales, self.groups, self.offset, self.minimum)
-        )
-        axis, form = self.block_axis, {**FORMATS, **GGUF}[self.format]
-        if groups is not None:
-            group = _spread(groups, self.group_axis, GROUP, self.shape[self.group_axis])
-            scales = _from_dynamic(scales) * group + offset
-        if form.bits == 4:
-            codes = _unpacked(codes, axis, self.shape[axis])
-        w = form.decode(codes) * _spread(_float(scales), axis, self.block, self.shape[axis])
-        if minimum is not None:
-            w = w + _spread(_float(minimum), axis, self.block, self.shape[axis])
-        # said twice, as XLA drops a cast to bfloat16 and back: the same weight for every use of it
-        kind = jnp.finfo(self.dtype)
-        return jax.lax.reduce_precision(w, kind.nexp, kind.nmant).astype(self.dtype)
+        return _dense(jax.lax.stop_gradient(self))
 
     def entry(self, axis: int) -> "Quantized | None":
         """This weight for arrays that lost stack axis ``axis``, as in a loop over it; None for any other."""
@@ -200,10 +188,10 @@ class Quantized(Stored):
         def moved(axes):
             return tuple(i + (i >= axis) for i in axes)
 
-        old = self.layout
-        layout = Layout((axis, *moved(old.stack)), moved(old.inputs), moved(old.outputs))
-        block, group = moved((self.block_axis, self.group_axis))
+        stack, inputs, outputs = map(moved, (self.layout.stack, self.layout.inputs, self.layout.outputs))
+        layout = Layout((axis, *stack), inputs, outputs)
         shape = (*self.shape[:axis], size, *self.shape[axis:])
+        block, group = moved((self.block_axis, self.group_axis))
         return dataclasses.replace(self, shape=shape, layout=layout, block_axis=block, group_axis=group)
 
     def store(self, w: jax.Array) -> "Quantized":
@@ -228,10 +216,21 @@ def check_options(format: Any, block: Any) -> None:
             do="block=64.",
         )
 
+    def stacked(self, axis: int, size: int) -> "Quantized":
+        """This weight for arrays that got a stack axis ``axis`` of ``size``: undoes `entry`."""
+
+        def moved(axes):
+            return tuple(i + (i >= axis) for i in axes)
+
+        layout = Layout(
+            (axis, *moved(self.layout.stack)), moved(self.layout.inputs), moved(self.layout.outputs)
+        )
+        return dataclasses.replace(self, shape=(*self.shape[:axis], size, *self.shape[axis:]), layout=layout)
+
 
 def encode(w: Any, layout: Layout, format: str, block: int, double: bool) -> Quantized:
     """A weight as `Quantized`. All runs along the weight's own axes: a stack is as good as its entries."""
-    form, shape = {**FORMATS, **GGUF}[format], tuple(w.shape)
+    form, shape = READ[format], tuple(w.shape)
     axis, across = _axis(layout.inputs, shape, block), _axis(layout.outputs, shape, GROUP)
     wide, minimum = w.astype(jnp.float32), None
     if form.minimum:
@@ -256,6 +255,21 @@ def encode(w: Any, layout: Layout, format: str, block: int, double: bool) -> Qua
 def _inverse(x: jax.Array) -> jax.Array:
     """1 / x for numbers that are not negative; finite for a block of zeros. Bitsandbytes multiplies, too."""
     return 1.0 / jnp.maximum(x, jnp.finfo(jnp.float32).tiny)
+
+
+@functools.partial(jax.jit, inline=True)  # one program also where all else runs operation by operation
+def _dense(q: Quantized) -> jax.Array:
+    axis, form, scales = q.block_axis, READ[q.format], q.scales
+    if q.groups is not None:
+        group = _spread(q.groups, q.group_axis, GROUP, q.shape[q.group_axis])
+        scales = _from_dynamic(scales) * group + q.offset
+    codes = _unpacked(q.codes, axis, q.shape[axis]) if form.bits == 4 else q.codes
+    w = form.decode(codes) * _spread(_float(scales), axis, q.block, q.shape[axis])
+    if q.minimum is not None:
+        w = w + _spread(_float(q.minimum), axis, q.block, q.shape[axis])
+    # said twice, as XLA drops a cast to bfloat16 and back: the same weight for every use of it
+    kind = jnp.finfo(q.dtype)
+    return jax.lax.reduce_precision(w, kind.nexp, kind.nmant).astype(q.dtype)
 
 
 # Axes -------------------------------------------------------------------------------------------------
@@ -315,18 +329,18 @@ def _cut(x: jax.Array, axis: int, length: int) -> jax.Array:
     return x if x.shape[axis] == length else jax.lax.slice_in_dim(x, 0, length, axis=axis)
 
 
+# by the place of a code's highest bit; the last is that of the one value, 1, which is no middle of a fraction
+POWERS = np.array([*(10.0 ** (bits - 6) for bits in range(7)), 1 / (0.1 + 0.9 * 0.5 / 128)], np.float32)
+
+
 def _from_dynamic(code: jax.Array) -> jax.Array:
-    """``DYNAMIC[code]`` by arithmetic: a gather would go element by element on TPU."""
-    index = code.astype(jnp.int32) - 127  # 0 is 0; 1 to 127 are positive, and 128 is 1
-    size = jnp.minimum(jnp.abs(index), 127)
-    bits = 31 - jax.lax.clz(jnp.maximum(size, 1))
+    """``DYNAMIC[code]``."""
+    index = code.astype(jnp.int32) - 127  # 0 is 0, 128 is 1
+    size = jnp.maximum(jnp.abs(index), 1)
+    bits = 31 - jax.lax.clz(size)
     edge = jnp.left_shift(jnp.ones_like(bits), bits)
     fraction = ((size - edge).astype(jnp.float32) + 0.5) / edge.astype(jnp.float32)
-    power = jnp.full(bits.shape, 1e-6, jnp.float32)
-    for i in range(1, 7):
-        power = jnp.where(bits == i, np.float32(10.0 ** (i - 6)), power)
-    value = jnp.sign(index).astype(jnp.float32) * power * (0.1 + 0.9 * fraction)
-    return jnp.where(index == 128, np.float32(1.0), value)
+    return jnp.sign(index).astype(jnp.float32) * _chosen(bits, POWERS) * (0.1 + 0.9 * fraction)
 
 
 def _check_axes(q: Quantized) -> None:

@@ -34,7 +34,7 @@ import numpy as np
 import lorax_fn.methods
 from lorax_fn.targets import check_fits
 from lorax_fn.training.step import check_adapters
-from lorax_fn.types import Adapter, Layout, PyTree, error, flatten_with_paths, is_array
+from lorax_fn.types import Adapter, Layout, PyTree, error, flatten_with_paths, is_abstract, is_array
 
 FORMAT, VERSION, FACTS = "lorax_fn.adapter", 1, "adapter.json"
 SAMPLE = 4096  # elements a leaf that the fingerprint reads
@@ -152,7 +152,7 @@ def _fingerprint(params: PyTree) -> list[dict]:
             "path": path,
             "shape": list(np.shape(leaf)),
             "dtype": str(leaf.dtype),
-            "crc32": None if isinstance(leaf, jax.ShapeDtypeStruct) else zlib.crc32(_sample(leaf).tobytes()),
+            "crc32": None if is_abstract(leaf) else zlib.crc32(_sample(leaf).tobytes()),
         }
         for path, leaf in flatten_with_paths(params)[0]
         if is_array(leaf)
@@ -161,8 +161,7 @@ def _fingerprint(params: PyTree) -> list[dict]:
 
 def _sample(leaf: Any) -> np.ndarray:
     """At most `SAMPLE` elements at even strides; never the whole of a big or sharded array."""
-    if _key_impl(leaf):
-        leaf = jax.random.key_data(leaf)
+    leaf = jax.random.key_data(leaf) if _key_impl(leaf) else jax.tree.leaves(leaf)[0]  # codes, if quantised
     shape = np.shape(leaf)
     size = math.prod(shape)
     if not shape or not size:

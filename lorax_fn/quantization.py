@@ -13,6 +13,7 @@ from lorax_fn.targets import arrays, choose, classify
 from lorax_fn.types import (
     Layout,
     PyTree,
+    dense,
     error,
     flatten_with_paths,
     is_stored,
@@ -96,12 +97,7 @@ def dequantize(params: PyTree) -> PyTree:
       True
     """
     stored = {path: leaf for path, leaf in flatten_with_paths(params)[0] if is_stored(leaf)}
-    return replace_leaves(params, {path: run(_dense, leaf) for path, leaf in stored.items()})
-
-
-@jax.jit
-def _dense(q: Quantized) -> jax.Array:
-    return q.dense()
+    return replace_leaves(params, {path: run(dense, leaf) for path, leaf in stored.items()})
 
 
 def _encoded(w: Any, layout: Layout, format: str, block: int, double: bool) -> tuple[Quantized, Any]:

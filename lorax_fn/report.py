@@ -56,7 +56,7 @@ class Skipped:
       shape: its shape.
       reason: why it is not adapted.
       format: how it is stored if it is quantised.
-      nbytes: bytes of the leaf as it is stored.
+      nbytes: its bytes if it is quantised.
     """
 
     path: str
@@ -157,7 +157,7 @@ def summary(params: PyTree, lora: dict[str, Adapter]) -> Summary:
     rows = tuple(_row(path, leaf, lora[path]) for path, leaf in leaves.items() if path in lora)
     roles = classify(params)
     skipped = tuple(
-        Skipped(path, tuple(leaf.shape), _why(roles[path]), *_stored(leaf))
+        Skipped(path, tuple(leaf.shape), _why(roles[path]), *(_stored(leaf) if is_stored(leaf) else ("", 0)))
         for path, leaf in leaves.items()
         if path not in lora and len(leaf.shape) > 1
     )

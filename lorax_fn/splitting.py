@@ -150,7 +150,7 @@ def merge(params: PyTree, lora: dict[str, Adapter], *, dtype: Any = None, requan
         elif path in lora:
             merged[path] = _merged(lora[path], leaf, dtype)
         elif is_stored(leaf) and not requantize:
-            merged[path] = run(jax.jit(lambda leaf: dense(leaf).astype(dtype or leaf.dtype)), leaf)
+            merged[path] = run(lambda leaf: dense(leaf).astype(dtype or leaf.dtype), leaf)
     _log(lost)
     return replace_leaves(params, merged)
 

@@ -15,6 +15,7 @@ import pytest
 from lorax_fn import checkpoint
 from lorax_fn.methods.lora import LoRA
 from lorax_fn.methods.whole import Full
+from lorax_fn.quantization import quantize
 from lorax_fn.training.step import TrainState, make_train_step
 from lorax_fn.types import Adapter, Layout, LoraError
 
@@ -187,6 +188,20 @@ def test_abstract_params_are_compared_by_shape_and_dtype(tmp_path):
     checkpoint.load(tmp_path / "ck", params=params)
     with pytest.raises(LoraError, match=r"bias: shape: \[3\] saved, \[2\] in params"):
         checkpoint.load(tmp_path / "ck", params={"bias": jax.ShapeDtypeStruct((2,), jnp.float32)})
+
+
+def test_a_quantised_base_has_the_fingerprint_of_its_codes(tmp_path):
+    float32 = {"kernel": normal(0, (64, 8))}
+    params = quantize(float32, "nf4")
+    lora = {"kernel": Full(float32["kernel"])}
+    checkpoint.save(tmp_path / "a", lora, params=params)
+    loaded = checkpoint.load(tmp_path / "a", params=jax.tree.map(lambda x: x + 0, params))
+    np.testing.assert_array_equal(loaded["kernel"].value, float32["kernel"])
+    abstract = quantize({"kernel": jax.ShapeDtypeStruct((64, 8), jnp.float32)}, "nf4")
+    checkpoint.load(tmp_path / "a", params=abstract)  # no codes to compare
+    for other in (float32, quantize({"kernel": normal(1, (64, 8))}, "nf4")):
+        with pytest.raises(LoraError, match="kernel"):
+            checkpoint.load(tmp_path / "a", params=other)
 
 
 def test_a_comparison_needs_a_fingerprint(tmp_path):

