@@ -216,17 +216,6 @@ def check_options(format: Any, block: Any) -> None:
             do="block=64.",
         )
 
-    def stacked(self, axis: int, size: int) -> "Quantized":
-        """This weight for arrays that got a stack axis ``axis`` of ``size``: undoes `entry`."""
-
-        def moved(axes):
-            return tuple(i + (i >= axis) for i in axes)
-
-        layout = Layout(
-            (axis, *moved(self.layout.stack)), moved(self.layout.inputs), moved(self.layout.outputs)
-        )
-        return dataclasses.replace(self, shape=(*self.shape[:axis], size, *self.shape[axis:]), layout=layout)
-
 
 def encode(w: Any, layout: Layout, format: str, block: int, double: bool) -> Quantized:
     """A weight as `Quantized`. All runs along the weight's own axes: a stack is as good as its entries."""
