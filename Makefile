@@ -21,7 +21,7 @@ help:
 	@echo 'make test [ARGS=...]      the tests; ARGS go to pytest'
 	@echo 'make test-jax              the tests on the oldest and the newest JAX, each in a venv of its own'
 	@echo 'make test-peft             the methods against the real peft, in a venv of its own (about 2 GB)'
-	@echo 'make test-extra            the models of google-tunix and gemma, each in a venv of its own (about 4 GB)'
+	@echo 'make test-extra            google-tunix, gemma and the compiler of TPUs, each in a venv of its own (4 GB)'
 	@echo 'make lint                 ruff, pyright and the import arrows'
 	@echo 'make bench [ARGS=...]     one training step, timed (benchmarks/step.py)'
 	@echo 'make setup                .venv alone; PYTHON=... chooses the interpreter'
@@ -93,9 +93,16 @@ MODEL_BASE := jax flax optax orbax-checkpoint chex numpy pytest pytest-xdist hyp
 	@.venv-gemma/bin/python $(wordlist 2,99,$(PIP)) --no-deps gemma kauldron -e .
 	@touch $@
 
-test-extra: .venv-tunix/.installed .venv-gemma/.installed
+# The compiler of TPUs, which needs no TPU.
+.venv-tpu/.installed: pyproject.toml
+	@$(NEWEST_PYTHON) -m venv --clear .venv-tpu
+	@.venv-tpu/bin/python $(wordlist 2,99,$(PIP)) -e '.[test]' 'jax[tpu]'
+	@touch $@
+
+test-extra: .venv-tunix/.installed .venv-gemma/.installed .venv-tpu/.installed
 	.venv-tunix/bin/python -m pytest tests/test_tunix.py $(ARGS)
 	.venv-gemma/bin/python -m pytest tests/test_gemma.py $(ARGS)
+	.venv-tpu/bin/python -m pytest tests/test_tpu_aot.py $(ARGS)
 
 lint: .venv/.installed
 	$(PY) -m ruff check .
@@ -113,4 +120,4 @@ bench: .venv/.installed
 	$(PY) benchmarks/step.py $(ARGS)
 
 clean:
-	rm -rf .venv .venv-oldest .venv-newest .venv-peft .venv-tunix .venv-gemma
+	rm -rf .venv .venv-oldest .venv-newest .venv-peft .venv-tunix .venv-gemma .venv-tpu
