@@ -282,8 +282,7 @@ def test_49_openpi_einsum_on_either_pair_of_axes(layout, a, b):
     np.testing.assert_allclose(got, fn({"w": adapter.weight(w)}, x), rtol=1e-4, atol=1e-4)
 
 
-# 31 is int4 storage: tests of quantisation.
-HELD = {*range(3, 9), *range(12, 21), *range(26, 31), 32, 48, 49}
+HELD = {*range(3, 9), *range(12, 21), *range(26, 33), 48, 49}
 
 
 def test_every_behaviour_has_a_test_that_says_so():

@@ -172,13 +172,29 @@ def test_a_use_that_is_no_product_is_reported():
 MESH_W = lx.Layout((), (0,), (1, 2))
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
-def test_15_a_sharded_quantised_base_gives_the_plain_models_sharding(kind):
+@pytest.mark.parametrize("shape, layout, scales", [
+    ((4, 2), lx.Layout((), (0,), (1,)), (1, 2)),
+    ((4, 2, 3), lx.Layout((), (0, 1), (2,)), (1, 2, 3)),
+], ids=["dense", "einsum"])  # fmt: skip
+def test_31_int4_kernels(shape, layout, scales):
+    """Acceptance 31: Dense (4, 2), scales (1, 2). Einsum (4, 2, 3): blocks along one input axis, not both."""
+    w = normal(1, shape)
+    q = lx.quantize({"w": w}, "int4", block=4, double=False, targets="w", layout={"w": layout})["w"]
+    assert q.scales.shape == scales
+    top = np.abs(np.asarray(w)).max(0, keepdims=True)
+    np.testing.assert_allclose(q.scales, top / 7, rtol=1e-6)
+    assert (np.abs(q.dense() - w) <= top / 14 * (1 + 1e-5)).all()
+
+
+@pytest.mark.parametrize("kind, format", [
+    (AxisType.Auto, "nf4"), (AxisType.Explicit, "nf4"), (AxisType.Explicit, "int4"),
+], ids=["auto", "explicit", "explicit int4"])  # fmt: skip
+def test_15_a_sharded_quantised_base_gives_the_plain_models_sharding(kind, format):
     """Acceptance 15, quantised: W (16, 8, 10) over ('fsdp', 'tp', None); codes and scales as the weight."""
     mesh = jax.make_mesh((2, 2), ("fsdp", "tp"), axis_types=(kind,) * 2)
     w, x = normal(1, (16, 8, 10)), normal(2, (4, 5, 16))
     params, lora = lx.split(
-        lx.quantize({"w": w}, "nf4", block=4, double=False, layout={"w": MESH_W}), 3, layout={"w": MESH_W}
+        lx.quantize({"w": w}, format, block=4, double=False, layout={"w": MESH_W}), 3, layout={"w": MESH_W}
     )
     lora = jax.tree.map(lambda x: x + 0.1, lora)
 
@@ -195,6 +211,7 @@ def test_15_a_sharded_quantised_base_gives_the_plain_models_sharding(kind):
     want, want_grad = oracle(params, lora, x)
     with jax.set_mesh(mesh):
         sharded = put(params, "fsdp", "tp", None)
+        assert sharded["w"].codes.shape == (8, 8, 10) and sharded["w"].scales.shape == (4, 8, 10)
         adapter = dataclasses.replace(
             lora["w"], a=put(lora["w"].a, "fsdp", None), b=put(lora["w"].b, None, "tp", None)
         )
