@@ -142,23 +142,25 @@ def _codes(w: jax.Array, scales: jax.Array, root: jax.Array, format: str) -> jax
     root = jnp.pad(root, ((0, extra), (0, extra))) + jnp.diag((jnp.arange(n + extra) >= n).astype(w.dtype))
     inverse = jnp.where(scales == 0, 0.0, 1.0 / jnp.where(scales == 0, 1.0, scales))
 
-    def one_input(i, state, start, square):
-        near, errors, codes = state  # what is left of these inputs, [LAZY, m]
-        scale = scales[start + i]
-        code = form.encode(jnp.clip(near[i] * inverse[start + i], -form.top, form.top))
-        wrong = (near[i] - form.decode(code) * scale) / square[i, i]
+    def one_input(i, state, scales, inverse, square):
+        near, errors, codes = state  # [LAZY, m]: what is left of these inputs
+        code = form.encode(jnp.clip(near[i] * inverse[i], -form.top, form.top))
+        wrong = (near[i] - form.decode(code) * scales[i]) / square[i, i]
         near = near - square[i][:, None] * wrong[None, :]  # U is upper: rounded inputs stay
-        return near, errors.at[i].set(wrong), codes.at[start + i].set(code)
+        put = jax.lax.dynamic_update_index_in_dim
+        return near, put(errors, wrong, i, 0), put(codes, code, i, 0)
 
-    def one_run(k, state):
-        w, codes = state
-        start = k * LAZY
-        rows = jax.lax.dynamic_slice_in_dim(root, start, LAZY)
-        near = jax.lax.dynamic_slice_in_dim(w, start, LAZY)
-        square = jax.lax.dynamic_slice_in_dim(rows, start, LAZY, axis=1)
-        step = functools.partial(one_input, start=start, square=square)
+    def one_run(w, k):
+        def cut(x, axis=0):
+            return jax.lax.dynamic_slice_in_dim(x, k * LAZY, LAZY, axis)
+
+        near, rows = cut(w), cut(root)
+        step = functools.partial(
+            one_input, scales=cut(scales), inverse=cut(inverse), square=cut(rows, axis=1)
+        )
+        codes = jnp.zeros(near.shape, jax.eval_shape(form.encode, near).dtype)
         _, errors, codes = jax.lax.fori_loop(0, LAZY, step, (near, jnp.zeros_like(near), codes))
         return w - jnp.matmul(rows.T, errors, precision=EXACT), codes
 
-    codes = jnp.zeros(w.shape, jax.eval_shape(form.encode, w).dtype)
-    return jax.lax.fori_loop(0, (n + extra) // LAZY, one_run, (w, codes))[1][:n]
+    codes = jax.lax.scan(one_run, w, jnp.arange((n + extra) // LAZY))[1]
+    return codes.reshape(w.shape)[:n]
