@@ -32,7 +32,7 @@ import lorax_fn as lx
 FORMATS = [(name, double) for name in ("nf4", "int4", "int8") for double in (True, False)]
 SENSITIVE = ["attn/k/kernel", "attn/v/kernel", "mlp/down/kernel"]
 # Nats a token that a base may cost before training; and after it, compared with LoRA on float weights.
-LIMITS = {"nf4": (0.35, 0.25), "nf4+int8": (0.15, 0.05), "gguf": (1e-4, 1e-2)}
+LIMITS = {"nf4": (0.35, 0.25), "loftq": (0.35, 0.25), "nf4+int8": (0.15, 0.05), "gguf": (1e-4, 1e-2)}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -42,8 +42,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--bases",
         nargs="+",
-        choices=("nf4", "nf4+int8"),
-        help="what to quantise to (default: both, with --smoke nf4)",
+        choices=("nf4", "nf4+int8", "loftq"),
+        help="quantise to; loftq: nf4 by that init, slow (default: the first two, with --smoke nf4)",
     )
     parser.add_argument("--keep-gguf", action="store_true", help="QLoRA on the blocks of the file, too")
     parser.add_argument("--block", type=int, default=64, help="weights that share a scale")
@@ -201,11 +201,13 @@ def main(args: argparse.Namespace) -> None:
     runs = {}
     for base in ["float32", *args.bases, *(["gguf"] if args.keep_gguf else [])]:
         print(f"\n{'LoRA' if base == 'float32' else 'QLoRA'} on {base}, {args.steps} steps", flush=True)
+        init = lx.loftq("nf4", block=args.block, iterations=1) if base == "loftq" else "kaiming"
         if base == "gguf":
             _, weights = load_gguf(gguf, keep_blocks=True)
         else:
-            weights = params if base == "float32" else quantised(params, base, args.block, layout)
-        runs[base] = fine_tune(args, model, weights, layout, rows, texts)
+            given = base in ("float32", "loftq")  # LoftQ quantises by itself
+            weights = params if given else quantised(params, base, args.block, layout)
+        runs[base] = fine_tune(args, model, weights, layout, rows, texts, init)
     compare_runs(runs)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(f"whole run: {time.perf_counter() - start:.0f} s; the process never held more than {peak:.0f} MiB")

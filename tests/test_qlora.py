@@ -1,6 +1,7 @@
 """GGUF blocks kept as they are, and the QLoRA example: on toy sizes, and (marked `real`) on SmolLM2."""
 
 import functools
+import os
 import subprocess
 import sys
 
@@ -226,6 +227,7 @@ def test_the_likelihood_of_kept_blocks_is_that_of_the_dequantised_load():
 @pytest.mark.parametrize("option", [[], ["--keep-gguf"]])
 def test_the_short_form_of_the_script_runs(option):
     run = [sys.executable, str(toy_llama.EXAMPLES / "qlora_smollm2.py"), "--smoke", *option]
-    done = subprocess.run(run, capture_output=True, text=True, check=False)
+    here = {**os.environ, "PYTHONPATH": str(toy_llama.EXAMPLES.parent)}  # this checkout's lorax_fn
+    done = subprocess.run(run, env=here, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "step: peak, MB" in done.stdout and "after, against LoRA" in done.stdout
