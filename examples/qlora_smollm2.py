@@ -10,9 +10,10 @@ How to run, from the root of the checkout (some minutes on two CPU cores, 4 GB o
 
 It prints what each format costs in likelihood before training. Then it trains LoRA on the float weights, and
 QLoRA on each quantised base, with the same steps, batches and first adapters. The model is small, and its
-file has been through 4 bits already: `nf4` throughout costs it much, `nf4+int8` (8 bits for the three kinds
-of weights that bear rounding worst) less, and blocks that are kept cost nothing. It exits with a status
-other than 0 where a base costs more than its limit.
+file has been through 4 bits already: `nf4` throughout costs it much; `gptq` (the same bits, chosen with
+knowledge of what the weights are used on) and `nf4+int8` (8 bits for the three kinds of weights that bear
+rounding worst) less, and blocks that are kept cost nothing. It exits with a status other than 0 where a base
+costs more than its limit.
 """
 
 import argparse
@@ -24,15 +25,18 @@ from typing import Any, NamedTuple
 import data
 import jax
 import jax.numpy as jnp
+import numpy as np
 from hamlet import BATCH, HAMLET, LENGTH, evaluation, measure, read_texts, size, train
 from models.llama import Llama, load_gguf
 
 import lorax_fn as lx
 
 FORMATS = [(name, double) for name in ("nf4", "int4", "int8") for double in (True, False)]
+CALIBRATION = 32  # rows that GPTQ sees
 SENSITIVE = ["attn/k/kernel", "attn/v/kernel", "mlp/down/kernel"]
 # Nats a token that a base may cost before training; and after it, compared with LoRA on float weights.
-LIMITS = {"nf4": (0.35, 0.25), "loftq": (0.35, 0.25), "nf4+int8": (0.15, 0.05), "gguf": (1e-4, 1e-2)}
+LIMITS = {"nf4": (0.35, 0.25), "loftq": (0.35, 0.25), "gptq": (0.15, 0.1)}
+LIMITS |= {"nf4+int8": (0.15, 0.05), "gguf": (1e-4, 1e-2)}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -42,8 +46,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--bases",
         nargs="+",
-        choices=("nf4", "nf4+int8", "loftq"),
-        help="quantise to; loftq: nf4 by that init, slow (default: the first two, with --smoke nf4)",
+        choices=("nf4", "gptq", "nf4+int8", "loftq"),
+        help="quantise to; loftq: nf4 by that init, slow (default: the first three, with --smoke nf4)",
     )
     parser.add_argument("--keep-gguf", action="store_true", help="QLoRA on the blocks of the file, too")
     parser.add_argument("--block", type=int, default=64, help="weights that share a scale")
@@ -56,7 +60,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.steps is None:
         args.steps = 3 if args.smoke else 20
     if args.bases is None:
-        args.bases = ["nf4"] if args.smoke else ["nf4", "nf4+int8"]
+        args.bases = ["nf4"] if args.smoke else ["nf4", "gptq", "nf4+int8"]
     if args.steps < 1:
         parser.error(f"--steps must be at least 1, got {args.steps}")
     return args
@@ -121,6 +125,12 @@ def quantised(params: Any, base: str, block: int, layout: Any) -> Any:
     rest = [path for path in layout if path.endswith("kernel") and not path.endswith(tuple(SENSITIVE))]
     params = lx.quantize(params, "int8", block=block, layout=layout, targets=SENSITIVE)
     return lx.quantize(params, "nf4", block=block, layout=layout, targets=rest)
+
+
+def calibrated(args: argparse.Namespace, model: Any, params: Any, layout: Any, rows: np.ndarray) -> Any:
+    """All linear weights in nf4 by GPTQ, which sees some rows of the text to train on."""
+    picked = np.random.default_rng(args.seed).permutation(rows)[:CALIBRATION, :-1]
+    return lx.gptq(model.apply, params, picked.reshape(-1, BATCH, LENGTH), block=args.block, layout=layout)
 
 
 def print_table(title: str, rows: dict[str, list[str]]) -> None:
@@ -204,6 +214,8 @@ def main(args: argparse.Namespace) -> None:
         init = lx.loftq("nf4", block=args.block, iterations=1) if base == "loftq" else "kaiming"
         if base == "gguf":
             _, weights = load_gguf(gguf, keep_blocks=True)
+        elif base == "gptq":
+            weights = calibrated(args, model, params, layout, rows)
         else:
             given = base in ("float32", "loftq")  # LoftQ quantises by itself
             weights = params if given else quantised(params, base, args.block, layout)

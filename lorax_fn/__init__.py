@@ -3,6 +3,7 @@
 from lorax_fn import checkpoint as checkpoint
 from lorax_fn.blocks import Quantized as Quantized
 from lorax_fn.dropping import dropout as dropout
+from lorax_fn.error_feedback import gptq as gptq
 from lorax_fn.gradient_inits import lora_ga as lora_ga
 from lorax_fn.input_inits import corda as corda
 from lorax_fn.input_inits import eva as eva

@@ -246,14 +246,25 @@ def _inverse(x: jax.Array) -> jax.Array:
     return 1.0 / jnp.maximum(x, jnp.finfo(jnp.float32).tiny)
 
 
-@functools.partial(jax.jit, inline=True)  # one program also where all else runs operation by operation
-def _dense(q: Quantized) -> jax.Array:
-    axis, form, scales = q.block_axis, READ[q.format], q.scales
+def read_scales(q: Quantized) -> jax.Array:
+    """What each code's value is multiplied by, float32 of the weight's shape."""
+    scales = q.scales
     if q.groups is not None:
         group = _spread(q.groups, q.group_axis, GROUP, q.shape[q.group_axis])
         scales = _from_dynamic(scales) * group + q.offset
+    return _spread(_float(scales), q.block_axis, q.block, q.shape[q.block_axis])
+
+
+def with_codes(q: Quantized, codes: jax.Array) -> Quantized:
+    """The same scales with other codes, which come one a weight, on the weight's axes."""
+    return dataclasses.replace(q, codes=_packed(codes, q.block_axis) if READ[q.format].bits == 4 else codes)
+
+
+@functools.partial(jax.jit, inline=True)  # one program also where all else runs operation by operation
+def _dense(q: Quantized) -> jax.Array:
+    axis, form = q.block_axis, READ[q.format]
     codes = _unpacked(q.codes, axis, q.shape[axis]) if form.bits == 4 else q.codes
-    w = form.decode(codes) * _spread(_float(scales), axis, q.block, q.shape[axis])
+    w = form.decode(codes) * read_scales(q)
     if q.minimum is not None:
         w = w + _spread(_float(q.minimum), axis, q.block, q.shape[axis])
     # said twice, as XLA drops a cast to bfloat16 and back: the same weight for every use of it

@@ -6,6 +6,7 @@ operations that can be differentiated. Of the batches nothing is kept but the su
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -83,6 +84,33 @@ def input_products(fn: Callable, params: PyTree, layouts: Mapping[str, Layout]) 
         return _summed(run, dict(probes), params, seen())[0]
 
     return products
+
+
+def covariances(
+    fn: Callable, params: PyTree, layouts: Mapping[str, Layout], batches: Iterable, at_once: int | None
+) -> Iterator[tuple[str, jax.Array]]:
+    """``(path, X^T X)`` of each weight, ``[s, n, n]`` float32; so many weights a pass through the batches."""
+    leaves = arrays(params)
+    sums = input_products(fn, params, layouts)
+    for group in groups(layouts, batches, at_once):
+        sizes = {path: layouts[path].shapes(leaves[path].shape)[:2] for path in group}
+        eyes = {
+            path: jnp.broadcast_to(
+                jnp.eye(math.prod(n), dtype=jnp.float32), (math.prod(stack), math.prod(n), math.prod(n))
+            )
+            for path, (stack, n) in sizes.items()
+        }
+        yield from probed(sums, batches, eyes, layouts, leaves).items()
+
+
+def probed(sums: Callable, batches: Iterable, bases: Mapping, layouts: Mapping, leaves: Mapping) -> dict:
+    """``X^T X Q`` of each weight, ``[s, n, k]`` from bases ``Q [s, n, k]``, by `input_products`."""
+    probes = {}
+    for path, basis in bases.items():
+        stack, n, _ = layouts[path].shapes(leaves[path].shape)
+        probes[path] = basis.reshape(*stack, *n, basis.shape[-1])
+    found = sums(batches, probes)
+    return {path: found[path].reshape(basis.shape) for path, basis in bases.items()}
 
 
 def mean_gradients(

@@ -20,9 +20,11 @@ from lorax_fn.capturing import (
     check_again,
     check_one_of,
     checked_at_once,
+    covariances,
     groups,
     input_products,
     name_of,
+    probed,
     problem_of,
     raise_unusable,
     widest,
@@ -203,7 +205,7 @@ class Eva(FromData):
     def _spectra(self, params: PyTree, layouts: Mapping, widths: Mapping) -> Iterator[tuple[str, tuple]]:
         """For each path the eigenvalues ``[s, k]``, falling, and eigenvectors ``[s, n, k]`` of its inputs."""
         if self.iterations is None:
-            for path, c in _covariances(self, params, layouts):
+            for path, c in covariances(self.fn, params, layouts, self.batches, self.at_once):
                 yield path, _eigen(c)
             return
         if self.iterations > 1:
@@ -215,7 +217,7 @@ class Eva(FromData):
             products = bases
             for i in range(self.iterations):
                 bases = {p: jnp.linalg.qr(x)[0] for p, x in products.items()} if i else bases
-                products = _products(sums, self.batches, bases, layouts, leaves)
+                products = probed(sums, self.batches, bases, layouts, leaves)
             for path in group:
                 yield path, _nystrom(bases[path], products[path])
 
@@ -271,7 +273,8 @@ class Corda(FromData):
 
     def starts(self, params: PyTree, plans: Mapping[str, Any]) -> dict[str, Callable]:
         leaves, starts, wrong = arrays(params), {}, {}
-        for path, c in _covariances(self, params, {path: plan.layout for path, plan in plans.items()}):
+        layouts = {path: plan.layout for path, plan in plans.items()}
+        for path, c in covariances(self.fn, params, layouts, self.batches, self.at_once):
             plan = plans[path]
             used = used_ranks(plan.rank, c.shape[0])
             power = jnp.trace(c, axis1=1, axis2=2)[:, None]
@@ -313,31 +316,6 @@ def _damped(c: jax.Array) -> tuple[jax.Array, jax.Array]:
         if good.all():
             return damped, inverse
         damping = np.where(good[:, None, None], damping, 2 * damping)
-
-
-def _covariances(init: Any, params: PyTree, layouts: Mapping) -> Iterator[tuple[str, jax.Array]]:
-    """``(path, X^T X)`` of each weight, ``[s, n, n]`` float32."""
-    leaves = arrays(params)
-    sums = input_products(init.fn, params, layouts)
-    for group in groups(layouts, init.batches, init.at_once):
-        sizes = {path: layouts[path].shapes(leaves[path].shape)[:2] for path in group}
-        eyes = {
-            path: jnp.broadcast_to(
-                jnp.eye(math.prod(n), dtype=jnp.float32), (math.prod(stack), math.prod(n), math.prod(n))
-            )
-            for path, (stack, n) in sizes.items()
-        }
-        yield from _products(sums, init.batches, eyes, layouts, leaves).items()
-
-
-def _products(sums: Callable, batches: Iterable, bases: Mapping, layouts: Mapping, leaves: Mapping) -> dict:
-    """``X^T X Q`` of each weight, ``[s, n, k]`` from bases ``Q [s, n, k]``."""
-    probes = {}
-    for path, basis in bases.items():
-        stack, n, _ = layouts[path].shapes(leaves[path].shape)
-        probes[path] = basis.reshape(*stack, *n, basis.shape[-1])
-    found = sums(batches, probes)
-    return {path: found[path].reshape(basis.shape) for path, basis in bases.items()}
 
 
 def _sizes(w: Any, layout: Layout) -> tuple[int, int]:

@@ -61,10 +61,25 @@ def quantize(
       >>> params["kernel"].nbytes, params["bias"].nbytes, params["kernel"].dtype
       (4236, 256, dtype('float32'))
     """
+    leaves, layouts = chosen(params, format, block, targets, layout)
+    return replace_leaves(params, rounded(leaves, layouts, format, block, double))
+
+
+def chosen(
+    params: PyTree, format: str, block: int, targets: Any, layout: Mapping | None
+) -> tuple[dict[str, Any], dict[str, Layout]]:
+    """All leaves by path, and the layouts of those that `quantize` is to store, checked."""
     check_options(format, block)
     leaves = arrays(params)
     layouts, _ = choose(leaves, classify(params, layout), targets, None, None)
     _check_weights(leaves, layouts)
+    return leaves, layouts
+
+
+def rounded(
+    leaves: Mapping[str, Any], layouts: Mapping[str, Layout], format: str, block: int, double: bool
+) -> dict[str, Quantized]:
+    """Each weight to its nearest codes, by path."""
     made, strange = {}, []
     for path, axes in layouts.items():
         made[path], finite = _encoded(leaves[path], axes, format, block, double)
@@ -78,7 +93,7 @@ def quantize(
             want="finite numbers",
             do="mend these weights, or name the others in targets=.",
         )
-    return replace_leaves(params, made)
+    return made
 
 
 def dequantize(params: PyTree) -> PyTree:
