@@ -163,7 +163,7 @@ def test_the_script_fine_tunes_a_quantised_toy_and_counts_its_bytes(script, caps
     rows = np.tile(np.arange(9, dtype=np.int32), (4, 1))  # counting: the toy can learn it
     texts = {script.HAMLET: rows}
     args = script.parse_args(["--steps", "30", "--lr", "2e-2", "--rank", "2"])
-    assert (args.bases, args.block, args.keep_gguf) == (["nf4", "nf4+int8"], 64, False)
+    assert (args.bases, args.block, args.keep_gguf) == (["nf4", "gptq", "nf4+int8"], 64, False)
     stored = script.quantised(params, "nf4+int8", args.block, layout)
     formats = {name: w["kernel"].format for name, w in stored["params"]["layers"]["attn"].items()}
     assert formats == {"q": "nf4", "k": "int8", "v": "int8", "o": "nf4"}
@@ -187,6 +187,17 @@ def test_the_script_fine_tunes_a_quantised_toy_and_counts_its_bytes(script, caps
     table = {line.split()[0]: line.split()[1:] for line in formats.splitlines() if line.startswith("  ")}
     assert table["float32"][0] == "32.00" and 8.5 < float(table["int8"][0]) < 9.1  # short blocks
     np.testing.assert_allclose(float(table["int8"][1]), float(table["float32"][1]), atol=0.02)
+
+
+@pytest.mark.slow
+def test_the_script_calibrates_a_toy(script, monkeypatch):
+    model, params = toy_llama.toy(TOY)
+    layout = lx.usage(model.apply, params, tokens())
+    monkeypatch.setattr(script, "LENGTH", 8)
+    rows = np.tile(np.arange(9, dtype=np.int32), (4, 1))
+    known = script.calibrated(script.parse_args([]), model, params, layout, rows)
+    plain = script.quantised(params, "nf4", 64, layout)
+    assert jax.tree.structure(known) == jax.tree.structure(plain)
 
 
 def test_the_script_says_which_base_is_over_its_limit(script):
