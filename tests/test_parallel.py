@@ -233,7 +233,7 @@ def test_a_quantised_base_trains_on_a_mesh_as_on_one_device(kind):
         params, "nf4", block=4, double=False, targets=("up", "down", "layers"), layout=LAYOUT
     )
     want, wanted = jax.device_get(jax.jit(lx.make_train_step(loss_fn, TX))(state, params, batch))
-    step = lx.mesh_train_step(mesh_of((2, 2, 2), kind), RULES, loss_fn, TX)
+    step = lx.mesh_train_step(mesh_of((2, 2, 2), kind), RULES)(loss_fn, TX)
     state, params = step.place(state, params)
     assert params["up"]["kernel"].codes.sharding.spec == P("fsdp", "tensor")
     assert state.lora["up/kernel"].a.sharding.spec == P("fsdp", None)

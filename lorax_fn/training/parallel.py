@@ -94,12 +94,12 @@ def _check_replicated(arguments: dict, count: int) -> None:
 def mesh_train_step(
     mesh: jax.sharding.Mesh,
     rules: Mapping[Any, PartitionSpec],
-    loss_fn: Callable,
-    tx: optax.GradientTransformation,
+    loss_fn: Callable | None = None,
+    tx: optax.GradientTransformation | None = None,
     *,
     accumulate: int = 1,
     batch: Any = None,
-) -> "MeshStep":
+) -> Any:
     """Builds the step of `make_train_step` on a mesh: weights by rules, adapters after them, batch over data.
 
     Weights are laid out by the first rule that matches them and replicated where none does; adapters and what
@@ -115,7 +115,8 @@ def mesh_train_step(
       mesh: for instance ``jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"))``.
       rules: ``{pattern: jax.P(...)}``, patterns as the targets of `split`, an entry for each axis of the
         weight. ``{"bias": jax.P(), "attn/*": jax.P("fsdp", "tensor")}``: the first match wins.
-      loss_fn: as in `make_train_step`.
+      loss_fn: as in `make_train_step`. Without ``loss_fn`` and ``tx`` the result is a function that takes
+        them, for several steps on one mesh: ``on_mesh = mesh_train_step(mesh, rules); on_mesh(loss_fn, tx)``.
       tx: the optimizer that `TrainState.create` got.
       accumulate: how many micro-batches each batch is split into.
       batch: ``jax.P`` of every leaf of the batch, or a tree of them with the structure of the batch or of its
@@ -164,6 +165,14 @@ def mesh_train_step(
         batch = PartitionSpec(axes)
     leaves = jax.tree_util.tree_flatten_with_path(batch)[0]
     sharding.check_specs({jax.tree_util.keystr(path) or "batch": x for path, x in leaves}, mesh, "batch")
+    if loss_fn is None and tx is None:
+        return functools.partial(mesh_train_step, mesh, rules, accumulate=accumulate, batch=batch)
+    if loss_fn is None or tx is None:
+        raise error(
+            "a step needs a loss and an optimizer.",
+            got=f"loss_fn={loss_fn!r}, tx={tx!r}",
+            do="lx.mesh_train_step(mesh, rules, loss_fn, tx).",
+        )
     return MeshStep(mesh, dict(rules), batch, accumulate, make_train_step(loss_fn, tx, accumulate=accumulate))
 
 
