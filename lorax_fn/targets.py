@@ -31,6 +31,7 @@ from lorax_fn.types import (
     is_array,
     is_dropped,
     is_float,
+    is_stored,
     nearest,
 )
 
@@ -121,13 +122,14 @@ def arrays(params: PyTree) -> dict[str, Any]:
 def classify(params: PyTree, layout: Mapping | None = None) -> dict[str, Role]:
     """Says of every array leaf whether it is a weight, and with which layout.
 
-    Without ``layout``, conventions decide. A leaf is a weight only if its name is ``kernel``, ``w``,
-    ``weight``, ``weight_ih`` or ``weight_hh`` and it is 2-D, or its sibling bias fixes stack and output axes
-    in exactly one way. ``kernel`` and ``w`` are (in, out), as Flax and Haiku store them; the others are
-    (out, in), square or not. An Equinox layer's type decides before any name. Where every parameter is called
-    ``weight``, the module's name tells norms and embeddings. A kernel with two input axes, such as ``out`` of
-    Flax attention, is linear unless its module's name holds ``conv``; one with more is a convolution.
-    With as many input as output channels that may be transposed: it is open but under Flax's own name.
+    Without ``layout``, conventions decide; a quantised weight has the layout that it was quantised by. A
+    leaf is a weight only if its name is ``kernel``, ``w``, ``weight``, ``weight_ih`` or ``weight_hh`` and
+    it is 2-D, or its sibling bias fixes stack and output axes in exactly one way. ``kernel`` and ``w`` are
+    (in, out), as Flax and Haiku store them; the others are (out, in), square or not. An Equinox layer's
+    type decides before any name. Where every parameter is called ``weight``, the module's name tells norms
+    and embeddings. A kernel with two input axes, such as ``out`` of Flax attention, is linear unless its
+    module's name holds ``conv``; one with more is a convolution. With as many input as output channels that
+    may be transposed: it is open but under Flax's own name.
 
     Args:
       params: the parameter tree; abstract leaves are fine.
@@ -155,7 +157,8 @@ def classify(params: PyTree, layout: Mapping | None = None) -> dict[str, Role]:
         return {path: by_use(path, leaf, layout.get(path)) for path, leaf in leaves.items()}
     nodes = equinox_layers(params)
     roles = {path: by_convention(path, leaf, leaves, nodes.get(path)) for path, leaf in leaves.items()}
-    for path, stated in _stated(leaves, layout or {}).items():
+    kept = {path: leaf.layout for path, leaf in leaves.items() if is_stored(leaf)}  # known when quantised
+    for path, stated in (kept | _stated(leaves, layout or {})).items():
         if not is_float(leaves[path]):
             roles[path] = Role("unserved", stated, f"not float ({leaves[path].dtype})")
         elif roles[path].kind in ("open", "other"):

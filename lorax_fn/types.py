@@ -161,6 +161,7 @@ class Stored:
     shape: tuple[int, ...]
     dtype: Any
     format: str
+    layout: Layout
 
     @property
     def nbytes(self) -> int:

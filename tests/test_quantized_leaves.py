@@ -227,3 +227,13 @@ def test_loftq_is_planned_on_shapes_and_refuses_what_it_cannot(getkey):
             lx.loftq(iterations=turns)
     with pytest.raises(lx.LoraError, match="unknown init"):
         lx.split(params, rank=2, layout=LAYOUT, init="loftq:0")
+
+
+def test_a_quantised_weight_keeps_the_layout_that_it_was_quantised_by():
+    """Names that no convention knows, and an (out, in) weight: `split` needs to be told nothing again."""
+    layout = {"0": lx.Layout((), (1,), (0,)), "1": lx.Layout((0,), (2,), (1,))}
+    params = lx.quantize(
+        [jnp.ones((6, 8)), jnp.ones((3, 6, 8))], "int8", block=4, layout=layout, targets=("0", "1")
+    )
+    _, lora = lx.split(params, rank=2)
+    assert {path: adapter.layout for path, adapter in lora.items()} == layout
