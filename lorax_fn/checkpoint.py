@@ -128,7 +128,7 @@ def load(path: str | os.PathLike, *, params: PyTree = None, strict: bool = True)
         check_known(facts["adapters"])
         arrays = read_snapshot(path, facts)
     if params is not None and strict:
-        check_base(path, facts["base"], params)
+        check_base(path, facts["base"], fingerprint(params))
     stored = named_facts(facts["adapters"])
     lora = build(facts["adapters"], {name: to_device(arrays[name], fact) for name, fact in stored.items()})
     return lora if params is None or strict else _fitting(path, facts["base"], params, lora)
@@ -154,7 +154,8 @@ def _fitting(path: pathlib.Path, base: list[dict] | None, params: PyTree, lora: 
     lines = [f"  {name}: skipped: {got}" for name, got in skipped.items()]
     if base is None:
         lines.append("  nothing was compared: the checkpoint was saved without its base")
-    lines += [f"  {name}: {what}" for name, what in (differences(base, params) if base else {}).items()]
+    differing = differences(base, fingerprint(params)) if base else {}
+    lines += [f"  {name}: {what}" for name, what in differing.items()]
     if lines:
         text = f"{path} belongs to another base; {len(skipped)} of {len(lora)} adapters were skipped:"
         warnings.warn("\n".join([text, *lines]), LoraCheckpointWarning, stacklevel=3)

@@ -11,7 +11,7 @@ from lorax_fn.blocks import READ, Quantized, read_scales, with_codes
 from lorax_fn.capturing import checked_at_once, covariances, problem_of
 from lorax_fn.quantization import chosen, rounded
 from lorax_fn.residual_inits import EXACT, entries, from_entries
-from lorax_fn.types import Layout, PyTree, error, is_abstract, is_tracer, replace_leaves
+from lorax_fn.types import Layout, PyTree, error, is_concrete, replace_leaves
 
 LAZY = 64  # inputs whose errors reach all later inputs in one product
 
@@ -75,7 +75,7 @@ def gptq(
         raise error("damping= is not valid.", got=repr(damping), want="a finite number above 0", do="0.01.")
     at_once = checked_at_once(at_once)
     leaves, layouts = chosen(params, format, block, targets, layout)
-    unseen = [p for p, w in leaves.items() if is_abstract(w) or any(map(is_tracer, jax.tree.leaves(w)))]
+    unseen = [p for p, w in leaves.items() if not is_concrete(w)]
     if unseen:
         raise error(
             "GPTQ looks at numbers.",

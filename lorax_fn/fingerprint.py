@@ -26,7 +26,7 @@ def fingerprint(params: PyTree) -> list[dict]:
     return [
         {
             "path": path,
-            "shape": list(np.shape(leaf)) if not is_stored(leaf) else list(leaf.shape),
+            "shape": list(leaf.shape),
             "dtype": f"{leaf.dtype} as {leaf.format}" if is_stored(leaf) else str(leaf.dtype),
             "crc32": None if is_abstract(leaf) else _crc(leaf),
         }
@@ -42,10 +42,10 @@ def _crc(leaf: Any) -> int:
     return crc
 
 
-def differences(saved: list[dict], params: PyTree) -> dict[str, str]:
-    """``{path: what differs}`` between a stored fingerprint and ``params``; no hash is as good as any."""
+def differences(saved: list[dict], given: list[dict]) -> dict[str, str]:
+    """``{path: what differs}`` between a stored fingerprint and that of params; no hash is as good as any."""
     was = {entry["path"]: entry for entry in saved}
-    now = {entry["path"]: entry for entry in fingerprint(params)}
+    now = {entry["path"]: entry for entry in given}
     found = {}
     for name in sorted(was.keys() | now.keys()):
         old, new = was.get(name), now.get(name)

@@ -16,8 +16,8 @@ from lorax_fn.types import (
     dense,
     error,
     flatten_with_paths,
+    is_concrete,
     is_stored,
-    is_tracer,
     replace_leaves,
     run,
 )
@@ -82,8 +82,9 @@ def rounded(
     """Each weight to its nearest codes, by path."""
     made, strange = {}, []
     for path, axes in layouts.items():
-        made[path], finite = _encoded(leaves[path], axes, format, block, double)
-        if not (finite is None or is_tracer(finite) or bool(finite)):  # waits: one leaf at a time
+        code = functools.partial(_encode, layout=axes, format=format, block=block, double=double)
+        made[path], finite = run(code, leaves[path])
+        if is_concrete(finite) and not bool(finite):  # waits: one leaf at a time
             strange.append(path)
     if strange:
         raise error(
@@ -115,14 +116,7 @@ def dequantize(params: PyTree) -> PyTree:
     return replace_leaves(params, {path: run(dense, leaf) for path, leaf in stored.items()})
 
 
-def _encoded(w: Any, layout: Layout, format: str, block: int, double: bool) -> tuple[Quantized, Any]:
-    static = functools.partial(_encode, layout=layout, format=format, block=block, double=double)
-    if isinstance(w, jax.ShapeDtypeStruct):
-        return jax.eval_shape(static, w)[0], None
-    return _encode(w, layout, format, block, double)
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
+@functools.partial(jax.jit, static_argnames=("layout", "format", "block", "double"))
 def _encode(w: Any, layout: Layout, format: str, block: int, double: bool) -> tuple[Quantized, jax.Array]:
     w = jnp.asarray(w)
     return encode(w, layout, format, block, double), jnp.isfinite(w).all()

@@ -143,8 +143,7 @@ class LoftQ:
         stack, n, m = layout.shapes(w.shape)
         count = math.prod(stack)
         used = jnp.asarray(used_ranks(rank, count))
-        scales = jnp.broadcast_to(jnp.asarray(scale, jnp.float32).reshape(-1), (count,))
-        scales = jnp.where(scales == 0, jnp.ones_like(scales), scales)  # rank 0: nothing is used
+        scales = jnp.asarray(entry_scales(scale, count))
         a = jnp.zeros((count, math.prod(n), used.shape[1]), dtype)
         b = jnp.zeros((count, used.shape[1], math.prod(m)), dtype)
         for _ in range(self.iterations):

@@ -26,9 +26,9 @@ from lorax_fn.types import (
     error,
     flatten_with_paths,
     is_abstract,
+    is_concrete,
     is_dropped,
     is_stored,
-    is_tracer,
     leaf_key,
     replace_leaves,
     run,
@@ -199,7 +199,7 @@ def _starts_from_data(params: PyTree, leaves: Mapping[str, Any], plans: Mapping[
         if isinstance(plan.init, FromData):
             asked.setdefault(id(plan.init), {})[path] = plan
     from_data = [path for group in asked.values() for path in group]
-    unseen = [p for p, w in leaves.items() if is_abstract(w) or any(map(is_tracer, jax.tree.leaves(w)))]
+    unseen = [p for p, w in leaves.items() if not is_concrete(w)]
     if from_data and unseen:
         raise error(
             "an init from data runs the function, and there are no numbers to run it on.",
@@ -246,7 +246,7 @@ def _requantized(adapter: Adapter, stored: Any) -> tuple[Any, jax.Array]:
 
 def _log(lost: Mapping[str, Any]) -> None:
     """Says what requantising took; a log line, as a warning would stop whoever makes errors of them."""
-    if lost and not any(is_abstract(shares) or is_tracer(shares) for shares in lost.values()):
+    if lost and all(map(is_concrete, lost.values())):
         lines = [f"  {path}: {r:.3%}, {c:.3%}" for path, (r, c) in jax.device_get(lost).items()]
         head = "merged and requantised: rounding, and the adapter's change, as shares of the weight's norm"
         LOG.warning("%s", "\n".join([head, *lines]))

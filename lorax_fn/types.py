@@ -286,6 +286,12 @@ def flatten_with_paths(tree: PyTree, is_leaf=None) -> tuple[list[tuple[str, Any]
     return named, jax.tree_util.tree_structure(tree, is_leaf=stop)
 
 
+def named_leaves(tree: PyTree, alone: str = "") -> list[tuple[str, Any]]:
+    """``[(path, leaf)]`` of any tree, such as a batch; a tree that is one leaf goes by ``alone``."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return [(jax.tree_util.keystr(path, simple=True, separator="/") or alone, leaf) for path, leaf in leaves]
+
+
 def replace_leaves(tree: PyTree, new: Mapping[str, Any]) -> PyTree:
     """``tree`` with the leaves of some paths replaced; the very same tree where none is."""
     if not new:
@@ -297,6 +303,11 @@ def replace_leaves(tree: PyTree, new: Mapping[str, Any]) -> PyTree:
 def is_abstract(x: PyTree) -> bool:
     """Whether any array of a leaf or tree is a shape without numbers."""
     return any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(x))
+
+
+def is_concrete(x: PyTree) -> bool:
+    """Whether a leaf or tree has its numbers: nothing in it is abstract or traced."""
+    return not is_abstract(x) and not any(map(is_tracer, jax.tree.leaves(x)))
 
 
 def run(f: Callable, *args: Any) -> Any:

@@ -62,7 +62,6 @@ NESTED = {
     "checkpoint in cond": lambda fn: in_cond(jax.checkpoint(fn)),
 }
 LEFT_OUT = {("ragged", "vmap")}  # JAX itself has no vmap of a ragged_dot
-FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 def close(got, want, tol, what):
@@ -89,9 +88,7 @@ def oracle(name):
         return jnp.sum(y.astype(jnp.float32) * cotangent(y).astype(jnp.float32)), y
 
     by = (0, 1) if differentiable(case.input) else 0
-    (_, y), grads = jax.jit(jax.value_and_grad(loss, by, has_aux=True), compiler_options=FAST)(
-        case.adapter, case.input
-    )
+    (_, y), grads = jax.jit(jax.value_and_grad(loss, by, has_aux=True))(case.adapter, case.input)
     return (y, *grads) if differentiable(case.input) else (y, grads, None)
 
 
@@ -126,7 +123,7 @@ def test_every_rule_under_every_transformation(case, dtype):
         loop = in_a_while(params["plain"], one, x, on)
         return ys, by_lora, by_x, batch, loop
 
-    ys, by_lora, by_x, batch, loop = jax.jit(run, compiler_options=FAST)(lora, xs)
+    ys, by_lora, by_x, batch, loop = jax.jit(run)(lora, xs)
     y, want_lora, want_x = oracle(case.name)
     for mode in modes:
         assert ys[mode].dtype == (jnp.bfloat16 if case.name == "cast down" else dtype)

@@ -65,8 +65,7 @@ class LoHa(LowRank):
         return scale_of(self.alpha, self.rank, self.scaling, ())
 
     def axes(self) -> dict[str, tuple[int | None, ...]]:
-        stack, layout = self.layout.stack, self.layout
-        down, up = (*stack, *layout.inputs, None), (*stack, None, *layout.outputs)
+        down, up = self.factor_axes()
         return {"a1": down, "b1": up, "a2": down, "b2": up}
 
     def pair(self) -> Factors:

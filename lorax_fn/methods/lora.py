@@ -72,14 +72,11 @@ class LoRA(LowRank):
     @property
     def shape(self) -> tuple[int, ...]:
         """The weight's shape, as the factors and the layout tell it."""
-        layout, a, b = self.layout, np.shape(self.a), np.shape(self.b)
-        sizes = dict(zip((*layout.stack, *layout.inputs), a[:-1], strict=True))
-        sizes.update(zip(layout.outputs, b[len(layout.stack) + 1 :], strict=True))
-        return tuple(sizes[i] for i in range(layout.ndim))
+        return self.shape_of(self.a, self.b)
 
     def axes(self) -> dict[str, tuple[int | None, ...]]:
-        stack, layout = self.layout.stack, self.layout
-        return {"a": (*stack, *layout.inputs, None), "b": (*stack, None, *layout.outputs), "key": stack}
+        a, b = self.factor_axes()
+        return {"a": a, "b": b, "key": self.layout.stack}
 
     def pair(self) -> Factors:
         return Factors(self.a, self.b, self.layout, self.scale, key=self.key, rate=self.rate)

@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from lorax_fn.methods.low_rank import LowRank, Start, entries, scale_of
 from lorax_fn.types import Factors, Layout
@@ -66,15 +65,11 @@ class LoRAXS(LowRank):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        layout, s = self.layout, len(self.layout.stack)
-        sizes = dict(zip((*layout.stack, *layout.inputs), np.shape(self.a)[:-1], strict=True))
-        sizes.update(zip(layout.outputs, np.shape(self.b)[s + 1 :], strict=True))
-        return tuple(sizes[i] for i in range(layout.ndim))
+        return self.shape_of(self.a, self.b)
 
     def axes(self) -> dict[str, tuple[int | None, ...]]:
-        stack, layout = self.layout.stack, self.layout
-        factors = {"a": (*stack, *layout.inputs, None), "b": (*stack, None, *layout.outputs)}
-        return factors | {"core": (*stack, None, None)}
+        a, b = self.factor_axes()
+        return {"a": a, "b": b, "core": (*self.layout.stack, None, None)}
 
     def pair(self) -> Factors:
         a, b = jax.lax.stop_gradient((self.a, self.b))

@@ -81,6 +81,17 @@ class LowRank(Adapter):
         sizes.update(zip((*layout.stack, -1, *layout.outputs)[-len(b) :], b, strict=True))
         return tuple(sizes[i] for i in range(layout.ndim))
 
+    def shape_of(self, a: Any, b: Any) -> tuple[int, ...]:
+        """The shape of a weight that has these factors, neither of them shared along the stack."""
+        down, up = self.factor_axes()
+        sizes = dict(zip(up, np.shape(b), strict=True)) | dict(zip(down, np.shape(a), strict=True))
+        return tuple(sizes[i] for i in range(self.layout.ndim))
+
+    def factor_axes(self) -> tuple[tuple[int | None, ...], tuple[int | None, ...]]:
+        """Along which axes of the weight A and B run, None for the rank."""
+        stack, layout = self.layout.stack, self.layout
+        return (*stack, *layout.inputs, None), (*stack, None, *layout.outputs)
+
     def delta(self) -> jax.Array:
         """``dW`` in float32 on the weight's own axes."""
         return product(self.pair(), self.shape)

@@ -23,7 +23,7 @@ from lorax_fn.training.feed import Feed
 from lorax_fn.training.metrics import Log, scalars
 from lorax_fn.training.snapshots import Snapshots
 from lorax_fn.training.step import TrainState
-from lorax_fn.types import LoraError, PyTree, error, is_float
+from lorax_fn.types import LoraError, PyTree, error, is_float, named_leaves
 
 
 class FitError(LoraError):
@@ -200,7 +200,7 @@ class _Run:
     def resume(self) -> list[str]:
         """Goes to the newest checkpoint, if there is one; returns what there is to say about it."""
         given, position, notes = self.done, None, []
-        found = self.snapshots and self.snapshots.restore(self.state, self.params)
+        found = self.snapshots and self.snapshots.restore(self.state)
         if self.snapshots and found:
             self.state, loop, position = found
             self.done = self.saved = _number(self.state.step)
@@ -355,11 +355,9 @@ def _ended(run: _Run, steps: int) -> FitError:
 
 
 def _not_finite(last: _Pending, bad: dict, run: _Run) -> FitError:
-    named = jax.tree_util.tree_flatten_with_path(last.batch)[0]
-    leaves = {jax.tree_util.keystr(path, simple=True, separator="/") or "batch": x for path, x in named}
     broken = [
         path
-        for path, x in leaves.items()
+        for path, x in named_leaves(last.batch, "batch")
         if is_float(x) and getattr(x, "is_fully_addressable", True) and not np.isfinite(np.asarray(x)).all()
     ]
     saved = f", and in {run.snapshots.folder}" if run.snapshots else ""

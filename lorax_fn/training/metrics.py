@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lorax_fn.types import PyTree, error
+from lorax_fn.types import PyTree, error, named_leaves
 
 WINDOW = 20  # steps over which the speed is taken
 
@@ -49,8 +49,7 @@ def _without_none(tree: Any) -> Any:
         return {name: part for name, part in kept.items() if part is not None and part != {}}
     if tree is None or isinstance(tree, bool | int | float | complex):
         return tree
-    named = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in named}
+    return dict(named_leaves(tree))
 
 
 def _json(value: Any) -> Any:

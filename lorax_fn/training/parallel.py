@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from lorax_fn.training import sharding
 from lorax_fn.training.step import TrainState, check_arrays_only, make_train_step
-from lorax_fn.types import PyTree, error, is_array
+from lorax_fn.types import PyTree, error, is_array, named_leaves
 
 BATCH_AXES = ("data", "fsdp")
 
@@ -78,8 +78,7 @@ def pmap_train_step(
 def _check_replicated(arguments: dict, count: int) -> None:
     """What pmap's own error says less clearly; called only after one."""
     check_arrays_only(arguments["params"])
-    leaves = jax.tree_util.tree_flatten_with_path(arguments)[0]
-    named = [(jax.tree_util.keystr(path, simple=True, separator="/"), np.shape(x)) for path, x in leaves]
+    named = [(path, np.shape(x)) for path, x in named_leaves(arguments)]
     wrong = [(path, shape) for path, shape in named if shape[:1] != (count,)]
     if wrong:
         raise error(
@@ -244,10 +243,8 @@ class MeshStep:
 
     def _batch_shardings(self, batch: PyTree) -> PyTree:
         specs = jax.tree.broadcast(self.batch, batch)
-        leaves = jax.tree_util.tree_flatten_with_path(batch)[0]
         misfits = []
-        for (path, leaf), spec in zip(leaves, jax.tree.leaves(specs), strict=True):
-            name = jax.tree_util.keystr(path, simple=True, separator="/") or "batch"
+        for (name, leaf), spec in zip(named_leaves(batch, "batch"), jax.tree.leaves(specs), strict=True):
             shape = tuple(getattr(leaf, "shape", ()))
             misfits += sharding.misfits_of(name, shape, spec, self.mesh, times=self.accumulate)
         sharding.raise_misfits(misfits, "change the batch size, accumulate=, the mesh, or batch=.")

@@ -18,6 +18,7 @@ from lorax_fn.types import (
     is_adapter,
     is_array,
     is_stored,
+    named_leaves,
     nearest,
 )
 
@@ -68,7 +69,7 @@ def unreplicate(tree: PyTree) -> PyTree:
       >>> lx.unreplicate(lx.replicate({"w": jnp.ones((2, 3))}))["w"].shape
       (2, 3)
     """
-    wrong = [path for path, leaf in _named(tree) if not np.ndim(leaf)]
+    wrong = [path for path, leaf in named_leaves(tree, "batch") if not np.ndim(leaf)]
     if wrong:
         raise error(
             "a leaf has no axis of devices.",
@@ -105,7 +106,11 @@ def shard(batch: PyTree, devices: Sequence[Any] | None = None) -> PyTree:
     """
     devices = list(jax.local_devices() if devices is None else devices)
     count = len(devices)
-    wrong = [(path, np.shape(x)) for path, x in _named(batch) if not np.ndim(x) or np.shape(x)[0] % count]
+    wrong = [
+        (path, np.shape(x))
+        for path, x in named_leaves(batch, "batch")
+        if not np.ndim(x) or np.shape(x)[0] % count
+    ]
     if wrong:
         raise error(
             "the batch can't be dealt out to the devices.",
@@ -347,8 +352,3 @@ def _placed(leaf: Any, mesh: Any, spec: PartitionSpec) -> Any:
         return NamedSharding(mesh, PartitionSpec(*entries))
 
     return jax.tree.map(one, leaf)
-
-
-def _named(tree: PyTree) -> list[tuple[str, Any]]:
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return [(jax.tree_util.keystr(path, simple=True, separator="/") or "batch", x) for path, x in leaves]

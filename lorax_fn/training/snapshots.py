@@ -46,7 +46,7 @@ from lorax_fn.storage import (
     write_facts,
 )
 from lorax_fn.training.step import TrainState
-from lorax_fn.types import LoraError, PyTree, error, is_array
+from lorax_fn.types import LoraError, PyTree, error, is_array, named_leaves
 
 FORMAT, VERSION, FACTS = "lorax_fn.training", 1, "train.json"
 NAME = re.compile(r"step-(\d{8,})")
@@ -76,7 +76,7 @@ class Snapshots:
         self.checkpointer = ocp.StandardCheckpointer()
         self.thread = ThreadPoolExecutor(1, "lorax_fn.fit")
 
-    def restore(self, state: TrainState, params: PyTree) -> tuple[TrainState, dict, Any] | None:
+    def restore(self, state: TrainState) -> tuple[TrainState, dict, Any] | None:
         """``(state, facts of the loop, data position)`` of the newest checkpoint that is whole, or None."""
         if not _first_process():  # the first one moves what is damaged out of the way
             _meet("find")
@@ -86,7 +86,7 @@ class Snapshots:
         if found is None:
             return None
         path, facts = found
-        check_base(path, facts["base"], params)
+        check_base(path, facts["base"], self.base)
         restored = _restored(path, facts, state)
         own = path / f"batches-{jax.process_index()}.json"
         if not own.is_file():
@@ -187,8 +187,8 @@ class Snapshots:
         self.checkpointer.close()
 
 
-def check_base(path: pathlib.Path, saved: list[dict] | None, params: PyTree) -> None:
-    """Raises a `LoraError` that lists every path in which ``params`` differ from the base that was saved."""
+def check_base(path: pathlib.Path, saved: list[dict] | None, given: list[dict]) -> None:
+    """Raises a `LoraError` that lists every path in which two fingerprints differ: saved, and of params."""
     if saved is None:
         raise error(
             "the checkpoint was saved without its base.",
@@ -196,7 +196,7 @@ def check_base(path: pathlib.Path, saved: list[dict] | None, params: PyTree) -> 
             got="no fingerprint to compare params with",
             do="save(path, lora, params=params), or load(path) without params.",
         )
-    found = differences(saved, params)
+    found = differences(saved, given)
     if found:
         raise error(
             "params are not the base that the adapters were saved with.",
@@ -260,10 +260,7 @@ def _others(state: TrainState) -> dict[str, PyTree]:
 
 def _rest(state: TrainState) -> list[tuple[str, Any]]:
     """Every leaf of the state but the adapters', as ``(path, array)``; Python numbers become arrays."""
-    named = [
-        (jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
-        for path, leaf in jax.tree_util.tree_flatten_with_path(_others(state))[0]
-    ]
+    named = named_leaves(_others(state))
     return [(path, leaf if is_array(leaf) else jnp.asarray(leaf)) for path, leaf in named]
 
 

@@ -11,7 +11,16 @@ import optax
 
 from lorax_fn.targets import check_lora
 from lorax_fn.training.optim import mask, train_only
-from lorax_fn.types import PyTree, checked_key, error, flatten_with_paths, is_array, is_dropped, is_float
+from lorax_fn.types import (
+    PyTree,
+    checked_key,
+    error,
+    flatten_with_paths,
+    is_array,
+    is_dropped,
+    is_float,
+    named_leaves,
+)
 
 ARRAYS_ONLY = "arrays, static = eqx.partition(model, eqx.is_array), or graphdef, arrays = nnx.split(model)"
 
@@ -230,10 +239,7 @@ def _accumulated(gradient, trained, batch, key, extra, count, axis_name):
 
 def _micro_batches(batch: PyTree, count: int) -> PyTree:
     """``[B, ...]`` leaves as ``[count, B / count, ...]``."""
-    named = [
-        (jax.tree_util.keystr(path, simple=True, separator="/") or "batch", np.shape(leaf))
-        for path, leaf in jax.tree_util.tree_flatten_with_path(batch)[0]
-    ]
+    named = [(path, np.shape(leaf)) for path, leaf in named_leaves(batch, "batch")]
     wrong = [(path, shape) for path, shape in named if not shape or shape[0] % count]
     if wrong:
         raise error(
@@ -334,9 +340,10 @@ def check_arrays_only(params: PyTree) -> None:
 
 def _check_extra(old: PyTree, new: PyTree) -> None:
     def facts(tree):
-        leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-        named = ((jax.tree_util.keystr(p, simple=True, separator="/"), x) for p, x in leaves)
-        return {path: f"{np.shape(x)} {x.dtype if is_array(x) else type(x).__name__}" for path, x in named}
+        return {
+            path: f"{np.shape(x)} {x.dtype if is_array(x) else type(x).__name__}"
+            for path, x in named_leaves(tree)
+        }
 
     was, now = facts(old), facts(new)
     paths = [path for path in sorted(was.keys() | now.keys()) if was.get(path) != now.get(path)]

@@ -17,11 +17,10 @@ from lorax_fn.transform.factored import (
     build,
     contract,
     dropped,
-    explicit_mesh,
     is_factored,
     low_rank_product,
 )
-from lorax_fn.transform.meshes import sharding_without
+from lorax_fn.transform.meshes import explicit_mesh, sharding_without
 from lorax_fn.transform.rules import rule
 from lorax_fn.transform.stored import moved, product
 from lorax_fn.transform.taps import EXACT, echo, inputs_of_tap
