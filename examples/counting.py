@@ -3,6 +3,8 @@
 The base has learnt nothing; the adapter learns that ``n + 1`` follows ``n``. It takes a second on a CPU.
 """
 
+import tempfile
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +12,7 @@ import optax
 
 import lorax_fn as lx
 
-VOCAB, WIDTH, LENGTH = 32, 64, 16
+VOCAB, WIDTH, LENGTH, STEPS = 32, 64, 16, 60
 
 
 def model(params, tokens):
@@ -53,3 +55,31 @@ STEP = jax.jit(lx.make_train_step(loss_fn, TX), donate_argnums=0)
 def new_state():
     # a step that donates consumes its state; fit does not, but a copy lets any loop begin here
     return lx.TrainState.create(lora=jax.tree.map(jnp.copy, LORA), tx=TX, key=jax.random.key(1))
+
+
+def train(batches, steps, folder=None, rows=None):
+    return lx.fit(
+        STEP,
+        new_state(),
+        PARAMS,
+        batches,
+        steps=steps,
+        every=20,
+        checkpoint_dir=folder,
+        callbacks=[] if rows is None else [rows.append],
+        count=lambda batch: int(batch["mask"].sum()),
+        unit="tokens",
+    )
+
+
+def train_and_resume(new_batches):
+    """Trains in one run, and in two runs of which the second goes on where the first was cut off."""
+    rows = []
+    whole = train(new_batches(), STEPS, rows=rows)
+    with tempfile.TemporaryDirectory() as folder:
+        train(new_batches(), STEPS // 2, folder)
+        resumed = train(new_batches(), STEPS, folder)  # a new state, which the checkpoint fills
+    first, last = rows[0]["loss"], rows[-1]["loss"]
+    same = all(jax.tree.leaves(jax.tree.map(np.array_equal, whole.lora, resumed.lora)))
+    print(f"loss {first:.2f} -> {last:.2f}; the resumed run ends with the same bits: {same}")
+    assert same and last < first / 4
