@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 
 import lorax_fn as lx
+from lorax_fn.core.trees import flatten_with_paths
 from lorax_fn.transform import jaxpr as jx
-from lorax_fn.types import flatten_with_paths
 
 # One operation ----------------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import lorax_fn as lx
-from lorax_fn.blocks import DYNAMIC, _from_dynamic
+from lorax_fn.quantization.blocks import DYNAMIC, _from_dynamic
 
 pytestmark = pytest.mark.extra_env
 if importlib.util.find_spec("bitsandbytes") is None:

@@ -12,14 +12,15 @@ import numpy as np
 import optax
 import pytest
 
-from lorax_fn import checkpoint, storage
-from lorax_fn.fingerprint import fingerprint
+from lorax_fn import checkpoint
+from lorax_fn.checkpoint import storage
+from lorax_fn.checkpoint.fingerprint import fingerprint
+from lorax_fn.checkpoint.storage import LoraCheckpointWarning
+from lorax_fn.core.trees import Adapter, Layout, LoraError
 from lorax_fn.methods.lora import LoRA
 from lorax_fn.methods.whole import Full
-from lorax_fn.quantization import quantize
-from lorax_fn.storage import LoraCheckpointWarning
+from lorax_fn.quantization.trees import quantize
 from lorax_fn.training.step import TrainState, make_train_step
-from lorax_fn.types import Adapter, Layout, LoraError
 
 LAYOUT = Layout(inputs=(0,), outputs=(1,))
 

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lorax_fn.splitting import merge, split
-from lorax_fn.targets import classify
-from lorax_fn.transform.tracing import usage
-from lorax_fn.types import Layout, LoraError
+from lorax_fn.core.trees import Layout, LoraError
+from lorax_fn.splitting.split import merge, split
+from lorax_fn.targets.roles import classify
+from lorax_fn.transform.usage import usage
 
 
 def shaped(*shape, dtype=jnp.float32):

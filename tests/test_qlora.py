@@ -13,7 +13,7 @@ import toy_llama  # before the examples: it makes their folder one to import fro
 from toy_llama import needs_assets, real, tokens
 
 import lorax_fn as lx
-from lorax_fn.blocks import encode
+from lorax_fn.quantization.blocks import encode
 
 import data  # isort: skip
 from models import gguf_blocks, llama  # isort: skip

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import lorax_fn as lx
-from lorax_fn.blocks import DYNAMIC, FORMATS, NF4, _chosen, _from_dynamic, _to_dynamic, encode
+from lorax_fn.quantization.blocks import DYNAMIC, FORMATS, NF4, _chosen, _from_dynamic, _to_dynamic, encode
 
 IN_OUT, OUT_IN = lx.Layout(inputs=(0,), outputs=(1,)), lx.Layout(inputs=(1,), outputs=(0,))
 STACKED = lx.Layout((0,), (1,), (2,))

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from lorax_fn.report import Skipped, summary
-from lorax_fn.splitting import split
-from lorax_fn.types import Layout, LoraError
+from lorax_fn.core.trees import Layout, LoraError
+from lorax_fn.report.tables import Skipped, summary
+from lorax_fn.splitting.split import split
 
 
 def shaped(*shape, dtype=jnp.float32):

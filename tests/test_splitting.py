@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lorax_fn.core.trees import Layout, LoraError
 from lorax_fn.methods.lora import LoRA
 from lorax_fn.methods.whole import Full
-from lorax_fn.report import summary
-from lorax_fn.splitting import delta, merge, split
-from lorax_fn.types import Layout, LoraError
+from lorax_fn.report.tables import summary
+from lorax_fn.splitting.split import delta, merge, split
 
 
 def shaped(*shape, dtype=jnp.float32):

@@ -12,11 +12,11 @@ import numpy as np
 import optax
 import pytest
 
+from lorax_fn.core.trees import Adapter, Layout, LoraError
 from lorax_fn.methods.lora import LoRA
 from lorax_fn.methods.whole import Full
 from lorax_fn.training.optim import train_only
 from lorax_fn.training.step import TrainState, make_train_step
-from lorax_fn.types import Adapter, Layout, LoraError
 
 LAYOUT = Layout(inputs=(0,), outputs=(1,))
 KEY = jax.random.key(7)

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorax_fn.splitting import split
-from lorax_fn.targets import check_fits, classify, matches
-from lorax_fn.types import Layout, LoraError, WeightUse
+from lorax_fn.core.trees import Layout, LoraError, WeightUse
+from lorax_fn.splitting.split import split
+from lorax_fn.targets.roles import check_fits, classify, matches
 
 
 def shaped(*shape, dtype=jnp.float32):

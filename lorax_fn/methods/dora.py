@@ -13,9 +13,9 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
+from lorax_fn.core.trees import Factors, by_entry, dense
 from lorax_fn.methods.lora import LoRA
 from lorax_fn.methods.low_rank import Start
-from lorax_fn.types import Factors, by_entry, dense
 
 
 @jax.tree_util.register_dataclass

@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
+from lorax_fn.core.trees import Factors, Layout
 from lorax_fn.methods.low_rank import LowRank, Start, scale_of
-from lorax_fn.types import Factors, Layout
 
 LARGEST = 8  # of W1's sides: its product with r is the width that the transform contracts
 

@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
+from lorax_fn.core.trees import Factors, Layout
 from lorax_fn.methods.low_rank import LowRank, Start, entries, scale_of
-from lorax_fn.types import Factors, Layout
 
 
 @jax.tree_util.register_dataclass

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lorax_fn.types import Adapter, Factors, Layout, dense
+from lorax_fn.core.trees import Adapter, Factors, Layout, dense
 
 SCALINGS = {"lora": lambda alpha, rank: alpha / rank, "rslora": lambda alpha, rank: alpha / math.sqrt(rank)}
 

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lorax_fn.core.trees import Factors, Layout
 from lorax_fn.methods.low_rank import LowRank, Start
-from lorax_fn.types import Factors, Layout
 
 
 @jax.tree_util.register_dataclass

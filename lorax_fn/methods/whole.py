@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lorax_fn.types import Adapter, Factors, Layout, dense
+from lorax_fn.core.trees import Adapter, Factors, Layout, dense
 
 
 @jax.tree_util.register_dataclass

@@ -1,0 +1,1 @@
+"""Steps, optimizers, devices, and the loop around them."""

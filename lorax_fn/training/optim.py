@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lorax_fn.core.trees import Adapter, PyTree, error, is_adapter, is_float
 from lorax_fn.methods.lora import LoRA, LoRAFA
-from lorax_fn.targets import check_lora
-from lorax_fn.types import Adapter, PyTree, error, is_adapter, is_float
+from lorax_fn.targets.roles import check_lora
 
 
 def mask(tree: PyTree) -> PyTree:

@@ -9,8 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lorax_fn.targets import arrays, find
-from lorax_fn.types import (
+from lorax_fn.core.trees import (
     Adapter,
     PyTree,
     error,
@@ -21,6 +20,7 @@ from lorax_fn.types import (
     named_leaves,
     nearest,
 )
+from lorax_fn.targets.roles import arrays, find
 
 # For pmap: a leading axis of devices --------------------------------------------------------------------
 

@@ -9,9 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lorax_fn.targets import check_lora
-from lorax_fn.training.optim import mask, train_only
-from lorax_fn.types import (
+from lorax_fn.core.trees import (
     PyTree,
     checked_key,
     error,
@@ -21,6 +19,8 @@ from lorax_fn.types import (
     is_float,
     named_leaves,
 )
+from lorax_fn.targets.roles import check_lora
+from lorax_fn.training.optim import mask, train_only
 
 ARRAYS_ONLY = "arrays, static = eqx.partition(model, eqx.is_array), or graphdef, arrays = nnx.split(model)"
 

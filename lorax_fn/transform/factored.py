@@ -19,10 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from lorax_fn.core.trees import Adapter, Factors, error, is_stored
 from lorax_fn.transform.meshes import axis_specs, explicit_mesh, result_sharding
 from lorax_fn.transform.stored import built
 from lorax_fn.transform.taps import EXACT, echo, inputs_of_tap
-from lorax_fn.types import Adapter, Factors, error, is_stored
 
 RANK = -1
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import primitives as prims
 
+from lorax_fn.core.trees import error
 from lorax_fn.transform import jaxpr as jx
 from lorax_fn.transform.factored import (
     RANK,
@@ -24,7 +25,6 @@ from lorax_fn.transform.meshes import explicit_mesh, sharding_without
 from lorax_fn.transform.rules import rule
 from lorax_fn.transform.stored import moved, product
 from lorax_fn.transform.taps import EXACT, echo, inputs_of_tap
-from lorax_fn.types import error
 
 
 @rule(prims.dot_general_p)

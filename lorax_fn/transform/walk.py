@@ -12,13 +12,13 @@ from typing import Any
 import jax
 
 import lorax_fn.transform.products  # noqa: F401  (registers its rules)
-from lorax_fn.targets import check_fits
+from lorax_fn.core.trees import error, flatten_with_paths, is_array, is_tracer
+from lorax_fn.targets.roles import check_fits
 from lorax_fn.transform import jaxpr as jx
 from lorax_fn.transform.control import CONTROL
 from lorax_fn.transform.factored import Sum, build, is_factored, wrap
 from lorax_fn.transform.rules import RULES
 from lorax_fn.transform.stored import abstract
-from lorax_fn.types import error, flatten_with_paths, is_array, is_tracer
 
 FALLBACKS = ("warn", "error", "allow")
 

@@ -1,0 +1,323 @@
+"""Inits from what each weight contracts: EVA and CorDA, by the covariance of its inputs.
+
+Each function here gives a value for ``split(..., init=...)``. `split` hands it the params and the weights
+that it is to start; it passes through the batches, keeps one statistic a stack entry of each weight, and
+gives back inits of the form of inits.py.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lorax_fn.calibration.inputs import (
+    SPAN,
+    check_again,
+    check_one_of,
+    checked_at_once,
+    covariances,
+    groups,
+    input_products,
+    name_of,
+    probed,
+    problem_of,
+    raise_unusable,
+    widest,
+)
+from lorax_fn.core.trees import Layout, PyTree, error, leaf_key
+from lorax_fn.inits.pissa import EXACT, OVERSAMPLING, entries, entry_scales, taken_out, used_ranks
+from lorax_fn.inits.plain import FromData, factor_shapes, no_scale
+from lorax_fn.targets.roles import arrays, choose, classify
+
+MODES = ("ipm", "kpm")
+
+
+def eva(
+    fn: Callable, batches: Iterable, *, iterations: int | None = None, at_once: int | None = None
+) -> "Eva":
+    """``A`` = the directions in which a weight's inputs are largest, ``B = 0``: a value for ``init=``.
+
+    Paischer et al., "One Initialization to Rule them All" (https://arxiv.org/abs/2410.07170): the top ``r``
+    right singular vectors of all inputs, here by the covariance ``X^T X``, which adds up exactly over batches
+    and uses of the weight. Its ranks by explained variance are `ranks` of the result.
+
+    Args:
+      fn: ``fn(params, batch)`` with a float output, such as ``model.apply``.
+      batches: an iterable of what ``fn`` takes second. ``fn`` is differentiated, at the cost of a training
+        step a batch.
+      iterations: None for the whole covariance, ``[n, n]`` a stack entry; else passes through the batches
+        that keep ``[n, r + 8]``: a Nyström approximation (https://arxiv.org/abs/1706.05736) after so many
+        subspace iterations, for weights of many inputs.
+      at_once: how many weights' statistics to hold at a time; each group is a pass through the batches. None
+        is all.
+
+    Returns:
+      A value for ``split(params, init=...)``. Only uses that contract the layout's inputs count: those of
+      ``w.T`` say nothing of them.
+
+    Raises:
+      LoraError: by `split`: params are abstract; a weight is not contracted with any input, or with ones that
+        are not finite or span less than its rank; a use of it has no rule.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lorax_fn as lx
+      >>> x = jnp.array([[3.0, 0.0, 0.0], [0.0, 0.0, 5.0]])
+      >>> init = lx.eva(lambda params, x: x @ params["kernel"], [x])
+      >>> _, lora = lx.split({"kernel": jnp.ones((3, 2))}, rank=1, init=init)
+      >>> abs(lora["kernel"].a[:, 0])
+      Array([0., 0., 1.], dtype=float32)
+    """
+    if iterations is not None and iterations < 1:
+        raise error("iterations= is not valid.", got=iterations, want="an int above 0, or None", do="2.")
+    return Eva(fn, batches, iterations, checked_at_once(at_once))
+
+
+def corda(fn: Callable, batches: Iterable, *, mode: str = "ipm", at_once: int | None = None) -> "Corda":
+    """Principal directions of a weight as its inputs weigh them, which leave ``W`` and train.
+
+    Yang et al., "CorDA" (https://arxiv.org/abs/2406.05223), section 3: with ``C`` the covariance of the
+    inputs, ``C W = U S V^T``; ``A = C^-1 U sqrt(S / s)`` and ``B = sqrt(S / s) V^T`` leave ``W``. To the
+    diagonal of ``C``, of mean 1, 0.01 is added, doubled until the computed inverse is one.
+
+    Args:
+      fn: as for `eva`.
+      batches: as for `eva`.
+      mode: ``"ipm"``: the r largest, of the task that the batches show. ``"kpm"``: the r smallest, so that
+        knowledge that the batches show stays frozen.
+      at_once: as for `eva`.
+
+    Returns:
+      A value for ``split(params, init=...)``.
+
+    Raises:
+      LoraError: an unknown mode. By `split`: as for `eva`, but inputs may span less than the rank.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lorax_fn as lx
+      >>> w = jax.random.normal(jax.random.key(0), (8, 6))
+      >>> x = jax.random.normal(jax.random.key(1), (16, 8))
+      >>> init = lx.corda(lambda params, x: x @ params["kernel"], [x])
+      >>> params, lora = lx.split({"kernel": w}, rank=2, init=init)
+      >>> bool(jnp.allclose(lx.merge(params, lora)["kernel"], w, atol=1e-5))
+      True
+    """
+    check_one_of("mode", mode, MODES)
+    return Corda(fn, batches, mode, checked_at_once(at_once))
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Eva(FromData):
+    """What `eva` returns."""
+
+    moves_weight: ClassVar[bool] = False
+
+    fn: Callable
+    batches: Iterable
+    iterations: int | None
+    at_once: int | None
+
+    def __repr__(self) -> str:
+        return f"lx.eva({name_of(self.fn)}, batches)"
+
+    def refuses(self, n: int, m: int, plan: Any) -> str | None:
+        del n, m, plan
+        return None
+
+    def starts(self, params: PyTree, plans: Mapping[str, Any]) -> dict[str, Callable]:
+        layouts = {path: plan.layout for path, plan in plans.items()}
+        widths = {path: widest(plan.rank) for path, plan in plans.items()}
+        starts, wrong = {}, {}
+        for path, (values, vectors) in self._spectra(params, layouts, widths):
+            used = used_ranks(plans[path].rank, values.shape[0])
+            if (problem := problem_of(values, used.sum(1), used.any(1))) is not None:
+                wrong[path] = problem
+            starts[path] = functools.partial(
+                _along, directions=vectors[:, :, : used.shape[1]] * used[:, None]
+            )
+        raise_unusable("inputs", self, wrong)
+        return starts
+
+    def ranks(
+        self, params: PyTree, rank: int = 16, *, rho: float = 2.0, targets=None, exclude=None, layout=None
+    ) -> dict[str, int | tuple[int, ...]]:
+        """Ranks where inputs need them: the directions of all weights with the largest explained variance.
+
+        Each stack entry of each weight brings the shares ``lambda_i / sum(lambda)`` of its first
+        ``rho * rank`` directions; the largest of all are chosen, ``rank`` times the number of entries.
+
+        Args:
+          params: as for `split`.
+          rank: the mean rank of a stack entry.
+          rho: no entry gets more than ``round(rho * rank)``.
+          targets: as for `split`.
+          exclude: as for `split`.
+          layout: as for `split`.
+
+        Returns:
+          ``{path: rank}``, a tuple for a stacked weight; weights that get none are left out. For
+          ``split(params, rank=ranks, targets=list(ranks), init=eva)``; with ``alpha=lambda r: 2 * r`` scales
+          do not depend on the ranks, as PEFT has it. Batches are passed through here, and again by `split`.
+
+        Raises:
+          LoraError: as for `split`; or ``iterations`` was given, which keeps no total variance.
+
+        Example:
+          >>> import jax.numpy as jnp, lorax_fn as lx
+          >>> params = {"narrow": {"kernel": jnp.eye(4)}, "wide": {"kernel": jnp.eye(4)}}
+          >>> def fn(params, x):
+          ...     return x @ params["wide"]["kernel"] + x[:, :1] * x[:1] @ params["narrow"]["kernel"]
+          >>> lx.eva(fn, [jnp.eye(4)]).ranks(params, rank=2)
+          {'narrow/kernel': 1, 'wide/kernel': 3}
+        """
+        if self.iterations is not None:
+            raise error(
+                "ranks by explained variance need the whole covariance.",
+                got=f"iterations={self.iterations}",
+                do="lx.eva(fn, batches, at_once=4).ranks(params), without iterations.",
+            )
+        leaves = arrays(params)
+        layouts, _ = choose(leaves, classify(params, layout), targets, exclude, None)
+        limits = {p: min(round(rho * rank), *_sizes(leaves[p], layouts[p])) for p in layouts}
+        shares, wrong = {}, {}
+        for path, (values, _) in self._spectra(params, layouts, limits):
+            if (problem := problem_of(values, np.zeros(values.shape[0]))) is not None:
+                wrong[path] = problem
+            values = np.asarray(values, np.float64)
+            shares[path] = values[:, : limits[path]] / values.sum(1, keepdims=True)
+        raise_unusable("inputs", self, wrong)
+        every = np.concatenate([share.reshape(-1) for share in shares.values()])
+        entry = np.concatenate([np.repeat(np.arange(x.shape[0]), x.shape[1]) for x in shares.values()])
+        owner = np.repeat(np.arange(len(shares)), [x.size for x in shares.values()])
+        chosen = np.argsort(-every, kind="stable")[: rank * sum(x.shape[0] for x in shares.values())]
+        found = {}
+        for i, (path, share) in enumerate(shares.items()):
+            counts = np.bincount(entry[chosen][owner[chosen] == i], minlength=share.shape[0]).tolist()
+            if any(counts):
+                found[path] = tuple(counts) if layouts[path].stack else counts[0]
+        # as patterns, the longer path is asked first: a shorter one may be a run of its components
+        return {path: found[path] for path in sorted(found, key=lambda path: -path.count("/"))}
+
+    def _spectra(self, params: PyTree, layouts: Mapping, widths: Mapping) -> Iterator[tuple[str, tuple]]:
+        """For each path the eigenvalues ``[s, k]``, falling, and eigenvectors ``[s, n, k]`` of its inputs."""
+        if self.iterations is None:
+            for path, c in covariances(self.fn, params, layouts, self.batches, self.at_once):
+                yield path, _eigen(c)
+            return
+        if self.iterations > 1:
+            check_again(self.batches, f"iterations={self.iterations}")
+        leaves = arrays(params)
+        sums = input_products(self.fn, params, layouts)
+        for group in groups(layouts, self.batches, self.at_once):
+            bases = {p: _random_basis(p, leaves[p], layouts[p], widths[p]) for p in group}
+            products = bases
+            for i in range(self.iterations):
+                bases = {p: jnp.linalg.qr(x)[0] for p, x in products.items()} if i else bases
+                products = probed(sums, self.batches, bases, layouts, leaves)
+            for path in group:
+                yield path, _nystrom(bases[path], products[path])
+
+
+def _along(key, w, layout: Layout, rank, scale, dtype, *, directions: jax.Array):
+    """A along given directions ``[s, n, r]``, B zero."""
+    del key, scale
+    shape_a, shape_b = factor_shapes(w.shape, layout, rank)
+    return directions.reshape(shape_a).astype(dtype), jnp.zeros(shape_b, dtype), w
+
+
+@jax.jit
+def _eigen(c: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Eigenvalues ``[s, n]``, falling, and eigenvectors ``[s, n, n]`` of sums ``X^T X``."""
+    values, vectors = jnp.linalg.eigh((c + jnp.swapaxes(c, 1, 2)) / 2.0)
+    return values[:, ::-1], vectors[:, :, ::-1]
+
+
+def _random_basis(path: str, w: Any, layout: Layout, width: int) -> jax.Array:
+    stack, n, _ = layout.shapes(w.shape)
+    shape = (math.prod(stack), math.prod(n), min(width + OVERSAMPLING, math.prod(n)))
+    return jnp.linalg.qr(jax.random.normal(leaf_key(jax.random.key(0), path), shape, jnp.float32))[0]
+
+
+@jax.jit
+def _nystrom(basis: jax.Array, product: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Eigenvalues and vectors of ``Y (Q^T Y)^-1 Y^T``, the part of C that ``Y = C Q`` tells of."""
+    core = jnp.matmul(jnp.swapaxes(basis, -1, -2), product, precision=EXACT)
+    sizes, turn = jnp.linalg.eigh((core + jnp.swapaxes(core, -1, -2)) / 2.0)
+    kept = sizes > SPAN * sizes[:, -1:]
+    root = jnp.where(kept, 1.0 / jnp.sqrt(jnp.where(kept, sizes, 1.0)), 0.0)
+    vectors, values, _ = jnp.linalg.svd(
+        jnp.matmul(product, turn * root[:, None, :], precision=EXACT), full_matrices=False
+    )
+    return jnp.square(values), vectors
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Corda(FromData):
+    """What `corda` returns."""
+
+    fn: Callable
+    batches: Iterable
+    mode: str
+    at_once: int | None
+
+    def __repr__(self) -> str:
+        return f"lx.corda({name_of(self.fn)}, batches)"
+
+    def refuses(self, n: int, m: int, plan: Any) -> str | None:
+        del n, m
+        return no_scale(plan)
+
+    def starts(self, params: PyTree, plans: Mapping[str, Any]) -> dict[str, Callable]:
+        leaves, starts, wrong = arrays(params), {}, {}
+        layouts = {path: plan.layout for path, plan in plans.items()}
+        for path, c in covariances(self.fn, params, layouts, self.batches, self.at_once):
+            plan = plans[path]
+            used = used_ranks(plan.rank, c.shape[0])
+            power = jnp.trace(c, axis1=1, axis2=2)[:, None]
+            if (problem := problem_of(power, 0 * used.sum(1), used.any(1))) is not None:
+                wrong[path] = problem
+                continue
+            c, inverse = _damped(c)
+            weighed = jnp.matmul(c, entries(leaves[path], plan.layout).astype(jnp.float32), precision=EXACT)
+            u, sizes, vt = jnp.linalg.svd(weighed, full_matrices=False)
+            ranks = used.sum(1, keepdims=True).astype(int)
+            start = 0 * ranks if self.mode == "ipm" else sizes.shape[1] - ranks
+            which = np.where(used > 0, np.arange(used.shape[1])[None, :] + start, 0)
+            a = jnp.matmul(inverse, jnp.take_along_axis(u, which[:, None, :], 2), precision=EXACT)
+            root = jnp.sqrt(jnp.take_along_axis(sizes, which, 1)) * used
+            b = jnp.take_along_axis(vt, which[:, :, None], 1)
+            starts[path] = functools.partial(_weighed, a=a * root[:, None, :], b=b * root[:, :, None])
+        raise_unusable("inputs", self, wrong)
+        return starts
+
+
+def _weighed(key, w, layout: Layout, rank, scale, dtype, *, a, b):
+    del key, rank
+    by = 1.0 / jnp.sqrt(jnp.asarray(entry_scales(scale, a.shape[0])))[:, None, None]
+    return taken_out(a * by, b * by, w, layout, scale, dtype)
+
+
+def _damped(c: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """``C`` of mean diagonal 1, damped, and its inverse; the damping doubles until that is one."""
+    n = c.shape[1]
+    eye = jnp.eye(n, dtype=c.dtype)[None]
+    power = jnp.trace(c, axis1=1, axis2=2)[:, None, None] / n
+    c = c / jnp.where(power == 0, 1.0, power)  # an entry of rank 0 may have seen nothing
+    damping = np.full((c.shape[0], 1, 1), 0.01, np.float32)
+    while True:
+        damped = c + damping * eye
+        inverse = jnp.linalg.inv(damped)
+        distance = jnp.linalg.norm(jnp.matmul(damped, inverse, precision=EXACT) - eye, axis=(1, 2))
+        good = np.asarray(distance < 0.05)
+        if good.all():
+            return damped, inverse
+        damping = np.where(good[:, None, None], damping, 2 * damping)
+
+
+def _sizes(w: Any, layout: Layout) -> tuple[int, int]:
+    _, n, m = layout.shapes(w.shape)
+    return math.prod(n), math.prod(m)

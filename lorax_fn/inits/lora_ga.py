@@ -1,0 +1,138 @@
+"""LoRA-GA: factors from the gradient of each weight.
+
+Wang et al., "LoRA-GA: Low-Rank Adaptation with Gradient Approximation" (https://arxiv.org/abs/2407.05000).
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from lorax_fn.calibration.inputs import (
+    check_one_of,
+    checked_at_once,
+    groups,
+    mean_gradients,
+    name_of,
+    problem_of,
+    raise_unusable,
+    widest,
+)
+from lorax_fn.core.trees import Layout, PyTree
+from lorax_fn.inits.pissa import entries, entry_scales, taken_out, used_ranks
+from lorax_fn.inits.plain import FromData, no_scale
+
+DIRECTIONS = ("ArB2r", "A2rBr", "ArBr")
+SCALES = ("stable", "unit", "gd_scale", "weight_svd")
+
+
+def lora_ga(
+    loss: Callable,
+    batches: Iterable,
+    *,
+    direction: str = "ArB2r",
+    scale: str = "stable",
+    gamma: float = 16.0,
+    at_once: int | None = None,
+) -> "LoraGA":
+    """Factors along the gradient of ``W``, so that the first step is nearest to that of full training.
+
+    Wang et al., "LoRA-GA" (https://arxiv.org/abs/2407.05000), theorem 3.1: with ``dL/dW = U S V^T``,
+    ``A = c U[:, :r]`` and ``B = c V[:, r:2r]^T`` change ``s A B`` in a gradient step by ``s^2 c^2`` times the
+    best approximation of the gradient of rank ``2r``. ``s A @ B`` leaves ``W``.
+
+    Args:
+      loss: ``loss(params, batch) -> scalar``.
+      batches: an iterable of what ``loss`` takes second; gradients are averaged over it.
+      direction: which singular vectors A and B take: ``"ArB2r"`` the first r and the second, ``"A2rBr"`` the
+        other way round, ``"ArBr"`` the odd and the even.
+      scale: ``c``: ``"stable"`` is ``m^(1/4) / sqrt(gamma)``, ``"unit"`` 1, ``"gd_scale"`` ``1 / s``,
+        ``"weight_svd"`` the mean of ``sqrt(sigma_i(W) / s)`` over the first r.
+      gamma: of ``"stable"``.
+      at_once: how many weights' gradients to hold at a time; each group is a pass through the batches. None
+        is all: as much as a full training step holds.
+
+    Returns:
+      A value for ``split(params, init=...)``, which needs ranks of at most ``min(n, m) / 2``. As the authors'
+      code has it, both factors are scaled, and singular values are not in them.
+
+    Raises:
+      LoraError: an unknown direction or scale. By `split`: params are abstract, a rank is too large, or a
+        gradient is zero or not finite.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lorax_fn as lx
+      >>> w = jax.random.normal(jax.random.key(0), (8, 6))
+      >>> loss = lambda params, x: jnp.mean(jnp.square(x @ params["kernel"]))
+      >>> init = lx.lora_ga(loss, [jax.random.normal(jax.random.key(1), (16, 8))])
+      >>> params, lora = lx.split({"kernel": w}, rank=2, init=init)
+      >>> bool(jnp.allclose(lx.merge(params, lora)["kernel"], w, atol=1e-6))
+      True
+    """
+    check_one_of("direction", direction, DIRECTIONS)
+    check_one_of("scale", scale, SCALES)
+    return LoraGA(loss, batches, direction, scale, gamma, checked_at_once(at_once))
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class LoraGA(FromData):
+    """What `lora_ga` returns."""
+
+    loss: Callable
+    batches: Iterable
+    direction: str
+    scale: str
+    gamma: float
+    at_once: int | None
+
+    def __repr__(self) -> str:
+        return f"lx.lora_ga({name_of(self.loss)}, batches)"
+
+    def refuses(self, n: int, m: int, plan: Any) -> str | None:
+        if 2 * widest(plan.rank) > min(n, m):
+            return f"a rank of at most {min(n, m) // 2} for {self!r}: A and B take r singular vectors each"
+        return no_scale(plan) if self.scale in ("gd_scale", "weight_svd") else None
+
+    def starts(self, params: PyTree, plans: Mapping[str, Any]) -> dict[str, Callable]:
+        starts, wrong = {}, {}
+        for group in groups(plans, self.batches, self.at_once):
+            for path, gradient in mean_gradients(self.loss, params, self.batches, group).items():
+                plan = plans[path]
+                u, sizes, vt = jnp.linalg.svd(entries(gradient, plan.layout), full_matrices=False)
+                used = used_ranks(plan.rank, u.shape[0])
+                if (problem := problem_of(sizes, 0 * used.sum(1), used.any(1))) is not None:
+                    wrong[path] = problem
+                of_a, of_b = self._vectors(used)
+                a = jnp.take_along_axis(u, of_a[:, None, :], 2) * used[:, None, :]
+                b = jnp.take_along_axis(vt, of_b[:, :, None], 1) * used[:, :, None]
+                starts[path] = functools.partial(self._start, a=a, b=b, used=used)
+        raise_unusable("gradient", self, wrong)
+        return starts
+
+    def _vectors(self, used: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Which singular vectors A and B of each entry take, ``[s, r]`` each; 0 in the pads."""
+        first, ranks = np.arange(used.shape[1])[None, :], used.sum(1, keepdims=True).astype(int)
+        of_a, of_b = {
+            "ArB2r": (first + 0 * ranks, first + ranks),
+            "A2rBr": (first + ranks, first + 0 * ranks),
+            "ArBr": (2 * first + 1 + 0 * ranks, 2 * first + 0 * ranks),
+        }[self.direction]
+        return np.where(used > 0, of_a, 0), np.where(used > 0, of_b, 0)
+
+    def _start(self, key, w, layout: Layout, rank, scale, dtype, *, a, b, used):
+        del key, rank
+        s = entry_scales(scale, a.shape[0])
+        if self.scale == "weight_svd":
+            sizes = jnp.linalg.svd(entries(w, layout), compute_uv=False)[:, : used.shape[1]]
+            roots = jnp.sqrt(sizes / s[:, None]) * used
+            gain = roots.sum(1) / np.maximum(used.sum(1), 1.0)
+        else:
+            m = b.shape[-1]
+            stable = np.full_like(s, m**0.25 / math.sqrt(self.gamma))
+            gain = {"stable": stable, "unit": np.ones_like(s), "gd_scale": 1.0 / s}[self.scale]
+        gain = jnp.asarray(gain)[:, None, None]
+        return taken_out(a * gain, b * gain, w, layout, scale, dtype)

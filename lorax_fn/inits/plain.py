@@ -1,0 +1,237 @@
+"""Where training starts: the first values of A and B.
+
+An init is ``init(key, w, layout, rank, scale, dtype) -> (a, b, w)``: the factors, and the weight to freeze.
+It returns the very ``w`` it was given unless it moves a part of W into the factors (a residual). Ranks that
+differ along a stack come as a tuple; the factors are then as wide as the largest; `split` zeroes the pads.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lorax_fn.core.trees import Layout, PyTree
+from lorax_fn.inits.pissa import LoftQ, loftq, olora, pissa, used_ranks
+
+
+def kaiming(key, w, layout: Layout, rank, scale, dtype):
+    """``A ~ U(-1/sqrt(n), 1/sqrt(n))``, ``B = 0``: the adapted function starts as the base function.
+
+    The reference implementation's ``kaiming_uniform_(a=sqrt(5))``; Hu et al. (https://arxiv.org/abs/2106.09685).
+
+    Args:
+      key: one PRNG key for the whole leaf; stack entries draw independent values.
+      w: the weight, of which only the shape is read.
+      layout: its axes; ``n`` is the product of the input axes of one stack entry.
+      rank: ``r``, or one int a stack entry.
+      scale: unused.
+      dtype: dtype of A and B; values are drawn in float32.
+
+    Returns:
+      ``(a [*s, *n, r], b [*s, r, *m], w)``.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lorax_fn as lx
+      >>> from lorax_fn.inits.plain import kaiming
+      >>> layout = lx.Layout(inputs=(0,), outputs=(1,))
+      >>> a, b, _ = kaiming(jax.random.key(0), jnp.ones((64, 8)), layout, 4, 2.0, jnp.float32)
+      >>> bool(abs(a).max() <= 1 / 8), float(abs(b).max())
+      (True, 0.0)
+    """
+    del scale
+    shape_a, shape_b = factor_shapes(w.shape, layout, rank)
+    bound = 1.0 / math.sqrt(math.prod(layout.shapes(w.shape)[1]))
+    a = jax.random.uniform(key, shape_a, jnp.float32, -bound, bound)
+    return a.astype(dtype), jnp.zeros(shape_b, dtype), w
+
+
+def gaussian(key, w, layout: Layout, rank, scale, dtype):
+    """``A ~ N(0, 1/r^2)``, ``B = 0``, as PEFT's ``init_lora_weights="gaussian"``.
+
+    Args:
+      key: one PRNG key for the whole leaf.
+      w: the weight, of which only the shape is read.
+      layout: its axes.
+      rank: ``r``, or one int a stack entry, which then gives each entry its own deviation.
+      scale: unused.
+      dtype: dtype of A and B; values are drawn in float32.
+
+    Returns:
+      ``(a [*s, *n, r], b [*s, r, *m], w)``.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lorax_fn as lx
+      >>> from lorax_fn.inits.plain import gaussian
+      >>> layout = lx.Layout(inputs=(0,), outputs=(1,))
+      >>> a, _, _ = gaussian(jax.random.key(0), jnp.ones((4096, 8)), layout, 4, 2.0, jnp.float32)
+      >>> bool(abs(a.std() - 1 / 4) < 0.01)
+      True
+    """
+    del scale
+    shape_a, shape_b = factor_shapes(w.shape, layout, rank)
+    a = jax.random.normal(key, shape_a, jnp.float32) / _rank_of_each_entry(
+        rank, layout, w.shape, len(shape_a)
+    )
+    return a.astype(dtype), jnp.zeros(shape_b, dtype), w
+
+
+def zero_a(key, w, layout: Layout, rank, scale, dtype):
+    """``A = 0``, ``B ~ U(-1/sqrt(r), 1/sqrt(r))``: `kaiming` with the factors' parts exchanged.
+
+    B's fan-in is the rank. The adapted function starts as the base function here too.
+
+    Args:
+      key: one PRNG key for the whole leaf.
+      w: the weight, of which only the shape is read.
+      layout: its axes.
+      rank: ``r``, or one int a stack entry, which then gives each entry its own bound.
+      scale: unused.
+      dtype: dtype of A and B; values are drawn in float32.
+
+    Returns:
+      ``(a [*s, *n, r], b [*s, r, *m], w)``.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lorax_fn as lx
+      >>> from lorax_fn.inits.plain import zero_a
+      >>> layout = lx.Layout(inputs=(0,), outputs=(1,))
+      >>> a, b, _ = zero_a(jax.random.key(0), jnp.ones((8, 64)), layout, 4, 2.0, jnp.float32)
+      >>> float(abs(a).max()), bool(0.4 < abs(b).max() <= 0.5)
+      (0.0, True)
+    """
+    del scale
+    shape_a, shape_b = factor_shapes(w.shape, layout, rank)
+    bound = 1.0 / np.sqrt(_rank_of_each_entry(rank, layout, w.shape, len(shape_b)))
+    b = jax.random.uniform(key, shape_b, jnp.float32, -1.0, 1.0) * bound
+    return jnp.zeros(shape_a, dtype), b.astype(dtype), w
+
+
+def orthogonal(key, w, layout: Layout, rank, scale, dtype):
+    """Both factors far from zero, their product zero: they use orthogonal halves of the rank.
+
+    ``Q`` is a random rotation of the rank; ``A = G1 Q[1::2] / 10`` and ``B = Q[0::2]^T G2 / 10`` with normal
+    ``G1, G2``, as PEFT's ``init_lora_weights="orthogonal"``.
+
+    Args:
+      key: one PRNG key for the whole leaf; stack entries draw independent values.
+      w: the weight, of which only the shape is read.
+      layout: its axes.
+      rank: ``r``, even; or one even int a stack entry.
+      scale: unused.
+      dtype: dtype of A and B; values are drawn in float32.
+
+    Returns:
+      ``(a [*s, *n, r], b [*s, r, *m], w)`` with ``a @ b = 0``.
+
+    Example:
+      >>> import jax.numpy as jnp, lorax_fn as lx
+      >>> _, lora = lx.split({"kernel": jnp.ones((8, 6))}, rank=4, init="orthogonal")
+      >>> bool(abs(lora["kernel"].a).max() > 0.01), bool(abs(lx.delta(lora)["kernel"]).max() < 1e-5)
+      (True, True)
+    """
+    del scale
+    stack, n, m = layout.shapes(w.shape)
+    used = jnp.asarray(used_ranks(rank, math.prod(stack)))
+    r = used.shape[1]
+
+    def one(key, used):
+        k1, k2, k3 = jax.random.split(key, 3)
+        # the pad turns into itself: each entry's rotation is of its own rank
+        both = used[:, None] * used[None, :]
+        rotation = both * jax.random.normal(k1, (r, r), jnp.float32)
+        q = jnp.linalg.qr(rotation + (1.0 - both) * jnp.eye(r, dtype=jnp.float32))[0]
+        g1 = jax.random.normal(k2, (math.prod(n), r // 2), jnp.float32)
+        g2 = jax.random.normal(k3, (r // 2, math.prod(m)), jnp.float32)
+        exact = jax.lax.Precision.HIGHEST
+        a = jnp.matmul(g1, q[1::2], precision=exact) / 10.0 * used[None, :]
+        return a, jnp.matmul(q[0::2].T, g2, precision=exact) / 10.0 * used[:, None]
+
+    a, b = jax.vmap(one)(jax.random.split(key, math.prod(stack)), used)
+    return a.reshape(*stack, *n, r).astype(dtype), b.reshape(*stack, r, *m).astype(dtype), w
+
+
+INITS = {
+    "kaiming": kaiming,
+    "gaussian": gaussian,
+    "zero_a": zero_a,
+    "orthogonal": orthogonal,
+    "pissa": pissa,
+    "olora": olora,
+}
+
+
+class FromData:
+    """An init that looks at batches; `split` lets it look once, for all the weights that it is to start."""
+
+    moves_weight: ClassVar[bool] = True  # takes a part of W into the factors
+
+    def refuses(self, n: int, m: int, plan: Any) -> str | None:
+        """What this init cannot do for ``n`` inputs, ``m`` outputs and a checked plan, or None."""
+        raise TypeError(f"{type(self).__name__} must define refuses(n, m, plan)")
+
+    def starts(self, params: PyTree, plans: Mapping[str, Any]) -> dict[str, Callable]:
+        """The init of each weight of ``plans``, as the functions of this file are."""
+        raise TypeError(f"{type(self).__name__} must define starts(params, plans)")
+
+
+def find_init(name: object) -> Any:
+    """The init of a name such as ``"pissa:4"``, or `loftq`'s own or one from data itself; else None."""
+    if isinstance(name, LoftQ | FromData):
+        return name
+    if not isinstance(name, str):
+        return None
+    base, colon, count = name.partition(":")
+    if base == "pissa" and colon and count.isdecimal():
+        return functools.partial(pissa, iterations=int(count))
+    if base == "loftq" and (not colon or (count.isdecimal() and int(count))):
+        return loftq(iterations=int(count or 5))
+    return INITS.get(name)
+
+
+def refuses(shape: tuple[int, ...], plan: Any) -> str | None:
+    """What an init needs that it has not got here, or None."""
+    init, rank = plan.init, plan.rank
+    if isinstance(init, FromData):
+        _, n, m = plan.layout.shapes(shape)
+        return init.refuses(math.prod(n), math.prod(m), plan)
+    ranks = rank if isinstance(rank, tuple) else (rank,)
+    if init == "orthogonal" and any(r % 2 for r in ranks):
+        return f"an even rank for init='orthogonal', not {rank}: each factor uses half of it"
+    divides = isinstance(init, LoftQ) or init.startswith(("pissa", "loftq"))
+    return no_scale(plan) if divides else None
+
+
+def no_scale(plan: Any) -> str | None:
+    """What an init that divides by the scale says where there is none to divide by."""
+    ranks = plan.rank if isinstance(plan.rank, tuple) else (plan.rank,)
+    alphas = plan.alpha if isinstance(plan.alpha, tuple) else (plan.alpha,) * len(ranks)
+    if any(a <= 0 for r, a in zip(ranks, alphas, strict=True) if r):
+        return f"an alpha above 0 for init={plan.init!r}, not {plan.alpha}: it divides by the scale"
+    return None
+
+
+def refuses_stored(init: Any) -> str | None:
+    """What an init that takes a part of W says of a weight whose values are rounded already, or None."""
+    named = isinstance(init, str) and init.startswith(("pissa", "loftq", "olora"))
+    if named or isinstance(init, LoftQ) or (isinstance(init, FromData) and init.moves_weight):
+        return f"float weights for init={init!r}, which takes a part of W: split first, then lx.quantize"
+    return None
+
+
+def factor_shapes(shape, layout: Layout, rank) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The shapes of A, ``[*s, *n, r]``, and B, ``[*s, r, *m]``, of a weight of ``shape``."""
+    stack, n, m = layout.shapes(shape)
+    r = max(rank) if isinstance(rank, tuple) else rank
+    return (*stack, *n, r), (*stack, r, *m)
+
+
+def _rank_of_each_entry(rank, layout: Layout, shape, ndim: int) -> np.ndarray:
+    """The rank as float32 that broadcasts against a factor; 1 for entries without one, to divide by."""
+    if not isinstance(rank, tuple):
+        return np.full((1,) * ndim, rank, np.float32)
+    stack = layout.shapes(shape)[0]
+    return np.maximum(np.asarray(rank, np.float32), 1.0).reshape(stack + (1,) * (ndim - len(stack)))

@@ -1,0 +1,353 @@
+"""Weights in 4 or 8 bits: blocks of codes with a scale each, and `Quantized`, the pytree that holds them.
+
+w = value(code) * scale               value: NF4's table, or an integer; the largest |w| of a block gets the
+                                      largest value
+scale = map(code') * group + offset   double quantisation: scales are codes, too, in groups
+w = code * scale + minimum            GGUF's Q4_1; scale and minimum in float16
+
+Dettmers et al., "QLoRA" (https://arxiv.org/abs/2305.14314), section 3. `jnp.int4` would take a whole byte on
+CPU and GPU, and has no NF4; qwix keeps its codes in such dtypes, unpacked and without a second level.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lorax_fn.core.trees import Layout, Stored, error
+
+GROUP = 256  # scales that share one second-level scale
+
+# Appendix E of QLoRA: quantiles of the normal distribution, scaled to [-1, 1], with an exact zero.
+NF4 = np.array(
+    [
+        *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635),
+        *(-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725),
+        *(0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941),
+        *(0.7229568362236023, 1.0),
+    ],
+    np.float32,
+)
+
+
+def _dynamic_map() -> np.ndarray:
+    """The 256 values of QLoRA's second level: a sign, a decimal exponent, and a fraction in the bits left.
+
+    Dettmers et al., "8-bit Optimizers via Block-wise Quantization" (https://arxiv.org/abs/2110.02861).
+    """
+    positive = []
+    for bits in range(7):
+        edges = np.linspace(0.1, 1.0, 2**bits + 1)
+        positive.extend(10.0 ** (bits - 6) * (edges[:-1] + edges[1:]) / 2)
+    return np.sort(np.array([*positive, *(-x for x in positive), 0.0, 1.0])).astype(np.float32)
+
+
+DYNAMIC = _dynamic_map()
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """How the numbers of one block, divided by their largest, become codes.
+
+    Args:
+      bits: 4, packed two a byte, or 8.
+      top: the value of the largest code: what a block's largest number is divided to.
+      encode: values from ``-top`` to ``top`` to codes.
+      decode: codes to float32 values.
+      minimum: whether a block's smallest number is taken off first, and kept: values begin at 0.
+      scales: dtype of scales and minimum.
+    """
+
+    bits: int
+    top: float
+    encode: Callable[[jax.Array], jax.Array]
+    decode: Callable[[jax.Array], jax.Array]
+    minimum: bool = False
+    scales: Any = np.float32
+
+
+def _nearest(x: jax.Array, table: np.ndarray) -> jax.Array:
+    """The index of the nearest entry of a sorted table; the lower one of two as near."""
+    code = jnp.zeros_like(x, jnp.uint8)
+    for edge in (table[:-1] + table[1:]) / np.float32(2):  # elementwise: XLA makes one loop of it
+        code = code + (x > edge).astype(jnp.uint8)
+    return code
+
+
+def _to_dynamic(x: jax.Array) -> jax.Array:
+    """`_nearest` of `DYNAMIC`, in a loop: its table is too long to be unrolled."""
+    edges = jnp.asarray((DYNAMIC[:-1] + DYNAMIC[1:]) / np.float32(2))
+    count = len(DYNAMIC) - 1
+    return jax.lax.fori_loop(
+        0, count, lambda i, code: code + (x > edges[i]).astype(jnp.uint8), jnp.zeros_like(x, jnp.uint8)
+    )
+
+
+def _chosen(index: jax.Array, table: np.ndarray) -> jax.Array:
+    """``table[index]`` by a tree of choices on its bits: ``low ^ (on & (low ^ high))`` of float bits.
+
+    A gather goes element by element on TPU; `jnp.where` makes arrays of the constants, and the gradient of a
+    scan would keep them.
+    """
+    values: list[Any] = list(table.view(np.int32))
+    for bit in range(len(values).bit_length() - 1):
+        on = -((index.astype(jnp.int32) >> bit) & 1)  # all bits or none
+        values = [low ^ (on & (low ^ high)) for low, high in zip(values[::2], values[1::2], strict=True)]
+    return jax.lax.bitcast_convert_type(values[0], jnp.float32)
+
+
+def _nibble(x: jax.Array) -> jax.Array:
+    return (jnp.round(x) + 8.0).astype(jnp.uint8)
+
+
+def _float(code: jax.Array) -> jax.Array:
+    return code.astype(jnp.float32)
+
+
+FORMATS = {
+    "nf4": Format(4, 1.0, lambda x: _nearest(x, NF4), lambda code: _chosen(code, NF4)),
+    "int4": Format(4, 7.0, _nibble, lambda code: _float(code) - 8.0),
+    "int8": Format(8, 127.0, lambda x: jnp.round(x).astype(jnp.int8), _float),
+}
+# The blocks of GGUF files, of 32 weights: `quantize` makes none, but one that is there stays.
+GGUF = {
+    "q4_1": Format(4, 15.0, lambda x: jnp.round(x).astype(jnp.uint8), _float, True, np.float16),
+    "q8_0": Format(8, 127.0, FORMATS["int8"].encode, _float, False, np.float16),
+}
+READ = {**FORMATS, **GGUF}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Quantized(Stored):
+    """A weight of 4 or 8 bits, one leaf with the weight's shape and dtype.
+
+    Every array has the weight's axes in their order, so that stacks scan and shardings carry over. Blocks run
+    along one input axis, second-level groups of 256 scales along one output axis: the last that is as long as
+    a block or group, else the longest.
+
+    Args:
+      codes: the weight's shape, int8; or uint8, half as long (rounded up) along ``block_axis``, where two
+        codes of 4 bits share a byte, the first in its high half.
+      scales: one a block along ``block_axis``: float32, uint8 under double quantisation, float16 in GGUF's.
+      groups: float32, one for 256 scales along ``group_axis``; None without double quantisation.
+      offset: float32, one a stack entry: the mean scale; None without double quantisation.
+      minimum: float16, one a block, what its code 0 stands for: in ``"q4_1"``, else None.
+      format: ``"nf4"``, ``"int4"``, ``"int8"``; or ``"q4_1"``, ``"q8_0"``: blocks of a GGUF file.
+      block: weights that share a scale.
+      shape: the weight's.
+      dtype: the weight's.
+      layout: which axes of the weight are stack, inputs and outputs.
+      block_axis: the input axis along which blocks run and codes are packed.
+      group_axis: the output axis along which groups run.
+
+    Example:
+      >>> import jax.numpy as jnp, lorax_fn as lx
+      >>> q = lx.quantize({"kernel": jnp.ones((128, 32), jnp.bfloat16)}, "nf4")["kernel"]
+      >>> q.shape, q.dtype, q.codes.shape, q.scales.shape
+      ((128, 32), dtype(bfloat16), (64, 32), (2, 32))
+      >>> bool((q.dense() == 1).all())
+      True
+    """
+
+    codes: Any
+    scales: Any
+    groups: Any
+    offset: Any
+    minimum: Any
+    format: str = dataclasses.field(metadata={"static": True})
+    block: int = dataclasses.field(metadata={"static": True})
+    shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+    dtype: Any = dataclasses.field(metadata={"static": True})
+    layout: Layout = dataclasses.field(metadata={"static": True})
+    block_axis: int = dataclasses.field(metadata={"static": True})
+    group_axis: int = dataclasses.field(metadata={"static": True})
+
+    def dense(self) -> jax.Array:
+        """The weight itself, ``shape`` and ``dtype``, elementwise throughout: XLA makes one loop of it."""
+        _check_axes(self)
+        return _dense(jax.lax.stop_gradient(self))
+
+    def entry(self, axis: int) -> "Quantized | None":
+        """This weight for arrays that lost stack axis ``axis``, as in a loop over it; None for any other."""
+        if axis not in self.layout.stack:
+            return None
+        shape = (*self.shape[:axis], *self.shape[axis + 1 :])
+        block, group = (i - (i > axis) for i in (self.block_axis, self.group_axis))
+        layout = self.layout.without(axis)
+        return dataclasses.replace(self, shape=shape, layout=layout, block_axis=block, group_axis=group)
+
+    def stacked(self, axis: int, size: int) -> "Quantized":
+        """This weight for arrays that got a stack axis ``axis`` of ``size``: undoes `entry`."""
+
+        def moved(axes):
+            return tuple(i + (i >= axis) for i in axes)
+
+        layout = self.layout
+        layout = Layout((axis, *moved(layout.stack)), moved(layout.inputs), moved(layout.outputs))
+        block, group = moved((self.block_axis, self.group_axis))
+        shape = (*self.shape[:axis], size, *self.shape[axis:])
+        return dataclasses.replace(self, shape=shape, layout=layout, block_axis=block, group_axis=group)
+
+    def store(self, w: jax.Array) -> "Quantized":
+        return encode(w, self.layout, self.format, self.block, self.groups is not None)
+
+
+def check_options(format: Any, block: Any) -> None:
+    """Raises a `LoraError` unless ``format`` is known and ``block`` is an even number."""
+    if not (isinstance(format, str) and format in FORMATS):
+        raise error(
+            "unknown format.",
+            got=repr(format),
+            want=f"one of {sorted(FORMATS)}",
+            do='lx.quantize(params, "nf4").',
+        )
+    whole = isinstance(block, int | np.integer) and not isinstance(block, bool)
+    if not whole or block < 2 or block % 2:
+        raise error(
+            "a block is an even number of weights.",
+            got=f"block={block!r}",
+            want="2, 4, 6, ...: two codes share a byte",
+            do="block=64.",
+        )
+
+
+def encode(w: Any, layout: Layout, format: str, block: int, double: bool) -> Quantized:
+    """A weight as `Quantized`. All runs along the weight's own axes: a stack is as good as its entries."""
+    form, shape = READ[format], tuple(w.shape)
+    axis, across = _axis(layout.inputs, shape, block), _axis(layout.outputs, shape, GROUP)
+    wide, minimum = w.astype(jnp.float32), None
+    if form.minimum:
+        minimum = _folded(wide, axis, block).min(axis + 1)
+        wide = wide - _spread(minimum, axis, block, shape[axis])
+        minimum = minimum.astype(form.scales)
+    scales = _largest(jnp.abs(wide), axis, block)
+    codes = form.encode(wide * _spread(_inverse(scales), axis, block, shape[axis]) * form.top)
+    if form.bits == 4:
+        codes = _packed(codes, axis)
+    scales = (scales / form.top).astype(form.scales)
+    groups = offset = None
+    if double:
+        inner = tuple(i for i in range(len(shape)) if i not in layout.stack)
+        offset = jnp.mean(scales, inner, keepdims=True)
+        groups = _largest(jnp.abs(scales - offset), across, GROUP)
+        scales = _to_dynamic((scales - offset) * _spread(_inverse(groups), across, GROUP, shape[across]))
+    arrays = (codes, scales, groups, offset, minimum)
+    return Quantized(*arrays, format, block, shape, np.dtype(w.dtype), layout, axis, across)
+
+
+def _inverse(x: jax.Array) -> jax.Array:
+    """1 / x for numbers that are not negative; finite for a block of zeros. Bitsandbytes multiplies, too."""
+    return 1.0 / jnp.maximum(x, jnp.finfo(jnp.float32).tiny)
+
+
+def read_scales(q: Quantized) -> jax.Array:
+    """What each code's value is multiplied by, float32 of the weight's shape."""
+    scales = q.scales
+    if q.groups is not None:
+        group = _spread(q.groups, q.group_axis, GROUP, q.shape[q.group_axis])
+        scales = _from_dynamic(scales) * group + q.offset
+    return _spread(_float(scales), q.block_axis, q.block, q.shape[q.block_axis])
+
+
+def with_codes(q: Quantized, codes: jax.Array) -> Quantized:
+    """The same scales with other codes, which come one a weight, on the weight's axes."""
+    return dataclasses.replace(q, codes=_packed(codes, q.block_axis) if READ[q.format].bits == 4 else codes)
+
+
+@functools.partial(jax.jit, inline=True)  # one program also where all else runs operation by operation
+def _dense(q: Quantized) -> jax.Array:
+    axis, form = q.block_axis, READ[q.format]
+    codes = _unpacked(q.codes, axis, q.shape[axis]) if form.bits == 4 else q.codes
+    w = form.decode(codes) * read_scales(q)
+    if q.minimum is not None:
+        w = w + _spread(_float(q.minimum), axis, q.block, q.shape[axis])
+    # said twice, as XLA drops a cast to bfloat16 and back: the same weight for every use of it
+    kind = jnp.finfo(q.dtype)
+    return jax.lax.reduce_precision(w, kind.nexp, kind.nmant).astype(q.dtype)
+
+
+# Axes -------------------------------------------------------------------------------------------------
+
+
+def _axis(axes: tuple[int, ...], shape: tuple[int, ...], size: int) -> int:
+    """The last of some axes that is at least ``size`` long, else the longest."""
+    return next((i for i in reversed(axes) if shape[i] >= size), max(axes, key=lambda i: shape[i]))
+
+
+def _folded(x: jax.Array, axis: int, size: int) -> jax.Array:
+    """``axis`` as two: runs, and ``size`` neighbours in each; padded with zeros."""
+    extra = -x.shape[axis] % size
+    x = _gathered(x, axis, -(-x.shape[axis] // size))
+    if extra:
+        x = jnp.pad(x, [(0, extra if i == axis else 0) for i in range(x.ndim)])
+    return x.reshape(*x.shape[:axis], -1, size, *x.shape[axis + 1 :])
+
+
+def _gathered(x: jax.Array, axis: int, runs: int) -> jax.Array:
+    """``x``, unsharded along ``axis`` where the runs do not divide by an explicit mesh's shards."""
+    sharding = jax.typeof(x).sharding
+    names = sharding.spec[axis]
+    names = names if isinstance(names, tuple) else (names,)
+    if runs % math.prod(sharding.mesh.shape[name] for name in names if name) == 0:
+        return x
+    spec = (*sharding.spec[:axis], None, *sharding.spec[axis + 1 :])
+    return jax.sharding.reshard(x, jax.NamedSharding(sharding.mesh, jax.P(*spec)))
+
+
+def _largest(x: jax.Array, axis: int, size: int) -> jax.Array:
+    """The largest of each run of ``size`` neighbours along ``axis``; ``x`` is not negative."""
+    return _folded(x, axis, size).max(axis + 1)
+
+
+def _spread(x: jax.Array, axis: int, size: int, length: int) -> jax.Array:
+    """Each element ``size`` times along ``axis``, cut at ``length``: a block's number for each in it."""
+    shape = (*x.shape[: axis + 1], size, *x.shape[axis + 1 :])
+    x = jnp.broadcast_to(jnp.expand_dims(x, axis + 1), shape)
+    return _cut(x.reshape(*shape[:axis], -1, *shape[axis + 2 :]), axis, length)
+
+
+def _packed(codes: jax.Array, axis: int) -> jax.Array:
+    pairs = _folded(codes, axis, 2)
+    high, low = (jax.lax.index_in_dim(pairs, i, axis + 1, keepdims=False) for i in (0, 1))
+    return (high << np.uint8(4)) | low
+
+
+def _unpacked(codes: jax.Array, axis: int, length: int) -> jax.Array:
+    shift = np.array([4, 0], np.uint8).reshape(2, *(1,) * (codes.ndim - axis - 1))
+    shift = shift.reshape((1,) * (axis + 1) + shift.shape)
+    pairs = (jnp.expand_dims(codes, axis + 1) >> shift) & np.uint8(15)
+    return _cut(pairs.reshape(*codes.shape[:axis], -1, *codes.shape[axis + 1 :]), axis, length)
+
+
+def _cut(x: jax.Array, axis: int, length: int) -> jax.Array:
+    return x if x.shape[axis] == length else jax.lax.slice_in_dim(x, 0, length, axis=axis)
+
+
+# by the place of a code's highest bit; the last is that of the one value, 1, which is no middle of a fraction
+POWERS = np.array([*(10.0 ** (bits - 6) for bits in range(7)), 1 / (0.1 + 0.9 * 0.5 / 128)], np.float32)
+
+
+def _from_dynamic(code: jax.Array) -> jax.Array:
+    """``DYNAMIC[code]``."""
+    index = code.astype(jnp.int32) - 127  # 0 is 0, 128 is 1
+    size = jnp.maximum(jnp.abs(index), 1)
+    bits = 31 - jax.lax.clz(size)
+    edge = jnp.left_shift(jnp.ones_like(bits), bits)
+    fraction = ((size - edge).astype(jnp.float32) + 0.5) / edge.astype(jnp.float32)
+    return jnp.sign(index).astype(jnp.float32) * _chosen(bits, POWERS) * (0.1 + 0.9 * fraction)
+
+
+def _check_axes(q: Quantized) -> None:
+    if np.ndim(q.codes) != len(q.shape):
+        raise error(
+            "a quantised weight lost or got an axis outside lorax_fn.",
+            got=f"codes of shape {np.shape(q.codes)}",
+            want=f"codes of {len(q.shape)} axes, as the weight {q.shape} has",
+            do="in a loop or vmap over a stack axis, q.entry(axis).dense().",
+        )

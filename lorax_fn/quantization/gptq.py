@@ -1,0 +1,166 @@
+"""GPTQ: codes chosen with knowledge of a weight's inputs, so that later ones make up for earlier errors."""
+
+import functools
+from collections.abc import Callable, Iterable, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lorax_fn.calibration.inputs import checked_at_once, covariances, problem_of
+from lorax_fn.core.trees import Layout, PyTree, error, is_concrete, replace_leaves
+from lorax_fn.inits.pissa import EXACT, entries, from_entries
+from lorax_fn.quantization.blocks import READ, Quantized, read_scales, with_codes
+from lorax_fn.quantization.trees import chosen, rounded
+
+LAZY = 64  # inputs whose errors reach all later inputs in one product
+
+
+def gptq(
+    fn: Callable,
+    params: PyTree,
+    batches: Iterable,
+    format: str = "nf4",
+    *,
+    block: int = 64,
+    double: bool = True,
+    targets=None,
+    layout: Mapping | None = None,
+    damping: float = 0.01,
+    at_once: int | None = None,
+) -> PyTree:
+    """`quantize` that keeps ``X W``: each input's rounding error is made up for by the inputs after it.
+
+    Frantar et al., "GPTQ" (https://arxiv.org/abs/2210.17323), algorithm 1: with ``X`` all inputs of a weight,
+    ``H = X^T X`` damped and ``H^-1 = U^T U``, input ``i`` is rounded, and ``outer(U[i], error / U[i, i])``
+    leaves the weight. Inputs go from the strongest to the weakest, and scales are those of `quantize`, as
+    they are read back: ``act_order`` and ``static_groups`` of the authors' code. ``X`` is of ``params`` as
+    they are given.
+
+    Args:
+      fn: ``fn(params, batch)`` with a float output, such as ``model.apply``.
+      params: any pytree of concrete arrays; weights quantised before stay, and the inputs feel them.
+      batches: an iterable of what ``fn`` takes second. ``fn`` is differentiated, at the cost of a training
+        step a batch, and ``[n, n]`` float32 a stack entry of a weight of ``n`` inputs is kept.
+      format: as in `lorax_fn.quantize`.
+      block: as in `lorax_fn.quantize`.
+      double: as in `lorax_fn.quantize`.
+      targets: as in `lorax_fn.quantize`.
+      layout: as in `lorax_fn.quantize`.
+      damping: what is added to the diagonal of ``H``, in units of its mean; more is nearer to `quantize`.
+      at_once: how many weights' ``H`` to hold at a time; each group is a pass through the batches. None is
+        all.
+
+    Returns:
+      The same tree as of `lorax_fn.quantize`, with other codes. Only uses that contract the layout's inputs
+      count.
+
+    Raises:
+      LoraError: as `lorax_fn.quantize`; or params have no numbers; a weight is not contracted with inputs, or
+        with none that outputs show, or with ones that are not finite; a use of it has no rule; ``damping``
+        is not above 0, or too small for float32.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lorax_fn as lx
+      >>> params = {"kernel": jax.random.normal(jax.random.key(0), (64, 32))}
+      >>> x = jax.random.normal(jax.random.key(1), (256, 8)) @ jax.random.normal(jax.random.key(2), (8, 64))
+      >>> def fn(params, x):
+      ...     return x @ params["kernel"]
+      >>> def lost(stored):
+      ...     return float(jnp.linalg.norm(fn(lx.dequantize(stored), x) - fn(params, x)))
+      >>> lost(lx.gptq(fn, params, [x])) < 0.5 * lost(lx.quantize(params))
+      True
+    """
+    if isinstance(damping, bool) or not isinstance(damping, int | float) or not 0 < damping < np.inf:
+        raise error("damping= is not valid.", got=repr(damping), want="a finite number above 0", do="0.01.")
+    at_once = checked_at_once(at_once)
+    leaves, layouts = chosen(params, format, block, targets, layout)
+    unseen = [p for p, w in leaves.items() if not is_concrete(w)]
+    if unseen:
+        raise error(
+            "GPTQ looks at numbers.",
+            path=unseen,
+            got="abstract or traced",
+            want="concrete arrays",
+            do="call lx.gptq outside jax.jit; for abstract params, lx.quantize has the same shapes.",
+        )
+    made = rounded(leaves, layouts, format, block, double)
+    wrong = {}
+    for path, c in covariances(fn, params, layouts, batches, at_once):
+        power = jnp.trace(c, axis1=1, axis2=2)[:, None]
+        problem = problem_of(power, np.zeros(c.shape[0]))
+        if problem is None:
+            made[path], good = _fed_back(leaves[path], made[path], c, np.float32(damping), layouts[path])
+            problem = None if bool(good) else f"not positive definite in float32 with damping={damping}"
+        if problem is not None:
+            wrong[path] = problem
+    if wrong:
+        raise error(
+            "the inputs of these weights cannot guide rounding.",
+            path=list(wrong),
+            got=list(wrong.values()),
+            want="finite inputs, some of them not zero, in each stack entry",
+            do="more batches, damping=0.1, or name the others in targets= and lx.quantize these.",
+        )
+    return replace_leaves(params, made)
+
+
+@functools.partial(jax.jit, static_argnums=4)
+def _fed_back(
+    w: jax.Array, q: Quantized, c: jax.Array, damping: float, layout: Layout
+) -> tuple[Quantized, jax.Array]:
+    """``q`` with codes by ``C = X^T X [s, n, n]``, and whether the root of the inverse is finite."""
+
+    def one(entry):
+        w, scales, c = entry
+        order = jnp.argsort(-jnp.diagonal(c), stable=True)
+        root = _root_of_inverse(c[order][:, order], damping)
+        codes = _codes(w[order], scales[order], root, q.format)
+        return jnp.zeros_like(codes).at[order].set(codes), jnp.isfinite(root).all()
+
+    wide = (entries(x, layout).astype(jnp.float32) for x in (w, read_scales(q)))
+    codes, good = jax.lax.map(one, (*wide, c))
+    return with_codes(q, from_entries(codes, layout, w.shape)), good.all()
+
+
+def _root_of_inverse(c: jax.Array, damping: float) -> jax.Array:
+    """Upper ``U`` with ``U^T U = H^-1``, of ``C`` damped; an input that is always 0 stands alone."""
+    diagonal = jnp.diagonal(c)
+    mean = jnp.mean(diagonal)
+    h = (c + c.T) / (2.0 * mean) + jnp.diag(damping + (diagonal == 0).astype(c.dtype))
+    # H = R R^T of an upper R is Cholesky from the last input to the first; U = R^-1, and no H^-1 is rounded
+    r = jnp.linalg.cholesky(h[::-1, ::-1])[::-1, ::-1]
+    eye = jnp.eye(c.shape[0], dtype=c.dtype)
+    return jnp.triu(jax.scipy.linalg.solve_triangular(r, eye, lower=False))
+
+
+def _codes(w: jax.Array, scales: jax.Array, root: jax.Array, format: str) -> jax.Array:
+    """Codes ``[n, m]``, input by input; ``LAZY`` inputs at a time feel each error as it is made."""
+    form, n = READ[format], w.shape[0]
+    extra = -n % LAZY
+    w, scales = (jnp.pad(x, ((0, extra), (0, 0))) for x in (w, scales))
+    root = jnp.pad(root, ((0, extra), (0, extra))) + jnp.diag((jnp.arange(n + extra) >= n).astype(w.dtype))
+    inverse = jnp.where(scales == 0, 0.0, 1.0 / jnp.where(scales == 0, 1.0, scales))
+
+    def one_input(i, state, scales, inverse, square):
+        near, errors, codes = state  # [LAZY, m]: what is left of these inputs
+        code = form.encode(jnp.clip(near[i] * inverse[i], -form.top, form.top))
+        wrong = (near[i] - form.decode(code) * scales[i]) / square[i, i]
+        near = near - square[i][:, None] * wrong[None, :]  # U is upper: rounded inputs stay
+        put = jax.lax.dynamic_update_index_in_dim
+        return near, put(errors, wrong, i, 0), put(codes, code, i, 0)
+
+    def one_run(w, k):
+        def cut(x, axis=0):
+            return jax.lax.dynamic_slice_in_dim(x, k * LAZY, LAZY, axis)
+
+        near, rows = cut(w), cut(root)
+        step = functools.partial(
+            one_input, scales=cut(scales), inverse=cut(inverse), square=cut(rows, axis=1)
+        )
+        codes = jnp.zeros(near.shape, jax.eval_shape(form.encode, near).dtype)
+        _, errors, codes = jax.lax.fori_loop(0, LAZY, step, (near, jnp.zeros_like(near), codes))
+        return w - jnp.matmul(rows.T, errors, precision=EXACT), codes
+
+    codes = jax.lax.scan(one_run, w, jnp.arange((n + extra) // LAZY))[1]
+    return codes.reshape(w.shape)[:n]

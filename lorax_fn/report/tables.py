@@ -1,0 +1,247 @@
+"""What is adapted and what is not: `summary`, a table for people, cheap enough for a 70B abstract tree."""
+
+import dataclasses
+import html
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lorax_fn.core.trees import Adapter, PyTree, is_float, is_stored
+from lorax_fn.methods.lora import LoRA
+from lorax_fn.targets.roles import arrays, check_fits, classify
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One adapted leaf.
+
+    Args:
+      path: its path.
+      shape: the weight's shape.
+      method: the adapter's class.
+      rank: ``r``, one a stack entry, or None for a leaf trained whole.
+      alpha: numerator of the scale, or None.
+      scale: factor of ``A @ B``, one number or one a stack entry, or None.
+      trainable: numbers that train, pads not counted.
+      format: how a quantised weight is stored, such as ``"nf4"``; empty for an array.
+      nbytes: bytes of the weight as it is stored.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    method: str
+    rank: int | tuple[int, ...] | None
+    alpha: float | tuple[float, ...] | None
+    scale: float | tuple[float, ...] | None
+    trainable: int
+    format: str = ""
+    nbytes: int = 0
+
+    @property
+    def total(self) -> int:
+        """Numbers in the weight itself."""
+        return math.prod(self.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Skipped:
+    """One leaf of two or more axes without an adapter, and why.
+
+    Args:
+      path: its path.
+      shape: its shape.
+      reason: why it is not adapted.
+      format: how it is stored if it is quantised.
+      nbytes: its bytes if it is quantised.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    reason: str
+    format: str = ""
+    nbytes: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """What `summary` returns: a table by ``str``, HTML in notebooks.
+
+    Args:
+      rows: the adapted leaves, in the order of params.
+      skipped: the leaves of two or more axes that are not adapted.
+      trainable: numbers that train.
+      total: numbers in the float leaves of params, adapters not counted.
+      nbytes: bytes of all leaves of params as they are stored; a column where any of them is quantised.
+
+    Example:
+      >>> import jax.numpy as jnp, lorax_fn as lx
+      >>> params, lora = lx.split({"q": {"kernel": jnp.ones((8, 6))}}, rank=2)
+      >>> print(lx.summary(params, lora))
+      path           shape   method  rank  alpha  scale  trainable  total  percent
+      q/kernel       (8, 6)  LoRA    2     32     16            28     48   58.333
+      all of params                                             28     48   58.333
+    """
+
+    rows: tuple[Row, ...]
+    skipped: tuple[Skipped, ...]
+    trainable: int
+    total: int
+    nbytes: int = 0
+
+    @property
+    def quantised(self) -> bool:
+        """Whether any leaf listed is stored in another form than its own array."""
+        return any(x.format for x in (*self.rows, *self.skipped))
+
+    @property
+    def percent(self) -> float:
+        """Trainable numbers in percent of the base model's."""
+        return 100.0 * self.trainable / self.total if self.total else 0.0
+
+    def __str__(self) -> str:
+        lines = _aligned(self._table(), numbers=3 + self.quantised)
+        if self.skipped:
+            lines.append("not adapted:")
+            cells = [(s.path, str(s.shape), _reason(s)) for s in self.skipped]
+            lines.extend("  " + line for line in _aligned(cells))
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        head, *lines = self._table()
+        tables = [_html_table(head, lines)]
+        if self.skipped:
+            cells = [(s.path, str(s.shape), _reason(s)) for s in self.skipped]
+            tables.append(_html_table(("not adapted", "shape", "reason"), cells))
+        return "".join(tables)
+
+    def _table(self) -> list[tuple[str, ...]]:
+        total = ("all of params", "", "", "", "", "", *_share(self.trainable, self.total))
+        table = [_HEAD, *map(_cells, self.rows), total]
+        if not self.quantised:
+            return table
+        last = [
+            ("bytes", "stored"),
+            *((f"{x.nbytes:,}", x.format) for x in self.rows),
+            (f"{self.nbytes:,}", ""),
+        ]
+        return [
+            (*line[:6], stored, *line[6:], size) for line, (size, stored) in zip(table, last, strict=True)
+        ]
+
+
+def summary(params: PyTree, lora: dict[str, Adapter]) -> Summary:
+    """Lists what is adapted, what it costs, and every other leaf of two or more axes with the reason.
+
+    Args:
+      params: the frozen tree; abstract leaves are fine.
+      lora: its adapters.
+
+    Returns:
+      A `Summary`; ``print`` it. Reasons come from conventions, as `split` applies them without ``layout=``.
+
+    Raises:
+      LoraError: ``lora`` is not a dict of adapters or does not fit ``params``.
+
+    Example:
+      >>> import jax.numpy as jnp, lorax_fn as lx
+      >>> params = {"q": {"kernel": jnp.ones((8, 6))}, "lm_head": {"kernel": jnp.ones((8, 9))}}
+      >>> lx.summary(*lx.split(params, rank=2)).skipped[0].reason
+      'output head by name'
+    """
+    leaves = arrays(params)
+    check_fits(leaves, lora)
+    rows = tuple(_row(path, leaf, lora[path]) for path, leaf in leaves.items() if path in lora)
+    roles = classify(params)
+    skipped = tuple(
+        Skipped(path, tuple(leaf.shape), _why(roles[path]), *(_stored(leaf) if is_stored(leaf) else ("", 0)))
+        for path, leaf in leaves.items()
+        if path not in lora and len(leaf.shape) > 1
+    )
+    total = sum(math.prod(leaf.shape) for leaf in leaves.values() if is_float(leaf))
+    nbytes = sum(_stored(leaf)[1] for leaf in leaves.values())
+    return Summary(rows, skipped, sum(row.trainable for row in rows), total, nbytes)
+
+
+def _stored(leaf: Any) -> tuple[str, int]:
+    if is_stored(leaf):
+        return leaf.format, leaf.nbytes
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        leaf = jax.eval_shape(jax.random.key_data, leaf)
+    return "", math.prod(leaf.shape) * leaf.dtype.itemsize
+
+
+def _reason(skipped: Skipped) -> str:
+    return (
+        f"{skipped.reason} ({skipped.format}, {skipped.nbytes:,} bytes)" if skipped.format else skipped.reason
+    )
+
+
+def _why(role: Any) -> str:
+    if role.kind == "open":
+        return f"not among targets, or left open by conventions: {role.reason}"
+    return role.reason or "a weight, but not among targets, or excluded"
+
+
+def _row(path: str, leaf: Any, adapter: Adapter) -> Row:
+    scale: Any = getattr(adapter, "scale", None)
+    if getattr(scale, "ndim", 0):
+        scale = tuple(float(x) for x in scale.ravel())
+    rank, alpha = getattr(adapter, "rank", None), getattr(adapter, "alpha", None)
+    shape, method, trainable = tuple(leaf.shape), type(adapter).__name__, _trainable(adapter)
+    return Row(path, shape, method, rank, alpha, scale, trainable, *_stored(leaf))
+
+
+def _trainable(adapter: Adapter) -> int:
+    if isinstance(adapter, LoRA) and isinstance(adapter.rank, tuple):
+        _, n, m = adapter.layout.shapes(adapter.shape)
+        return sum(adapter.rank) * (math.prod(n) + math.prod(m))
+    names = [field.name for field in dataclasses.fields(adapter) if field.name not in adapter.frozen]
+    values = [getattr(adapter, name) for name in names]
+    return sum(math.prod(value.shape) for value in values if is_float(value))
+
+
+# Text -------------------------------------------------------------------------------------------------
+
+_HEAD = ("path", "shape", "method", "rank", "alpha", "scale", "trainable", "total", "percent")
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    numbers = (_runs(row.rank), _runs(row.alpha), _runs(row.scale))
+    return (row.path, str(row.shape), row.method, *numbers, *_share(row.trainable, row.total))
+
+
+def _share(trainable: int, total: int) -> tuple[str, str, str]:
+    return f"{trainable:,}", f"{total:,}", f"{100.0 * trainable / total if total else 0.0:.3f}"
+
+
+def _runs(value: Any) -> str:
+    """``(0, 0, 8, 8)`` as ``2x0 2x8``: a stack of 80 layers still fits a line."""
+    if value is None:
+        return "-"
+    if not isinstance(value, tuple):
+        return f"{value:g}"
+    groups = [(len(list(same)), number) for number, same in itertools.groupby(value)]
+    return " ".join(f"{count}x{number:g}" for count, number in groups)
+
+
+def _aligned(cells: Sequence[Sequence[str]], numbers: int = 0) -> list[str]:
+    """Lines of padded cells; the last ``numbers`` columns to the right."""
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = []
+    for row in cells:
+        padded = [text.ljust(width) for text, width in zip(row, widths, strict=True)]
+        for i in range(len(row) - numbers, len(row)):
+            padded[i] = row[i].rjust(widths[i])
+        lines.append("  ".join(padded).rstrip())
+    return lines
+
+
+def _html_table(head: Sequence[str], rows: Any) -> str:
+    def line(tag, cells):
+        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+    return f"<table>{line('th', head)}{''.join(line('td', row) for row in rows)}</table>"

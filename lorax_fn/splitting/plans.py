@@ -1,0 +1,279 @@
+"""One value a target for rank, alpha, scaling, method and init, all checked before anything is built."""
+
+import collections
+import dataclasses
+import glob
+import math
+import numbers
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from lorax_fn.core.trees import Layout, error, is_float, is_stored
+from lorax_fn.inits import plain as inits
+from lorax_fn.methods.dora import DoRA
+from lorax_fn.methods.loha import LoHa
+from lorax_fn.methods.lokr import LoKr
+from lorax_fn.methods.lora import LoRA, LoRAFA
+from lorax_fn.methods.lora_xs import LoRAXS
+from lorax_fn.methods.low_rank import SCALINGS
+from lorax_fn.methods.vera import VeRA
+from lorax_fn.targets.roles import find, matches
+
+METHODS = {
+    "lora": LoRA,
+    "dora": DoRA,
+    "lora_fa": LoRAFA,
+    "vera": VeRA,
+    "loha": LoHa,
+    "lokr": LoKr,
+    "lora_xs": LoRAXS,
+}
+DEFAULTS = {"rank": 16, "alpha": 32.0, "scaling": "lora", "method": "lora", "init": "kaiming"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is to be built for one weight, every part of it checked."""
+
+    layout: Layout
+    rank: int | tuple[int, ...]
+    alpha: float | tuple[float, ...]
+    scaling: str
+    method: str
+    init: Any  # a name, what `lorax_fn.loftq` returns, or an `inits.FromData`
+
+
+def make_plans(leaves: Mapping[str, Any], layouts: Mapping[str, Layout], **choices: Any) -> dict[str, Plan]:
+    """Resolves rank, alpha, scaling, method and init for each weight of ``layouts``, or raises."""
+    given = {name: _per_path(name, value, layouts, leaves) for name, value in choices.items()}
+    _check_known("method", given["method"], METHODS, _named_in(METHODS))
+    _check_known("scaling", given["scaling"], SCALINGS, _named_in(SCALINGS))
+    known = [*inits.INITS, "pissa:4", "loftq", "loftq:5"]
+    from_data = ", or one from data: lx.eva(fn, batches)"
+    _check_known("init", given["init"], known, inits.find_init, from_data)
+    ranks = {path: _as_rank(rank) for path, rank in given["rank"].items()}
+    _check_ranks(ranks, leaves, layouts, choices["rank"], given["method"])
+    alphas = {path: _as_alpha(alpha, ranks[path]) for path, alpha in given["alpha"].items()}
+    _check_alphas(alphas)
+    words = (given["scaling"], given["method"], given["init"])
+    plans = {p: Plan(layouts[p], ranks[p], alphas[p], *(word[p] for word in words)) for p in layouts}
+    _check_methods(plans, leaves)
+    return plans
+
+
+def _check_methods(plans: Mapping[str, Plan], leaves: Mapping[str, Any]) -> None:
+    """What a method cannot serve is said here, before anything is built."""
+    refused = {}
+    for path, plan in plans.items():
+        method = METHODS[plan.method]
+        why = method.refuses(tuple(leaves[path].shape), plan)
+        if why is None and not method.takes_init and plan.init != DEFAULTS["init"]:
+            why = f"no init=: it starts from its paper's own values, not from {plan.init!r}"
+        if why is None:
+            why = inits.refuses(tuple(leaves[path].shape), plan)
+        if why is None and is_stored(leaves[path]):
+            why = inits.refuses_stored(plan.init)
+        if why is not None:
+            refused[path] = why
+    if refused:
+        raise error(
+            "a method or init cannot serve these weights as asked.",
+            path=list(refused),
+            got=[
+                f"method={plans[p].method!r}, init={plans[p].init!r}, rank={plans[p].rank}, "
+                f"shape {tuple(leaves[p].shape)}, {plans[p].layout}"
+                for p in refused
+            ],
+            want=list(refused.values()),
+            do="give these weights another method, init or rank by {pattern: value}, or exclude= them.",
+        )
+
+
+def _per_path(
+    name: str, value: Any, targets: Mapping[str, Layout], leaves: Mapping[str, Any]
+) -> dict[str, Any]:
+    """One value a target, from one value for all or from ``{pattern: value}``, first match first."""
+    if not isinstance(value, Mapping):
+        return dict.fromkeys(targets, value)
+    for pattern in value:
+        find([pattern], leaves, name)
+    chosen, lost = {}, []
+    for path in targets:
+        hits = [v for pattern, v in value.items() if matches(pattern, path, leaves[path])]
+        if hits:
+            chosen[path] = hits[0]
+        else:
+            lost.append(path)
+    if lost:
+        raise error(
+            f"{name}= has no key for these targets.",
+            path=lost,
+            got=list(map(str, value)),
+            want="a key that matches each target",
+            do=f"end the mapping with '*': {DEFAULTS[name]!r}",
+        )
+    return chosen
+
+
+def _named_in(table: Mapping[str, Any]) -> Callable:
+    return lambda name: table.get(name) if isinstance(name, str) else None
+
+
+def _check_known(
+    name: str, values: Mapping[str, Any], names: Iterable[str], known: Callable, more: str = ""
+) -> None:
+    unknown = [path for path, value in values.items() if known(value) is None]
+    if unknown:
+        raise error(
+            f"unknown {name}.",
+            path=unknown,
+            got=[repr(values[path]) for path in unknown],
+            want=f"one of {sorted(names)}{more}",
+            do=f"{name}={DEFAULTS[name]!r}, or another of these.",
+        )
+
+
+def _as_rank(rank: Any) -> Any:
+    """Plain ints where the value is one or a sequence of them; anything else as it is, to be refused."""
+    listed = isinstance(rank, Sequence) and not isinstance(rank, str)
+    if listed or (isinstance(rank, np.ndarray) and rank.ndim == 1):
+        return tuple(map(_plain, rank))
+    return _plain(rank)
+
+
+def _plain(rank: Any) -> Any:
+    return int(rank) if _is_int(rank) else rank
+
+
+def _is_int(x: Any) -> bool:
+    return isinstance(x, numbers.Integral) and not isinstance(x, bool)
+
+
+def _check_ranks(ranks: Mapping[str, Any], leaves: Mapping, layouts: Mapping, given: Any, methods: Mapping):
+    wrong, too_large = {}, {}
+    for path, rank in ranks.items():
+        stack, n, m = layouts[path].shapes(leaves[path].shape)
+        entries, limit = math.prod(stack), METHODS[methods[path]].rank_limit(math.prod(n), math.prod(m))
+        problem = _rank_problem(rank, entries if stack else None)
+        if problem:
+            wrong[path] = problem
+        elif max(rank if isinstance(rank, tuple) else (rank,)) > limit:
+            too_large[path] = limit
+    if wrong:
+        raise error(
+            "a rank is not valid.",
+            path=list(wrong),
+            got=[f"rank={ranks[path]!r}" for path in wrong],
+            want=list(wrong.values()),
+            do="rank=16, or one int a stack entry for a stacked weight, or {pattern: rank}.",
+        )
+    if too_large:
+        raise error(
+            "a rank is larger than its weight allows.",
+            path=list(too_large),
+            got=[f"rank={ranks[path]} for shape {tuple(leaves[path].shape)}" for path in too_large],
+            want=[f"at most {limit}{_of(methods[path])}" for path, limit in too_large.items()],
+            do=f"rank={_remedy(ranks, too_large, given)!r}",
+        )
+
+
+def _of(method: str) -> str:
+    return f", for method={method!r}" if method == "lokr" else ", the smaller of n and m"
+
+
+def _rank_problem(rank: Any, entries: int | None) -> str | None:
+    """What the rank should be, or None where it is right; ``entries`` is None without a stack."""
+    if not isinstance(rank, tuple):
+        return None if _is_int(rank) and rank > 0 else "an int of 1 or more"
+    if entries is None:
+        return "one int: this weight is not stacked"
+    if len(rank) != entries:
+        return f"{entries} ints, one a stack entry, not {len(rank)}"
+    if not all(_is_int(r) and r >= 0 for r in rank):
+        return "ints of 0 (not adapted) or more"
+    return None if any(rank) else "one entry above 0; to adapt none of them name the weight in exclude="
+
+
+def _remedy(ranks: Mapping[str, Any], limits: Mapping[str, int], given: Any) -> dict:
+    """The mapping to paste: the largest rank allowed where the given one does not fit, else the given."""
+
+    def clipped(rank, limit):
+        return tuple(min(r, limit) for r in rank) if isinstance(rank, tuple) else min(rank, limit)
+
+    fitting = {glob.escape(path): clipped(ranks[path], limit) for path, limit in limits.items()}
+    others = given if isinstance(given, Mapping) else {"*": _as_rank(given)}
+    return fitting | {pattern: rank for pattern, rank in others.items() if pattern not in fitting}
+
+
+def _as_alpha(alpha: Any, rank: int | tuple[int, ...]) -> Any:
+    """A float, or one a stack entry where alpha is a function of ranks that differ."""
+    if not callable(alpha):
+        return _number(alpha)
+    if isinstance(rank, tuple):
+        return tuple(_number(alpha(r)) if r else 0.0 for r in rank)
+    return _number(alpha(rank))
+
+
+def _number(x: Any) -> Any:
+    return float(x) if isinstance(x, numbers.Real) and not isinstance(x, bool) else x
+
+
+def _check_alphas(alphas: Mapping[str, Any]) -> None:
+    def is_number(x):
+        return isinstance(x, float) and math.isfinite(x)
+
+    def fits(alpha):
+        return all(map(is_number, alpha)) if isinstance(alpha, tuple) else is_number(alpha)
+
+    wrong = [path for path, alpha in alphas.items() if not fits(alpha)]
+    if wrong:
+        raise error(
+            "an alpha is not valid.",
+            path=wrong,
+            got=[f"alpha={alphas[path]!r}" for path in wrong],
+            want="a finite number, a function of the rank that gives one, or {pattern: either}",
+            do="alpha=32.0, or alpha=lambda rank: 2 * rank.",
+        )
+
+
+def make_row_plans(leaves: Mapping[str, Any], rows: Any) -> dict[str, tuple[int, ...]]:
+    """The rows to train of each leaf that ``rows={pattern: ids}`` names, or raises."""
+    if rows is None:
+        return {}
+    if not isinstance(rows, Mapping):
+        raise error(
+            "rows= is no mapping.", got=repr(rows), want="{pattern: ids}", do="rows={'embed': [3, 7]}"
+        )
+    ids: dict[str, Any] = {}
+    for pattern, given in rows.items():
+        ((_, hits),) = find([pattern], leaves, "rows")
+        tables = [path for path in hits if is_float(leaves[path]) and len(leaves[path].shape) > 1]
+        ids.update((path, given) for path in tables or hits if path not in ids)
+    wrong = {path: why for path, given in ids.items() if (why := _rows_problem(given, leaves[path]))}
+    if wrong:
+        raise error(
+            "rows= cannot be trained as asked.",
+            path=list(wrong),
+            got=[f"{leaves[p].dtype}{tuple(leaves[p].shape)}, ids {str(ids[p])[:60]}" for p in wrong],
+            want=list(wrong.values()),
+            do="rows={'embed': [3, 7]}: each id once, from 0 to the number of rows less one.",
+        )
+    return {path: tuple(int(i) for i in given) for path, given in ids.items()}
+
+
+def _rows_problem(ids: Any, leaf: Any) -> str | None:
+    if not is_float(leaf) or len(leaf.shape) < 2:
+        return "a float table of two or more axes"
+    listed = isinstance(ids, Sequence) and not isinstance(ids, str) or isinstance(ids, np.ndarray | jax.Array)
+    ids = list(np.asarray(ids)) if listed and np.ndim(ids) == 1 else []
+    if not ids or not all(map(_is_int, ids)):
+        return "a sequence of one or more ints"
+    counts = collections.Counter(map(int, ids))
+    outside = sorted(i for i in counts if not 0 <= i < leaf.shape[0])
+    if outside:
+        return f"ids from 0 to {leaf.shape[0] - 1}, not {outside[:8]}"
+    twice = sorted(i for i, count in counts.items() if count > 1)
+    return f"each id once: {twice[:8]} repeat" if twice else None

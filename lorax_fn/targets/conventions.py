@@ -1,0 +1,211 @@
+"""What a leaf is: a weight or not, and which of its axes are stack, inputs and outputs.
+
+Three witnesses, one function each: an Equinox layer's type, the leaf's name with its sibling bias, and the
+traced use of the leaf. Each is right or leaves the question open; none guesses between equals.
+"""
+
+import dataclasses
+import re
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from lorax_fn.core.trees import Layout, PyTree, WeightUse, flatten_with_paths, is_float
+
+WEIGHT_NAMES = ("kernel", "w", "weight", "weight_ih", "weight_hh")
+OUT_IN_NAMES = ("weight", "weight_ih", "weight_hh")  # torch and Equinox; `kernel` and `w` are (in, out)
+EMBEDDING_NAMES = ("embedding", "embeddings")
+HEAD_NAMES = ("lm_head", "head", "logits", "unembed", "classifier", "output_projection")
+PASTE = "layout=lx.usage(fn, params, *args)"
+
+# Torch-style trees call every parameter `weight`, so there the module's name must tell what it is.
+_TORCH_NORM = re.compile(r"(.*norm|ln|bn)(_?(\d+|[a-z]))?", re.IGNORECASE)
+_TORCH_EMBEDDING = re.compile(
+    r"(.*[_-])?(emb|embed|embedding|embeddings|embed_tokens|embed_positions|embed_in|wte|wpe)(_?\d+)?",
+    re.IGNORECASE,
+)
+# The names that Linen and Haiku themselves give to convolutions that are not transposed.
+_PLAIN_CONVOLUTION = re.compile(r"Conv_\d+|conv\d_d(_\d+)?")
+
+
+@dataclasses.dataclass(frozen=True)
+class Role:
+    """What one leaf is to this library.
+
+    Args:
+      kind: ``"linear"`` is adapted by default; ``"head"``, ``"embedding"``, ``"convolution"`` and ``"used"``
+        only where named; ``"open"`` (a weight whose layout nothing decides) and ``"unserved"`` (a weight that
+        cannot be adapted) raise where they are asked for; ``"other"`` is no weight.
+      layout: its axes, or None where they are open.
+      reason: why it is not adapted by default; empty for ``"linear"``.
+    """
+
+    kind: str
+    layout: Layout | None = None
+    reason: str = ""
+
+
+def components(path: str) -> list[str]:
+    """The parts of a path between ``/`` and ``.``."""
+    return [part for part in re.split(r"[/.]", path) if part] or [""]
+
+
+def by_convention(path: str, leaf: Any, leaves: Mapping[str, Any], node: Any) -> Role:
+    """A leaf by its name, its sibling bias among ``leaves``, and its Equinox layer ``node`` if it has one."""
+    name, ndim = components(path)[-1], len(leaf.shape)
+    known = name in WEIGHT_NAMES
+    if not is_float(leaf):
+        return Role("unserved" if known and ndim >= 2 else "other", reason=f"not float ({leaf.dtype})")
+    if not known and name not in EMBEDDING_NAMES:
+        return Role("other", reason=f"by convention, {name!r} names no weight")
+    if ndim < 2:
+        return Role("other", reason="fewer than two axes")
+    if node is not None:
+        return _by_node(path, ndim, *node)
+    module = _module(path)
+    if name == "weight" and _TORCH_NORM.fullmatch(module):
+        return Role("other", reason=f"norm, by its module's name {module!r}")
+    if name in EMBEDDING_NAMES or (name == "weight" and _TORCH_EMBEDDING.fullmatch(module)):
+        if ndim == 2:
+            return Role("embedding", Layout((), (0,), (1,)), "embedding")
+        return Role("embedding", reason="embedding; which axis holds its rows is open")
+    return _by_bias(path, leaf, leaves, module, name)
+
+
+def _by_node(path: str, ndim: int, kind: str, core: int) -> Role:
+    """An Equinox layer: its type says what the last ``core`` axes are, so leading ones are a stack."""
+    s = ndim - core
+    if kind == "norm" or s < 0:
+        return Role("other", reason="norm")
+    stack, first, rest = tuple(range(s)), (s,), tuple(range(s + 1, ndim))
+    if kind == "embedding":
+        return Role("embedding", Layout(stack, first, rest), "embedding")
+    found = Layout(stack, rest, first)
+    if kind == "convolution":
+        return Role("convolution", found, "convolution")
+    return linear_or_head(path, found)
+
+
+def _by_bias(path: str, leaf: Any, leaves: Mapping[str, Any], module: str, name: str) -> Role:
+    """A weight by name whose axes are read off its rank and its sibling bias."""
+    shape, bias = tuple(leaf.shape), _sibling_bias(path, name, leaves)
+    if bias == shape:
+        return Role("other", reason="elementwise: its bias has its own shape")
+    if name == "weight" and len(shape) == 2 and "emb" in module.lower():
+        return _open(path, f"{module!r} may be an embedding (rows are inputs) or a projection")
+    fits = _layouts(shape, bias, name in OUT_IN_NAMES)
+    found = fits[0] if len(fits) == 1 else None
+    n_inputs = len(found.inputs) if found else 0
+    conv_name = "conv" in module.lower() and len(shape) > 2 and n_inputs != 1
+    if conv_name or (n_inputs >= 2 and name in OUT_IN_NAMES) or n_inputs >= 3:
+        if found is None or _may_be_transposed(module, shape, found, name in OUT_IN_NAMES):
+            return Role("convolution", reason="convolution; which axes it contracts is open")
+        return Role("convolution", found, "convolution")
+    if found is None and bias is None:
+        return _open(path, "no bias says which axes it contracts")
+    if found is None:
+        return _open(path, f"its bias {bias} fits in {len(fits)} ways")
+    if len(shape) > 2 and "conv" in path.lower():
+        return _open(path, f"a convolution by its path, a projection by its bias {bias}")
+    return linear_or_head(path, found)
+
+
+def _may_be_transposed(module: str, shape: tuple[int, ...], found: Layout, out_in: bool) -> bool:
+    """Transposed convolutions may swap in and out: with as many of both, a bias fits either way round."""
+    if "transpose" in module.lower():
+        return True
+    (out_axis,) = found.outputs[-1:]
+    in_axis = out_axis + 1 if out_in else out_axis - 1
+    return shape[in_axis] == shape[out_axis] and not _PLAIN_CONVOLUTION.fullmatch(module)
+
+
+def _layouts(shape: tuple[int, ...], bias: tuple[int, ...] | None, out_in: bool) -> list[Layout]:
+    """Every layout that the shape and a bias ``[*s, *m]`` allow."""
+    ndim = len(shape)
+    if bias is None:
+        if ndim != 2:
+            return []
+        return [Layout((), (1,), (0,)) if out_in else Layout((), (0,), (1,))]
+    fits, q = [], len(bias)
+    for s in range(q if q < ndim else 0):
+        stack, m = tuple(range(s)), q - s
+        outputs = tuple(range(s, q)) if out_in else tuple(range(ndim - m, ndim))
+        inputs = tuple(i for i in range(ndim) if i not in stack + outputs)
+        if bias == tuple(shape[i] for i in stack + outputs):
+            fits.append(Layout(stack, inputs, outputs))
+    return fits
+
+
+def by_use(path: str, leaf: Any, use: WeightUse | None) -> Role:
+    """A leaf as the traced function uses it."""
+    name = components(path)[-1]
+    weight_like = name in WEIGHT_NAMES and len(leaf.shape) >= 2
+    if not is_float(leaf):
+        return Role("unserved" if weight_like else "other", reason=f"not float ({leaf.dtype})")
+    if use is None or not use.ops:
+        return Role("other", reason="not used by the traced function")
+    ops = ", ".join(use.ops)
+    if use.layout is None:
+        source = "; ".join(use.source)
+        reason = f"used by {ops}: no low-rank layout" + (f" ({source})" if source else "")
+        return Role("unserved" if weight_like else "other", reason=reason)
+    if "conv_general_dilated" in use.ops:
+        return Role("convolution", use.layout, "convolution")
+    matmul = "dot_general" in use.ops or "ragged_dot_general" in use.ops
+    if "gather" in use.ops or name in EMBEDDING_NAMES:
+        return Role("embedding", use.layout, "embedding, also used for logits" if matmul else "embedding")
+    if not matmul:
+        return Role("used", use.layout, f"used by {ops}: no matrix product")
+    return linear_or_head(path, use.layout)
+
+
+def equinox_layers(params: PyTree) -> dict[str, tuple[str, int]]:
+    """``{path of a weight: (kind, axes that are no stack)}`` of the Equinox layers in a tree.
+
+    Asked of Equinox only where it is loaded: a tree cannot hold its layers otherwise.
+    """
+    nn = getattr(sys.modules.get("equinox"), "nn", None)
+    if nn is None:
+        return {}
+    kinds = {
+        "linear": (nn.Linear, nn.GRUCell, nn.LSTMCell),
+        "embedding": (nn.Embedding,),
+        "convolution": (nn.Conv, nn.ConvTranspose),
+        "norm": (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.BatchNorm),
+    }
+    types = tuple(t for group in kinds.values() for t in group)
+    layers = {}
+    for path, node in flatten_with_paths(params, is_leaf=lambda x: isinstance(x, types))[0]:
+        for kind, group in kinds.items():
+            if isinstance(node, group):
+                core = 2 + node.num_spatial_dims if kind == "convolution" else 2
+                layers.update({f"{path}/{name}".lstrip("/"): (kind, core) for name in OUT_IN_NAMES})
+    return layers
+
+
+def linear_or_head(path: str, layout: Layout) -> Role:
+    """A linear weight; as an output head it waits to be named."""
+    return Role("head", layout, "output head by name") if _is_head(path) else Role("linear", layout)
+
+
+def _open(path: str, why: str) -> Role:
+    """A head is not adapted by default, so nobody needs its layout then."""
+    return Role("head" if _is_head(path) else "open", reason=why)
+
+
+def _is_head(path: str) -> bool:
+    """Whether a component of the path names an output head; never decided by being last."""
+    return any(part in HEAD_NAMES for part in components(path))
+
+
+def _module(path: str) -> str:
+    """The name of the module that owns a leaf: the last component before it that is not an index."""
+    return next((part for part in reversed(components(path)[:-1]) if not part.isdigit()), "")
+
+
+def _sibling_bias(path: str, name: str, leaves: Mapping[str, Any]) -> tuple[int, ...] | None:
+    prefix = path[: len(path) - len(name)]
+    for bias in ("b", "bias") if name == "w" else ("bias", "b"):
+        if prefix + bias in leaves:
+            return tuple(leaves[prefix + bias].shape)
+    return None

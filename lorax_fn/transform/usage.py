@@ -1,0 +1,204 @@
+"""`usage`: reads off a traced function what it does with each parameter. Nothing is computed."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from lorax_fn.core.trees import Layout, PyTree, WeightUse, flatten_with_paths, is_array, is_float
+from lorax_fn.methods.lora import LoRA
+from lorax_fn.transform.factored import wrap
+from lorax_fn.transform.views import PRODUCTS, Reader, Ref, Use
+from lorax_fn.transform.walk import Leaves, Report, Traces, Walk
+
+
+class Usage(Mapping):
+    """What a traced function does with each parameter: ``usage[path]`` is a `WeightUse`.
+
+    Printed, it is a table.
+
+    Args:
+      uses: one `WeightUse` a parameter.
+
+    Example:
+      >>> import jax.numpy as jnp, lorax_fn as lx
+      >>> use = lx.usage(lambda params, x: x @ params["w"], {"w": jnp.ones((3, 2))}, jnp.ones((4, 3)))
+      >>> print(use["w"].layout, use["w"].ops, use["w"].flops)
+      Layout(stack=(), inputs=(0,), outputs=(1,)) ('dot_general',) 48
+    """
+
+    def __init__(self, uses: Sequence[WeightUse]):
+        self._uses = {use.path: use for use in uses}
+
+    def __getitem__(self, path: str) -> WeightUse:
+        return self._uses[path]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._uses)
+
+    def __len__(self) -> int:
+        return len(self._uses)
+
+    def __repr__(self) -> str:
+        return str(self)
+
+    def __str__(self) -> str:
+        head = ("path", "shape", "ops", "stack", "inputs", "outputs", "times", "MFLOP", "low-rank rule")
+        rows = [head, *(_cells(use) for use in self.values())]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in rows
+        ]
+        return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def _cells(use: WeightUse) -> tuple[str, ...]:
+    layout = use.layout
+    axes = ("-", "-", "-") if layout is None else map(str, (layout.stack, layout.inputs, layout.outputs))
+    if layout is not None:
+        served = "yes" if use.served else "no: " + "; ".join(use.source)
+    else:
+        products = [line for line in use.source if line.split(":")[0] in PRODUCTS]
+        served = "".join(f"no layout; {line}" for line in products[:1]) or "-"
+    shape = "x".join(map(str, use.shape)) or "scalar"
+    return (
+        use.path,
+        shape,
+        ", ".join(use.ops) or "unused",
+        *axes,
+        str(use.times),
+        f"{use.flops / 1e6:.3g}",
+        served,
+    )
+
+
+def usage(fn: Callable, params: PyTree, *args: Any, argnum: int = 0, **kwargs: Any) -> Usage:
+    """Traces ``fn`` once and says what it does with each parameter.
+
+    Axes that a dot product or convolution contracts are inputs, those that it keeps are outputs; axes that
+    are scanned, indexed or batched are stack axes; an axis that array indices look up (an embedding) is an
+    input. A row that a single number picks is a lookup where a product uses the table whole, else it has no
+    layout. Of a fused kernel ``[3, d, heads, head]`` the 3 is a stack axis if q, k and v are indexed or split
+    apart, an ``A`` for each; if one product keeps it, an output: one ``A`` for all, as PEFT has it.
+
+    So ``split(params, layout=usage(fn, params, x))`` needs no naming convention at all.
+
+    Args:
+      fn: any JAX function.
+      params: its parameters, arrays or `jax.ShapeDtypeStruct`.
+      *args: the other positional arguments, arrays or `jax.ShapeDtypeStruct`; static values as they are.
+      argnum: position of ``params`` among the positional arguments of ``fn``.
+      **kwargs: keyword arguments of ``fn``.
+
+    Returns:
+      A `Usage`: a mapping from path to `WeightUse`, which prints as a table.
+
+    Raises:
+      LoraError: two leaves of ``params`` have one path.
+
+    Example:
+      >>> import jax.numpy as jnp, lorax_fn as lx
+      >>> def attention(params, x):
+      ...     return jnp.einsum("btd,dhk->bthk", x, params["query"])
+      >>> use = lx.usage(attention, {"query": jnp.ones((8, 2, 4))}, jnp.ones((1, 3, 8)))
+      >>> use["query"].layout.outputs
+      (1, 2)
+    """
+    named, treedef = flatten_with_paths(params)
+    leaves = [leaf for _, leaf in named]
+    trace = Traces(fn).of((*args[:argnum], Leaves(leaves, treedef), *args[argnum:]), kwargs)
+    found: dict[str, list[Use]] = {path: [] for path, leaf in named if is_array(leaf)}
+    refs = []
+    for slot in trace.slots:
+        path, leaf = ("", None) if slot is None else named[slot]
+        refs.append([] if leaf is None else [Ref(path, tuple((i,) for i in range(len(leaf.shape))))])
+    reader = Reader(found)
+    reader.leave("return", "", reader.read(trace.jaxpr, refs, 1), 1)
+    leaf_of = dict(named)
+    found = {path: _with_lookups(uses, leaf_of[path]) for path, uses in found.items()}
+    layouts = {path: _layout(uses, leaf_of[path]) for path, uses in found.items()}
+    unserved = _unserved(trace, named, layouts)
+    result = []
+    for path, leaf in named:
+        if not is_array(leaf):
+            continue
+        uses, layout = found[path], layouts[path]
+        if layout is not None:
+            source = [f"{report.primitive}: {report.where}{report.line}" for report in unserved.get(path, [])]
+        else:
+            source = list(dict.fromkeys(f"{use.op}: {use.source}" for use in uses))
+        ops = tuple(dict.fromkeys(use.op for use in uses))
+        result.append(
+            WeightUse(
+                path,
+                tuple(leaf.shape),
+                leaf.dtype,
+                ops,
+                layout,
+                times=sum(use.times for use in uses),
+                flops=sum(use.flops * use.times for use in uses),
+                served=layout is not None and not source,
+                source=tuple(source),
+            )
+        )
+    return Usage(result)
+
+
+def _with_lookups(uses: list[Use], leaf: Any) -> list[Use]:
+    """Rows picked by a number are lookups in a table where a product uses the table whole, for logits.
+
+    Without one they may as well be biases or norm scales, one a layer: then they have no layout.
+    """
+    whole = [use.layout for use in uses if use.layout is not None]
+    if _layout(uses, leaf) is None:
+        return uses
+    return [
+        dataclasses.replace(use, op="gather", layout=use.row)
+        if use.row and any(not set(use.row.inputs) & set(layout.stack) for layout in whole)
+        else use
+        for use in uses
+    ]
+
+
+def _layout(uses: list[Use], leaf: Any) -> Layout | None:
+    """The layout of the first use that has one; every axis of the weight must have exactly one role."""
+    if not is_float(leaf):
+        return None
+    for use in uses:
+        if use.layout is not None:
+            axes = sorted((*use.layout.stack, *use.layout.inputs, *use.layout.outputs))
+            return use.layout if axes == list(range(len(leaf.shape))) else None
+    return None
+
+
+def _unserved(trace: Any, named: list, layouts: dict[str, Layout | None]) -> dict[str, list[Report]]:
+    """Where `adapt` would have to build a weight: found by walking the trace with abstract factors."""
+    leaves = [leaf for _, leaf in named]
+    for i, (path, leaf) in enumerate(named):
+        layout = layouts.get(path)
+        leaves[i] = wrap(path, leaf, None if layout is None else _abstract_adapter(leaf, layout))
+    values = [
+        value if slot is None else leaves[slot] for value, slot in zip(trace.values, trace.slots, strict=True)
+    ]
+    walk, reports = Walk("allow"), []
+
+    def run(consts, values):
+        with walk.collecting(reports):
+            return walk.returned(walk.evaluate(trace.jaxpr, consts, values))
+
+    jax.eval_shape(run, trace.consts, values)
+    by_path: dict[str, list[Report]] = {}
+    for report in dict.fromkeys(reports):
+        for path in report.path.split(" + "):
+            by_path.setdefault(path, []).append(report)
+    return by_path
+
+
+def _abstract_adapter(leaf: Any, layout: Layout) -> LoRA:
+    stack, n, m = layout.shapes(leaf.shape)
+    a = jax.ShapeDtypeStruct((*stack, *n, 1), np.float32)
+    b = jax.ShapeDtypeStruct((*stack, 1, *m), np.float32)
+    return LoRA(a, b, 1.0, 1, "lora", layout)
