@@ -15,7 +15,7 @@ import numpy as np
 import optax
 
 import lorax_fn as lx
-from lorax_fn.core.trees import Layout
+from lorax_fn.core.layouts import Layout
 
 LAYOUT = Layout(inputs=(0,), outputs=(1,))
 TX = optax.adam(0.05)

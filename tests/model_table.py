@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from lorax_fn.core.trees import Layout
+from lorax_fn.core.layouts import Layout
 
 SAME = "the same weights in the same layouts"
 MODELS: dict[str, "Model"] = {}

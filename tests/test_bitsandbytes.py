@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import lorax_fn as lx
-from lorax_fn.quantization.blocks import DYNAMIC, _from_dynamic
+from lorax_fn.quantization.formats import DYNAMIC, from_dynamic
 
 pytestmark = pytest.mark.extra_env
 if importlib.util.find_spec("bitsandbytes") is None:
@@ -71,7 +71,7 @@ def test_second_level_is_theirs_within_its_own_error(getkey):
         * np.repeat(state.state2.absmax.numpy(), 256)[: 96 * 8]
     )
     theirs = theirs.reshape(96, 8) + state.offset.item()
-    mine = _from_dynamic(q.scales) * jnp.repeat(q.groups, 256, 0)[:96] + q.offset
+    mine = from_dynamic(q.scales) * jnp.repeat(q.groups, 256, 0)[:96] + q.offset
     assert (np.abs(theirs - once.scales) <= gap * state.state2.absmax.numpy().max() * 1.001).all()
     assert (np.abs(mine - once.scales) <= gap * q.groups.max() * 1.001).all()
     np.testing.assert_allclose(

@@ -7,7 +7,8 @@ import pytest
 from jax import lax
 
 import lorax_fn as lx
-from lorax_fn.calibration.inputs import input_products, mean_gradients
+from lorax_fn.calibration.gradients import mean_gradients
+from lorax_fn.calibration.inputs import input_products
 
 DENSE, OUT_IN = lx.Layout((), (0,), (1,)), lx.Layout((), (1,), (0,))
 STACKED, CONV = lx.Layout((0,), (1,), (2,)), lx.Layout((), (0, 1, 2), (3,))

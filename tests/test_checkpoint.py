@@ -16,7 +16,9 @@ from lorax_fn import checkpoint
 from lorax_fn.checkpoint import storage
 from lorax_fn.checkpoint.fingerprint import fingerprint
 from lorax_fn.checkpoint.storage import LoraCheckpointWarning
-from lorax_fn.core.trees import Adapter, Layout, LoraError
+from lorax_fn.core.adapters import Adapter
+from lorax_fn.core.errors import LoraError
+from lorax_fn.core.layouts import Layout
 from lorax_fn.methods.lora import LoRA
 from lorax_fn.methods.whole import Full
 from lorax_fn.quantization.trees import quantize

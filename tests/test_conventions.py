@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lorax_fn.core.trees import Layout, LoraError
-from lorax_fn.splitting.split import merge, split
+from lorax_fn.core.errors import LoraError
+from lorax_fn.core.layouts import Layout
+from lorax_fn.splitting.merge import merge
+from lorax_fn.splitting.split import split
 from lorax_fn.targets.roles import classify
 from lorax_fn.transform.usage import usage
 

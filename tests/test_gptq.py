@@ -10,7 +10,7 @@ import pytest
 from jax import lax
 
 import lorax_fn as lx
-from lorax_fn.quantization.blocks import NF4
+from lorax_fn.quantization.formats import NF4
 
 RNG = np.random.default_rng(0)
 # 80 inputs, more than go in one run, of 12 directions and a little noise

@@ -11,7 +11,7 @@ import pytest
 from test_methods import IDS, LAYOUTS, close, everything, model, moved, params_of
 
 import lorax_fn as lx
-from lorax_fn.inits.plain import INITS
+from lorax_fn.inits.table import INITS
 
 BATCHES = [IDS, np.array([[1, 4, 6, 7], [2, 3, 0, 5]])]
 

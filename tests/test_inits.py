@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import lorax_fn as lx
-from lorax_fn.inits.plain import find_init
+from lorax_fn.inits.table import find_init
 
 STACKED = lx.Layout((1,), (0,), (3, 2))  # stack in the middle, two output axes turned round
 RESIDUAL = ["pissa", "pissa:4", "olora"]

@@ -9,7 +9,7 @@ import pytest
 from jax import lax
 
 import lorax_fn as lx
-from lorax_fn.calibration.inputs import groups
+from lorax_fn.calibration.passes import groups
 
 PATHS = ["conv", "layers", "out", "query"]
 X = np.random.default_rng(0).normal(size=(6, 7, 8)).astype(np.float32) * np.linspace(

@@ -12,7 +12,7 @@ import pytest
 from jax import lax
 
 import lorax_fn as lx
-from lorax_fn.splitting.plans import METHODS
+from lorax_fn.methods.table import METHODS
 
 # name -> options of split; every method of split must be here
 ROWS = {name: {"method": name} for name in METHODS} | {

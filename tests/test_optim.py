@@ -11,10 +11,12 @@ import optax
 import pytest
 from flax import nnx
 
-from lorax_fn.core.trees import Adapter, Layout, LoraError
+from lorax_fn.core.adapters import Adapter
+from lorax_fn.core.errors import LoraError
+from lorax_fn.core.layouts import Layout
 from lorax_fn.methods.lora import LoRA
 from lorax_fn.methods.whole import Full
-from lorax_fn.training.optim import mask, train_only
+from lorax_fn.training.masks import mask, train_only
 
 LAYOUT = Layout(inputs=(0,), outputs=(1,))
 

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 import lorax_fn as lx
-from lorax_fn.quantization.blocks import DYNAMIC, FORMATS, NF4, _chosen, _from_dynamic, _to_dynamic, encode
+from lorax_fn.quantization.blocks import encode
+from lorax_fn.quantization.formats import DYNAMIC, FORMATS, NF4, _chosen, from_dynamic, to_dynamic
 
 IN_OUT, OUT_IN = lx.Layout(inputs=(0,), outputs=(1,)), lx.Layout(inputs=(1,), outputs=(0,))
 STACKED = lx.Layout((0,), (1,), (2,))
@@ -78,10 +79,10 @@ def test_code_points_survive_and_the_first_of_two_has_the_high_bits():
 
 def test_second_level_table():
     assert len(DYNAMIC) == 256 and DYNAMIC[127] == 0 and DYNAMIC[-1] == 1
-    np.testing.assert_allclose(_from_dynamic(jnp.arange(256, dtype=jnp.uint8)), DYNAMIC, rtol=2e-7)
-    np.testing.assert_array_equal(_to_dynamic(jnp.asarray(DYNAMIC)), np.arange(256))
+    np.testing.assert_allclose(from_dynamic(jnp.arange(256, dtype=jnp.uint8)), DYNAMIC, rtol=2e-7)
+    np.testing.assert_array_equal(to_dynamic(jnp.asarray(DYNAMIC)), np.arange(256))
     edges = (DYNAMIC[:-1] + DYNAMIC[1:]) / np.float32(2)
-    np.testing.assert_array_equal(_to_dynamic(jnp.asarray(edges)), np.arange(255))  # ties: the lower one
+    np.testing.assert_array_equal(to_dynamic(jnp.asarray(edges)), np.arange(255))  # ties: the lower one
 
 
 def test_error_and_storage_on_normal_numbers(getkey):
@@ -125,7 +126,7 @@ def test_double_quantisation_errs_within_a_gap_of_its_table(getkey):
     np.testing.assert_array_equal(once.codes, twice.codes)
     scales = np.asarray(once.scales)
     restored = (
-        np.asarray(_from_dynamic(twice.scales)) * np.repeat(twice.groups, 256, 1)[:, :700] + twice.offset
+        np.asarray(from_dynamic(twice.scales)) * np.repeat(twice.groups, 256, 1)[:, :700] + twice.offset
     )
     bound = 0.5 * np.diff(DYNAMIC).max() * np.repeat(np.asarray(twice.groups), 256, 1)[:, :700]
     assert (np.abs(restored - scales) <= bound * (1 + 1e-5)).all()

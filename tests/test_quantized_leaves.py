@@ -11,8 +11,8 @@ from flax import nnx
 from flax.core import meta
 
 import lorax_fn as lx
-from lorax_fn.core.trees import by_entry
-from lorax_fn.splitting.plans import METHODS
+from lorax_fn.core.stored import by_entry
+from lorax_fn.methods.table import METHODS
 
 LAYOUT = {"l/kernel": lx.Layout((0,), (1,), (2,)), "q/kernel": lx.Layout((), (0,), (1,))}
 

@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from lorax_fn.core.trees import Layout, LoraError
+from lorax_fn.core.errors import LoraError
+from lorax_fn.core.layouts import Layout
 from lorax_fn.report.tables import Skipped, summary
 from lorax_fn.splitting.split import split
 

@@ -9,7 +9,7 @@ from jax.sharding import NamedSharding
 from many_devices import P
 
 import lorax_fn as lx
-from lorax_fn.splitting.plans import METHODS
+from lorax_fn.methods.table import METHODS
 
 LAYOUT = lx.Layout((0,), (2, 1), (3,))  # a stack, two inputs in another order, an output
 

@@ -10,11 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorax_fn.core.trees import Layout, LoraError
+from lorax_fn.core.errors import LoraError
+from lorax_fn.core.layouts import Layout
 from lorax_fn.methods.lora import LoRA
 from lorax_fn.methods.whole import Full
 from lorax_fn.report.tables import summary
-from lorax_fn.splitting.split import delta, merge, split
+from lorax_fn.splitting.merge import delta, merge
+from lorax_fn.splitting.split import split
 
 
 def shaped(*shape, dtype=jnp.float32):

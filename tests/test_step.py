@@ -12,10 +12,12 @@ import numpy as np
 import optax
 import pytest
 
-from lorax_fn.core.trees import Adapter, Layout, LoraError
+from lorax_fn.core.adapters import Adapter
+from lorax_fn.core.errors import LoraError
+from lorax_fn.core.layouts import Layout
 from lorax_fn.methods.lora import LoRA
 from lorax_fn.methods.whole import Full
-from lorax_fn.training.optim import train_only
+from lorax_fn.training.masks import train_only
 from lorax_fn.training.step import TrainState, make_train_step
 
 LAYOUT = Layout(inputs=(0,), outputs=(1,))

@@ -8,9 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorax_fn.core.trees import Layout, LoraError, WeightUse
+from lorax_fn.core.errors import LoraError
+from lorax_fn.core.fitting import check_fits
+from lorax_fn.core.layouts import Layout, WeightUse
 from lorax_fn.splitting.split import split
-from lorax_fn.targets.roles import check_fits, classify, matches
+from lorax_fn.targets.patterns import matches
+from lorax_fn.targets.roles import classify
 
 
 def shaped(*shape, dtype=jnp.float32):

@@ -14,11 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lorax_fn.core.trees import Adapter, Factors, Layout, PyTree, error, is_array, is_float
-from lorax_fn.methods.whole import Full
-from lorax_fn.targets.roles import arrays
+from lorax_fn.calibration.passes import groups, over_arrays, summed
+from lorax_fn.core.adapters import Adapter, Factors
+from lorax_fn.core.errors import error
+from lorax_fn.core.layouts import Layout
+from lorax_fn.core.trees import PyTree, arrays, is_float
+from lorax_fn.transform.adapt import adapt
 from lorax_fn.transform.usage import usage
-from lorax_fn.transform.walk import adapt
 
 SPAN = 1e-6  # below this share of the largest eigenvalue a float32 covariance holds rounding only
 
@@ -71,7 +73,7 @@ def input_products(fn: Callable, params: PyTree, layouts: Mapping[str, Layout]) 
             )
         return sum(leaf.astype(jnp.float32).sum() for leaf in floats)
 
-    run, checked = _over_arrays(jax.grad(outputs)), set()
+    run, checked = over_arrays(jax.grad(outputs)), set()
 
     def products(batches: Iterable, probes: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
         def seen() -> Iterator[Any]:
@@ -81,7 +83,7 @@ def input_products(fn: Callable, params: PyTree, layouts: Mapping[str, Layout]) 
                     checked.update(probes)
                 yield batch
 
-        return _summed(run, dict(probes), params, seen())[0]
+        return summed(run, dict(probes), params, seen())[0]
 
     return products
 
@@ -113,100 +115,6 @@ def probed(sums: Callable, batches: Iterable, bases: Mapping, layouts: Mapping, 
     return {path: found[path].reshape(basis.shape) for path, basis in bases.items()}
 
 
-def mean_gradients(
-    loss: Callable, params: PyTree, batches: Iterable, paths: Iterable[str]
-) -> dict[str, jax.Array]:
-    """The gradient of a loss by each weight, the mean over batches.
-
-    Args:
-      loss: ``loss(params, batch) -> scalar``.
-      params: its parameters, concrete.
-      batches: what ``loss`` is called with, one after the other.
-      paths: which weights.
-
-    Returns:
-      ``{path: gradient}`` float32, on the weights' own axes.
-
-    Raises:
-      LoraError: there is no batch, or the loss is not one number.
-    """
-    leaves, adapted = arrays(params), adapt(loss, fallback="error")
-
-    def value(weights, params, batch):
-        found = adapted(params, {path: Full(w) for path, w in weights.items()}, batch)
-        if not is_float(found) or found.shape != ():
-            raise error(
-                "LoRA-GA needs a loss.",
-                got=f"{jax.tree.map(lambda x: getattr(x, 'shape', type(x)), found)} from fn(params, batch)",
-                want="one float",
-                do="lx.lora_ga(lambda params, batch: loss(fn(params, batch.x), batch.y), batches).",
-            )
-        return found
-
-    weights = {path: leaves[path].astype(jnp.float32) for path in paths}
-    total, count = _summed(_over_arrays(jax.grad(value)), weights, params, batches)
-    return {path: gradient / count for path, gradient in total.items()}
-
-
-def groups(paths: Iterable[str], batches: Iterable, at_once: int | None) -> Iterator[list[str]]:
-    """The paths, so many at once, where the batches can be passed through again for the next ones."""
-    paths = list(paths)
-    size = len(paths) if at_once is None else at_once
-    if size < len(paths):
-        check_again(batches, f"at_once={at_once} of {len(paths)} weights")
-    for i in range(0, len(paths), max(size, 1)):
-        yield paths[i : i + size]
-
-
-def check_again(batches: Iterable, why: str) -> None:
-    """Raises a `LoraError` where the batches can be passed through only once."""
-    if iter(batches) is batches:
-        raise error(
-            "batches have to be passed through more than once.",
-            got=f"a {type(batches).__name__}, and {why}",
-            want="a list, or anything that gives a new iterator each time",
-            do="batches=list(batches).",
-        )
-
-
-def _summed(run: Callable, at: dict, params: PyTree, batches: Iterable) -> tuple[dict, int]:
-    """The sum over batches of ``run(at, params, batch)``, and their number."""
-    total, count = None, 0
-    for batch in batches:
-        new = run(at, params, batch)
-        total = new if total is None else jax.tree.map(jnp.add, total, new)
-        count += 1
-    if total is None:
-        raise error(
-            "there are no batches to look at.",
-            path=list(at),
-            got="an empty iterable, or an iterator that was used up before",
-            do="batches=[x0, x1, ...], each called as fn(params, batch).",
-        )
-    return total, count
-
-
-def _over_arrays(fn: Callable) -> Callable:
-    """`jax.jit` over the arrays among the leaves of the arguments; all else is static, as in `adapt`."""
-    known: dict[Any, Callable] = {}
-
-    def call(*args):
-        leaves, treedef = jax.tree.flatten(args)
-        dynamic = tuple(map(is_array, leaves))
-        static = tuple(None if d else leaf for leaf, d in zip(leaves, dynamic, strict=True))
-
-        def flat(values):
-            rest = iter(values)
-            return fn(
-                *treedef.unflatten([next(rest) if d else x for x, d in zip(static, dynamic, strict=True)])
-            )
-
-        jitted = known.setdefault((treedef, dynamic, static), jax.jit(flat))
-        return jitted([leaf for leaf, d in zip(leaves, dynamic, strict=True) if d])
-
-    return call
-
-
 def _check_contracted(fn: Callable, params: PyTree, batch: Any, paths: list[str]) -> None:
     """Every weight has to be contracted with inputs; rows that are looked up have none."""
     uses = usage(fn, params, batch)
@@ -226,9 +134,6 @@ def _check_contracted(fn: Callable, params: PyTree, batch: Any, paths: list[str]
         )
 
 
-# What inits from data share.
-
-
 def problem_of(sizes: Any, ranks: np.ndarray, needed: Any = True) -> str | None:
     """What keeps spectra ``[s, k]`` from starting entries of these ranks, or None."""
     sizes = np.asarray(sizes, np.float64)
@@ -244,34 +149,3 @@ def problem_of(sizes: Any, ranks: np.ndarray, needed: Any = True) -> str | None:
 
 def _in_entries(which: np.ndarray) -> str:
     return "" if which.size == 1 else f" in stack entries {np.flatnonzero(which).tolist()}"
-
-
-def raise_unusable(what: str, init: Any, wrong: Mapping[str, str]) -> None:
-    if wrong:
-        raise error(
-            f"the {what} of these weights cannot start them.",
-            path=list(wrong),
-            got=list(wrong.values()),
-            want="finite numbers, and as many directions as the rank",
-            do=f"more batches, a lower rank, or another init: init={{pattern: 'kaiming', '*': {init!r}}}.",
-        )
-
-
-def checked_at_once(at_once: Any) -> int | None:
-    if at_once is not None and (isinstance(at_once, bool) or not isinstance(at_once, int) or at_once < 1):
-        raise error("at_once= is not valid.", got=repr(at_once), want="an int above 0, or None", do="4.")
-    return at_once
-
-
-def check_one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise error(f"unknown {name}.", got=repr(value), want=list(known), do=f"{name}={known[0]!r}.")
-
-
-def widest(rank: Any) -> int:
-    """The rank of the factors: of ranks along a stack, the largest."""
-    return max(rank) if isinstance(rank, tuple) else rank
-
-
-def name_of(fn: Callable) -> str:
-    return getattr(fn, "__name__", type(fn).__name__)

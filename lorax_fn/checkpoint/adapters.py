@@ -38,9 +38,10 @@ from lorax_fn.checkpoint.storage import (
     to_device,
     write_facts,
 )
-from lorax_fn.core.trees import Adapter, PyTree, error, flatten_with_paths
-from lorax_fn.targets.roles import check_fits, misfits
-from lorax_fn.training.step import check_adapters
+from lorax_fn.core.adapters import Adapter
+from lorax_fn.core.errors import error
+from lorax_fn.core.fitting import check_adapters, check_fits, misfits
+from lorax_fn.core.trees import PyTree, flatten_with_paths
 
 FORMAT, VERSION, FACTS = "lorax_fn.adapter", 1, "adapter.json"
 

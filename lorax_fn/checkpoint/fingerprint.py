@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lorax_fn.core.trees import PyTree, flatten_with_paths, is_abstract, is_array, is_stored
+from lorax_fn.core.stored import is_stored
+from lorax_fn.core.trees import PyTree, flatten_with_paths, is_abstract, is_array
 
 SAMPLE = 4096  # elements a leaf that the fingerprint reads
 

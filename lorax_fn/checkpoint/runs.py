@@ -13,6 +13,7 @@ damaged afterwards is found by the sums, renamed to ``step-<number>.damaged`` an
 The state of a pmap is stored once, not once a device, but for ``extra``.
 """
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -45,8 +46,8 @@ from lorax_fn.checkpoint.storage import (
     to_device,
     write_facts,
 )
-from lorax_fn.core.trees import LoraError, PyTree, error, is_array, named_leaves
-from lorax_fn.training.step import TrainState
+from lorax_fn.core.errors import LoraError, error
+from lorax_fn.core.trees import PyTree, is_array, named_leaves
 
 FORMAT, VERSION, FACTS = "lorax_fn.training", 1, "train.json"
 NAME = re.compile(r"step-(\d{8,})")
@@ -67,7 +68,7 @@ class Snapshots:
                 "this checkpoint holds adapters alone: no optimizer state, step or key to go on from.",
                 path=self.folder,
                 do="start anew from them: lora = lx.checkpoint.load(path, params=params), "
-                "state = lx.TrainState.create(lora=lora, ...), and another checkpoint_dir.",
+                "state = lx.Any.create(lora=lora, ...), and another checkpoint_dir.",
             )
         if _first_process():
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -76,7 +77,7 @@ class Snapshots:
         self.checkpointer = ocp.StandardCheckpointer()
         self.thread = ThreadPoolExecutor(1, "lorax_fn.fit")
 
-    def restore(self, state: TrainState) -> tuple[TrainState, dict, Any] | None:
+    def restore(self, state: Any) -> tuple[Any, dict, Any] | None:
         """``(state, facts of the loop, data position)`` of the newest checkpoint that is whole, or None."""
         if not _first_process():  # the first one moves what is damaged out of the way
             _meet("find")
@@ -99,7 +100,7 @@ class Snapshots:
             )
         return restored, facts["loop"], json.loads(own.read_text("utf-8"))
 
-    def save(self, state: TrainState, step: int, loop: dict, position: Any) -> None:
+    def save(self, state: Any, step: int, loop: dict, position: Any) -> None:
         """Copies ``state`` to the host and goes on; a thread writes it."""
         self.wait()
         stage = self.folder / f".step-{step:08d}"
@@ -254,17 +255,17 @@ def _number(path: pathlib.Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
-def _others(state: TrainState) -> dict[str, PyTree]:
+def _others(state: Any) -> dict[str, PyTree]:
     return {"opt_state": state.opt_state, "step": state.step, "key": state.key, "extra": state.extra}
 
 
-def _rest(state: TrainState) -> list[tuple[str, Any]]:
+def _rest(state: Any) -> list[tuple[str, Any]]:
     """Every leaf of the state but the adapters', as ``(path, array)``; Python numbers become arrays."""
     named = named_leaves(_others(state))
     return [(path, leaf if is_array(leaf) else jnp.asarray(leaf)) for path, leaf in named]
 
 
-def _restored(path: pathlib.Path, facts: dict, like: TrainState) -> TrainState:
+def _restored(path: pathlib.Path, facts: dict, like: Any) -> Any:
     """The stored state with the structure and the shardings of ``like``."""
     once = _once(like)
     adapters, _ = describe(once.lora)
@@ -286,7 +287,7 @@ def _restored(path: pathlib.Path, facts: dict, like: TrainState) -> TrainState:
     rest = [to_device(arrays[f"state.{i}"], fact) for i, fact in enumerate(want)]
     rest = [_weak(x) if fact["path"] in facts["weak"] else x for x, fact in zip(rest, want, strict=True)]
     others = jax.tree.unflatten(jax.tree.structure(_others(like)), rest)
-    return jax.tree.map(_placed, TrainState(lora=lora, **others), like)
+    return jax.tree.map(_placed, dataclasses.replace(like, lora=lora, **others), like)
 
 
 def _weak(x: jax.Array) -> jax.Array:
@@ -337,7 +338,7 @@ def _whole(x: Any) -> Any:
     return np.asarray(x) if local else x
 
 
-def _once(state: TrainState) -> TrainState:
+def _once(state: Any) -> Any:
     """The state without the device axis that pmap puts before each of its arrays; ``extra`` keeps it."""
     if not np.ndim(state.step):
         return state
@@ -346,7 +347,7 @@ def _once(state: TrainState) -> TrainState:
         return x.addressable_shards[0].data[0] if isinstance(x, jax.Array) else x[0]
 
     lora, opt_state, step, key = jax.tree.map(first, (state.lora, state.opt_state, state.step, state.key))
-    return TrainState(lora=lora, opt_state=opt_state, step=step, key=key, extra=state.extra)
+    return dataclasses.replace(state, lora=lora, opt_state=opt_state, step=step, key=key)
 
 
 def _first_process() -> bool:

@@ -22,7 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import lorax_fn.methods
-from lorax_fn.core.trees import Adapter, Layout, LoraError, error
+from lorax_fn.core.adapters import Adapter
+from lorax_fn.core.errors import LoraError, error
+from lorax_fn.core.layouts import Layout
 
 
 class LoraCheckpointWarning(UserWarning):

@@ -12,19 +12,13 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from lorax_fn.calibration.inputs import (
-    check_one_of,
-    checked_at_once,
-    groups,
-    mean_gradients,
-    name_of,
-    problem_of,
-    raise_unusable,
-    widest,
-)
-from lorax_fn.core.trees import Layout, PyTree
-from lorax_fn.inits.pissa import entries, entry_scales, taken_out, used_ranks
-from lorax_fn.inits.plain import FromData, no_scale
+from lorax_fn.calibration.gradients import mean_gradients
+from lorax_fn.calibration.inputs import problem_of
+from lorax_fn.calibration.passes import checked_at_once, groups, name_of
+from lorax_fn.core.layouts import Layout
+from lorax_fn.core.matrices import entries, entry_scales, taken_out, used_ranks
+from lorax_fn.core.trees import PyTree
+from lorax_fn.inits.base import FromData, check_one_of, no_scale, raise_unusable, widest
 
 DIRECTIONS = ("ArB2r", "A2rBr", "ArBr")
 SCALES = ("stable", "unit", "gd_scale", "weight_svd")

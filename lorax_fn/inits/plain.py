@@ -5,17 +5,14 @@ It returns the very ``w`` it was given unless it moves a part of W into the fact
 differ along a stack come as a tuple; the factors are then as wide as the largest; `split` zeroes the pads.
 """
 
-import functools
 import math
-from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lorax_fn.core.trees import Layout, PyTree
-from lorax_fn.inits.pissa import LoftQ, loftq, olora, pissa, used_ranks
+from lorax_fn.core.layouts import Layout
+from lorax_fn.core.matrices import used_ranks
 
 
 def kaiming(key, w, layout: Layout, rank, scale, dtype):
@@ -152,74 +149,6 @@ def orthogonal(key, w, layout: Layout, rank, scale, dtype):
 
     a, b = jax.vmap(one)(jax.random.split(key, math.prod(stack)), used)
     return a.reshape(*stack, *n, r).astype(dtype), b.reshape(*stack, r, *m).astype(dtype), w
-
-
-INITS = {
-    "kaiming": kaiming,
-    "gaussian": gaussian,
-    "zero_a": zero_a,
-    "orthogonal": orthogonal,
-    "pissa": pissa,
-    "olora": olora,
-}
-
-
-class FromData:
-    """An init that looks at batches; `split` lets it look once, for all the weights that it is to start."""
-
-    moves_weight: ClassVar[bool] = True  # takes a part of W into the factors
-
-    def refuses(self, n: int, m: int, plan: Any) -> str | None:
-        """What this init cannot do for ``n`` inputs, ``m`` outputs and a checked plan, or None."""
-        raise TypeError(f"{type(self).__name__} must define refuses(n, m, plan)")
-
-    def starts(self, params: PyTree, plans: Mapping[str, Any]) -> dict[str, Callable]:
-        """The init of each weight of ``plans``, as the functions of this file are."""
-        raise TypeError(f"{type(self).__name__} must define starts(params, plans)")
-
-
-def find_init(name: object) -> Any:
-    """The init of a name such as ``"pissa:4"``, or `loftq`'s own or one from data itself; else None."""
-    if isinstance(name, LoftQ | FromData):
-        return name
-    if not isinstance(name, str):
-        return None
-    base, colon, count = name.partition(":")
-    if base == "pissa" and colon and count.isdecimal():
-        return functools.partial(pissa, iterations=int(count))
-    if base == "loftq" and (not colon or (count.isdecimal() and int(count))):
-        return loftq(iterations=int(count or 5))
-    return INITS.get(name)
-
-
-def refuses(shape: tuple[int, ...], plan: Any) -> str | None:
-    """What an init needs that it has not got here, or None."""
-    init, rank = plan.init, plan.rank
-    if isinstance(init, FromData):
-        _, n, m = plan.layout.shapes(shape)
-        return init.refuses(math.prod(n), math.prod(m), plan)
-    ranks = rank if isinstance(rank, tuple) else (rank,)
-    if init == "orthogonal" and any(r % 2 for r in ranks):
-        return f"an even rank for init='orthogonal', not {rank}: each factor uses half of it"
-    divides = isinstance(init, LoftQ) or init.startswith(("pissa", "loftq"))
-    return no_scale(plan) if divides else None
-
-
-def no_scale(plan: Any) -> str | None:
-    """What an init that divides by the scale says where there is none to divide by."""
-    ranks = plan.rank if isinstance(plan.rank, tuple) else (plan.rank,)
-    alphas = plan.alpha if isinstance(plan.alpha, tuple) else (plan.alpha,) * len(ranks)
-    if any(a <= 0 for r, a in zip(ranks, alphas, strict=True) if r):
-        return f"an alpha above 0 for init={plan.init!r}, not {plan.alpha}: it divides by the scale"
-    return None
-
-
-def refuses_stored(init: Any) -> str | None:
-    """What an init that takes a part of W says of a weight whose values are rounded already, or None."""
-    named = isinstance(init, str) and init.startswith(("pissa", "loftq", "olora"))
-    if named or isinstance(init, LoftQ) or (isinstance(init, FromData) and init.moves_weight):
-        return f"float weights for init={init!r}, which takes a part of W: split first, then lx.quantize"
-    return None
 
 
 def factor_shapes(shape, layout: Layout, rank) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -13,7 +13,8 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from lorax_fn.core.trees import Factors, by_entry, dense
+from lorax_fn.core.adapters import Factors
+from lorax_fn.core.stored import by_entry, dense
 from lorax_fn.methods.lora import LoRA
 from lorax_fn.methods.low_rank import Start
 

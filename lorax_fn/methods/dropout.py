@@ -5,7 +5,9 @@ import dataclasses
 import jax
 import numpy as np
 
-from lorax_fn.core.trees import Adapter, error, leaf_key
+from lorax_fn.core.adapters import Adapter
+from lorax_fn.core.errors import error
+from lorax_fn.core.keys import leaf_key
 from lorax_fn.methods.lora import LoRA
 
 

@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from lorax_fn.core.trees import Factors, Layout
+from lorax_fn.core.adapters import Factors
+from lorax_fn.core.layouts import Layout
 from lorax_fn.methods.low_rank import LowRank, Start, scale_of
 
 

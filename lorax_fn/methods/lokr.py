@@ -10,7 +10,8 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from lorax_fn.core.trees import Factors, Layout
+from lorax_fn.core.adapters import Factors
+from lorax_fn.core.layouts import Layout
 from lorax_fn.methods.low_rank import LowRank, Start, scale_of
 
 LARGEST = 8  # of W1's sides: its product with r is the width that the transform contracts

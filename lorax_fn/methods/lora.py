@@ -5,13 +5,14 @@ W' = W + scale * A @ B,   scale = alpha / rank         "lora", equation (3)
 """
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lorax_fn.core.trees import Factors, Layout
+from lorax_fn.core.adapters import Factors
+from lorax_fn.core.layouts import Layout
 from lorax_fn.methods.low_rank import LowRank, Start, scale_of
 
 
@@ -94,39 +95,3 @@ def _zero_pads(a: Any, b: Any, ranks: tuple[int, ...], s: int) -> tuple[Any, Any
     used_a = used.reshape(*stack, *(1,) * (a.ndim - s - 1), r)
     used_b = used.reshape(*stack, r, *(1,) * (b.ndim - s - 1))
     return jnp.where(used_a, a, jnp.zeros_like(a)), jnp.where(used_b, b, jnp.zeros_like(b))
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class LoRAFA(LoRA):
-    """LoRA-FA: A stays as it was drawn, B trains; backward keeps ``x @ A`` and not ``x``.
-
-    Zhang et al., "LoRA-FA" (https://arxiv.org/abs/2308.03303), equation (2). Fields as `LoRA`.
-
-    Args:
-      a: ``[*s, *n, r]``, frozen.
-      b: ``[*s, r, *m]``.
-      alpha: as in `LoRA`.
-      rank: as in `LoRA`.
-      scaling: as in `LoRA`.
-      layout: as in `LoRA`.
-      key: as in `LoRA`.
-      rate: as in `LoRA`.
-
-    Example:
-      >>> import jax, jax.numpy as jnp, lorax_fn as lx
-      >>> _, lora = lx.split({"kernel": jnp.ones((3, 2))}, rank=1, method="lora_fa")
-      >>> lx.mask(lora)["kernel"].a, lx.mask(lora)["kernel"].b
-      (False, True)
-    """
-
-    frozen: ClassVar[tuple[str, ...]] = ("a",)
-
-    @classmethod
-    def refuses(cls, shape: tuple[int, ...], start: Any) -> str | None:
-        if getattr(start.init, "__name__", start.init) == "zero_a":
-            return "an init whose A is not zero: A is frozen, and B gets no gradient through a zero A"
-        return None
-
-    def pair(self) -> Factors:
-        return dataclasses.replace(super().pair(), a=jax.lax.stop_gradient(self.a))

@@ -9,7 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lorax_fn.core.trees import Adapter, Factors, Layout, dense
+from lorax_fn.core.adapters import Adapter, Factors
+from lorax_fn.core.layouts import Layout
+from lorax_fn.core.matrices import product
+from lorax_fn.core.stored import dense
 
 SCALINGS = {"lora": lambda alpha, rank: alpha / rank, "rslora": lambda alpha, rank: alpha / math.sqrt(rank)}
 
@@ -107,29 +110,3 @@ class LowRank(Adapter):
         if len(w.shape) != self.layout.ndim or tuple(w.shape) != self.shape:
             return f"factors for a weight of shape {self.shape}"
         return None
-
-
-def product(factors: Factors, shape: tuple[int, ...]) -> jax.Array:
-    """``scale * A @ B`` in float32 on the axes of a weight of ``shape``."""
-    layout = factors.layout
-    stack, n, m = layout.shapes(shape)
-    s, i, o = math.prod(stack), math.prod(n), math.prod(m)
-    a = factors.a.astype(jnp.float32).reshape(-1, i, factors.a.shape[-1])
-    b = factors.b.astype(jnp.float32).reshape(-1, a.shape[-1], o)
-    scale = jnp.asarray(factors.scale, jnp.float32)
-    if scale.ndim > len(stack):  # one number a rank
-        b = b * scale.reshape(s, -1, 1)
-    else:
-        b = b * (scale.reshape(s, 1, 1) if scale.ndim else scale)
-    dw = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST).reshape(*stack, *n, *m)
-    order = (*layout.stack, *layout.inputs, *layout.outputs)
-    return jnp.transpose(dw, [order.index(axis) for axis in range(layout.ndim)])
-
-
-def entries(w, layout: Layout) -> jax.Array:
-    """A weight as float32 matrices ``[s, n, m]``, one a stack entry, whatever its axes."""
-    w = dense(w)
-    stack, n, m = layout.shapes(w.shape)
-    order = (*layout.stack, *layout.inputs, *layout.outputs)
-    wide = jnp.float32 if w.dtype.itemsize < 4 else w.dtype
-    return jnp.transpose(jnp.asarray(w, wide), order).reshape(math.prod(stack), math.prod(n), math.prod(m))

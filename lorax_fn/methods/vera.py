@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lorax_fn.core.trees import Factors, Layout
+from lorax_fn.core.adapters import Factors
+from lorax_fn.core.layouts import Layout
 from lorax_fn.methods.low_rank import LowRank, Start
 
 

@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lorax_fn.core.trees import Adapter, Factors, Layout, dense
+from lorax_fn.core.adapters import Adapter, Factors
+from lorax_fn.core.layouts import Layout
+from lorax_fn.core.stored import dense
 
 
 @jax.tree_util.register_dataclass

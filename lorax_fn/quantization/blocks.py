@@ -12,114 +12,16 @@ CPU and GPU, and has no NF4; qwix keeps its codes in such dtypes, unpacked and w
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lorax_fn.core.trees import Layout, Stored, error
-
-GROUP = 256  # scales that share one second-level scale
-
-# Appendix E of QLoRA: quantiles of the normal distribution, scaled to [-1, 1], with an exact zero.
-NF4 = np.array(
-    [
-        *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635),
-        *(-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725),
-        *(0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941),
-        *(0.7229568362236023, 1.0),
-    ],
-    np.float32,
-)
-
-
-def _dynamic_map() -> np.ndarray:
-    """The 256 values of QLoRA's second level: a sign, a decimal exponent, and a fraction in the bits left.
-
-    Dettmers et al., "8-bit Optimizers via Block-wise Quantization" (https://arxiv.org/abs/2110.02861).
-    """
-    positive = []
-    for bits in range(7):
-        edges = np.linspace(0.1, 1.0, 2**bits + 1)
-        positive.extend(10.0 ** (bits - 6) * (edges[:-1] + edges[1:]) / 2)
-    return np.sort(np.array([*positive, *(-x for x in positive), 0.0, 1.0])).astype(np.float32)
-
-
-DYNAMIC = _dynamic_map()
-
-
-@dataclasses.dataclass(frozen=True)
-class Format:
-    """How the numbers of one block, divided by their largest, become codes.
-
-    Args:
-      bits: 4, packed two a byte, or 8.
-      top: the value of the largest code: what a block's largest number is divided to.
-      encode: values from ``-top`` to ``top`` to codes.
-      decode: codes to float32 values.
-      minimum: whether a block's smallest number is taken off first, and kept: values begin at 0.
-      scales: dtype of scales and minimum.
-    """
-
-    bits: int
-    top: float
-    encode: Callable[[jax.Array], jax.Array]
-    decode: Callable[[jax.Array], jax.Array]
-    minimum: bool = False
-    scales: Any = np.float32
-
-
-def _nearest(x: jax.Array, table: np.ndarray) -> jax.Array:
-    """The index of the nearest entry of a sorted table; the lower one of two as near."""
-    code = jnp.zeros_like(x, jnp.uint8)
-    for edge in (table[:-1] + table[1:]) / np.float32(2):  # elementwise: XLA makes one loop of it
-        code = code + (x > edge).astype(jnp.uint8)
-    return code
-
-
-def _to_dynamic(x: jax.Array) -> jax.Array:
-    """`_nearest` of `DYNAMIC`, in a loop: its table is too long to be unrolled."""
-    edges = jnp.asarray((DYNAMIC[:-1] + DYNAMIC[1:]) / np.float32(2))
-    count = len(DYNAMIC) - 1
-    return jax.lax.fori_loop(
-        0, count, lambda i, code: code + (x > edges[i]).astype(jnp.uint8), jnp.zeros_like(x, jnp.uint8)
-    )
-
-
-def _chosen(index: jax.Array, table: np.ndarray) -> jax.Array:
-    """``table[index]`` by a tree of choices on its bits: ``low ^ (on & (low ^ high))`` of float bits.
-
-    A gather goes element by element on TPU; `jnp.where` makes arrays of the constants, and the gradient of a
-    scan would keep them.
-    """
-    values: list[Any] = list(table.view(np.int32))
-    for bit in range(len(values).bit_length() - 1):
-        on = -((index.astype(jnp.int32) >> bit) & 1)  # all bits or none
-        values = [low ^ (on & (low ^ high)) for low, high in zip(values[::2], values[1::2], strict=True)]
-    return jax.lax.bitcast_convert_type(values[0], jnp.float32)
-
-
-def _nibble(x: jax.Array) -> jax.Array:
-    return (jnp.round(x) + 8.0).astype(jnp.uint8)
-
-
-def _float(code: jax.Array) -> jax.Array:
-    return code.astype(jnp.float32)
-
-
-FORMATS = {
-    "nf4": Format(4, 1.0, lambda x: _nearest(x, NF4), lambda code: _chosen(code, NF4)),
-    "int4": Format(4, 7.0, _nibble, lambda code: _float(code) - 8.0),
-    "int8": Format(8, 127.0, lambda x: jnp.round(x).astype(jnp.int8), _float),
-}
-# The blocks of GGUF files, of 32 weights: `quantize` makes none, but one that is there stays.
-GGUF = {
-    "q4_1": Format(4, 15.0, lambda x: jnp.round(x).astype(jnp.uint8), _float, True, np.float16),
-    "q8_0": Format(8, 127.0, FORMATS["int8"].encode, _float, False, np.float16),
-}
-READ = {**FORMATS, **GGUF}
+from lorax_fn.core.errors import error
+from lorax_fn.core.layouts import Layout
+from lorax_fn.core.stored import Stored
+from lorax_fn.quantization.formats import GROUP, READ, code_as_float, from_dynamic, to_dynamic
 
 
 @jax.tree_util.register_dataclass
@@ -198,25 +100,6 @@ class Quantized(Stored):
         return encode(w, self.layout, self.format, self.block, self.groups is not None)
 
 
-def check_options(format: Any, block: Any) -> None:
-    """Raises a `LoraError` unless ``format`` is known and ``block`` is an even number."""
-    if not (isinstance(format, str) and format in FORMATS):
-        raise error(
-            "unknown format.",
-            got=repr(format),
-            want=f"one of {sorted(FORMATS)}",
-            do='lx.quantize(params, "nf4").',
-        )
-    whole = isinstance(block, int | np.integer) and not isinstance(block, bool)
-    if not whole or block < 2 or block % 2:
-        raise error(
-            "a block is an even number of weights.",
-            got=f"block={block!r}",
-            want="2, 4, 6, ...: two codes share a byte",
-            do="block=64.",
-        )
-
-
 def encode(w: Any, layout: Layout, format: str, block: int, double: bool) -> Quantized:
     """A weight as `Quantized`. All runs along the weight's own axes: a stack is as good as its entries."""
     form, shape = READ[format], tuple(w.shape)
@@ -236,7 +119,7 @@ def encode(w: Any, layout: Layout, format: str, block: int, double: bool) -> Qua
         inner = tuple(i for i in range(len(shape)) if i not in layout.stack)
         offset = jnp.mean(scales, inner, keepdims=True)
         groups = _largest(jnp.abs(scales - offset), across, GROUP)
-        scales = _to_dynamic((scales - offset) * _spread(_inverse(groups), across, GROUP, shape[across]))
+        scales = to_dynamic((scales - offset) * _spread(_inverse(groups), across, GROUP, shape[across]))
     arrays = (codes, scales, groups, offset, minimum)
     return Quantized(*arrays, format, block, shape, np.dtype(w.dtype), layout, axis, across)
 
@@ -251,8 +134,8 @@ def read_scales(q: Quantized) -> jax.Array:
     scales = q.scales
     if q.groups is not None:
         group = _spread(q.groups, q.group_axis, GROUP, q.shape[q.group_axis])
-        scales = _from_dynamic(scales) * group + q.offset
-    return _spread(_float(scales), q.block_axis, q.block, q.shape[q.block_axis])
+        scales = from_dynamic(scales) * group + q.offset
+    return _spread(code_as_float(scales), q.block_axis, q.block, q.shape[q.block_axis])
 
 
 def with_codes(q: Quantized, codes: jax.Array) -> Quantized:
@@ -266,13 +149,10 @@ def _dense(q: Quantized) -> jax.Array:
     codes = _unpacked(q.codes, axis, q.shape[axis]) if form.bits == 4 else q.codes
     w = form.decode(codes) * read_scales(q)
     if q.minimum is not None:
-        w = w + _spread(_float(q.minimum), axis, q.block, q.shape[axis])
+        w = w + _spread(code_as_float(q.minimum), axis, q.block, q.shape[axis])
     # said twice, as XLA drops a cast to bfloat16 and back: the same weight for every use of it
     kind = jnp.finfo(q.dtype)
     return jax.lax.reduce_precision(w, kind.nexp, kind.nmant).astype(q.dtype)
-
-
-# Axes -------------------------------------------------------------------------------------------------
 
 
 def _axis(axes: tuple[int, ...], shape: tuple[int, ...], size: int) -> int:
@@ -327,20 +207,6 @@ def _unpacked(codes: jax.Array, axis: int, length: int) -> jax.Array:
 
 def _cut(x: jax.Array, axis: int, length: int) -> jax.Array:
     return x if x.shape[axis] == length else jax.lax.slice_in_dim(x, 0, length, axis=axis)
-
-
-# by the place of a code's highest bit; the last is that of the one value, 1, which is no middle of a fraction
-POWERS = np.array([*(10.0 ** (bits - 6) for bits in range(7)), 1 / (0.1 + 0.9 * 0.5 / 128)], np.float32)
-
-
-def _from_dynamic(code: jax.Array) -> jax.Array:
-    """``DYNAMIC[code]``."""
-    index = code.astype(jnp.int32) - 127  # 0 is 0, 128 is 1
-    size = jnp.maximum(jnp.abs(index), 1)
-    bits = 31 - jax.lax.clz(size)
-    edge = jnp.left_shift(jnp.ones_like(bits), bits)
-    fraction = ((size - edge).astype(jnp.float32) + 0.5) / edge.astype(jnp.float32)
-    return jnp.sign(index).astype(jnp.float32) * _chosen(bits, POWERS) * (0.1 + 0.9 * fraction)
 
 
 def _check_axes(q: Quantized) -> None:

@@ -7,10 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lorax_fn.calibration.inputs import checked_at_once, covariances, problem_of
-from lorax_fn.core.trees import Layout, PyTree, error, is_concrete, replace_leaves
-from lorax_fn.inits.pissa import EXACT, entries, from_entries
-from lorax_fn.quantization.blocks import READ, Quantized, read_scales, with_codes
+from lorax_fn.calibration.inputs import covariances, problem_of
+from lorax_fn.calibration.passes import checked_at_once
+from lorax_fn.core.errors import error
+from lorax_fn.core.layouts import Layout
+from lorax_fn.core.matrices import EXACT, entries, from_entries
+from lorax_fn.core.trees import PyTree, is_concrete, replace_leaves
+from lorax_fn.quantization.blocks import Quantized, read_scales, with_codes
+from lorax_fn.quantization.formats import READ
 from lorax_fn.quantization.trees import chosen, rounded
 
 LAZY = 64  # inputs whose errors reach all later inputs in one product

@@ -8,19 +8,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lorax_fn.core.trees import (
-    Layout,
-    PyTree,
-    dense,
-    error,
-    flatten_with_paths,
-    is_concrete,
-    is_stored,
-    replace_leaves,
-    run,
-)
-from lorax_fn.quantization.blocks import Quantized, check_options, encode
-from lorax_fn.targets.roles import arrays, choose, classify
+from lorax_fn.core.errors import error
+from lorax_fn.core.layouts import Layout
+from lorax_fn.core.stored import dense, is_stored
+from lorax_fn.core.trees import PyTree, arrays, flatten_with_paths, is_concrete, replace_leaves, run
+from lorax_fn.quantization.blocks import Quantized, encode
+from lorax_fn.quantization.formats import check_options
+from lorax_fn.targets.roles import choose, classify
 
 
 def quantize(

@@ -8,10 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lorax_fn.core.trees import Adapter, error
+from lorax_fn.core.adapters import Adapter
+from lorax_fn.core.errors import error
+from lorax_fn.core.fitting import check_lora
+from lorax_fn.core.matrices import factor_entries
 from lorax_fn.methods.lora import LoRA
-from lorax_fn.ranks.resizing import factor_entries, with_rank
-from lorax_fn.targets.roles import check_lora
+from lorax_fn.ranks.resizing import with_rank
 
 
 def sensitivity(lora: dict[str, Adapter], grads: dict[str, Adapter]) -> dict[str, jax.Array]:

@@ -10,9 +10,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lorax_fn.core.trees import Adapter, PyTree, is_float, is_stored
+from lorax_fn.core.adapters import Adapter
+from lorax_fn.core.fitting import check_fits
+from lorax_fn.core.stored import is_stored
+from lorax_fn.core.trees import PyTree, arrays, is_float
 from lorax_fn.methods.lora import LoRA
-from lorax_fn.targets.roles import arrays, check_fits, classify
+from lorax_fn.targets.roles import classify
 
 
 @dataclasses.dataclass(frozen=True)

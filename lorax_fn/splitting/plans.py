@@ -11,26 +11,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from lorax_fn.core.trees import Layout, error, is_float, is_stored
-from lorax_fn.inits import plain as inits
-from lorax_fn.methods.dora import DoRA
-from lorax_fn.methods.loha import LoHa
-from lorax_fn.methods.lokr import LoKr
-from lorax_fn.methods.lora import LoRA, LoRAFA
-from lorax_fn.methods.lora_xs import LoRAXS
+from lorax_fn.core.errors import error
+from lorax_fn.core.layouts import Layout
+from lorax_fn.core.stored import is_stored
+from lorax_fn.core.trees import is_float
+from lorax_fn.inits.base import refuses, refuses_stored
+from lorax_fn.inits.table import INITS, find_init
 from lorax_fn.methods.low_rank import SCALINGS
-from lorax_fn.methods.vera import VeRA
-from lorax_fn.targets.roles import find, matches
+from lorax_fn.methods.table import METHODS
+from lorax_fn.targets.patterns import find, matches
 
-METHODS = {
-    "lora": LoRA,
-    "dora": DoRA,
-    "lora_fa": LoRAFA,
-    "vera": VeRA,
-    "loha": LoHa,
-    "lokr": LoKr,
-    "lora_xs": LoRAXS,
-}
 DEFAULTS = {"rank": 16, "alpha": 32.0, "scaling": "lora", "method": "lora", "init": "kaiming"}
 
 
@@ -51,9 +41,9 @@ def make_plans(leaves: Mapping[str, Any], layouts: Mapping[str, Layout], **choic
     given = {name: _per_path(name, value, layouts, leaves) for name, value in choices.items()}
     _check_known("method", given["method"], METHODS, _named_in(METHODS))
     _check_known("scaling", given["scaling"], SCALINGS, _named_in(SCALINGS))
-    known = [*inits.INITS, "pissa:4", "loftq", "loftq:5"]
+    known = [*INITS, "pissa:4", "loftq", "loftq:5"]
     from_data = ", or one from data: lx.eva(fn, batches)"
-    _check_known("init", given["init"], known, inits.find_init, from_data)
+    _check_known("init", given["init"], known, find_init, from_data)
     ranks = {path: _as_rank(rank) for path, rank in given["rank"].items()}
     _check_ranks(ranks, leaves, layouts, choices["rank"], given["method"])
     alphas = {path: _as_alpha(alpha, ranks[path]) for path, alpha in given["alpha"].items()}
@@ -73,9 +63,9 @@ def _check_methods(plans: Mapping[str, Plan], leaves: Mapping[str, Any]) -> None
         if why is None and not method.takes_init and plan.init != DEFAULTS["init"]:
             why = f"no init=: it starts from its paper's own values, not from {plan.init!r}"
         if why is None:
-            why = inits.refuses(tuple(leaves[path].shape), plan)
+            why = refuses(tuple(leaves[path].shape), plan)
         if why is None and is_stored(leaves[path]):
-            why = inits.refuses_stored(plan.init)
+            why = refuses_stored(plan.init)
         if why is not None:
             refused[path] = why
     if refused:

@@ -10,20 +10,35 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from lorax_fn.core.trees import Layout, PyTree, WeightUse, flatten_with_paths, is_float
+from lorax_fn.core.layouts import Layout, WeightUse
+from lorax_fn.core.trees import PyTree, flatten_with_paths, is_float
+from lorax_fn.targets.patterns import components
 
 WEIGHT_NAMES = ("kernel", "w", "weight", "weight_ih", "weight_hh")
+
+
 OUT_IN_NAMES = ("weight", "weight_ih", "weight_hh")  # torch and Equinox; `kernel` and `w` are (in, out)
+
+
 EMBEDDING_NAMES = ("embedding", "embeddings")
+
+
 HEAD_NAMES = ("lm_head", "head", "logits", "unembed", "classifier", "output_projection")
+
+
 PASTE = "layout=lx.usage(fn, params, *args)"
+
 
 # Torch-style trees call every parameter `weight`, so there the module's name must tell what it is.
 _TORCH_NORM = re.compile(r"(.*norm|ln|bn)(_?(\d+|[a-z]))?", re.IGNORECASE)
+
+
 _TORCH_EMBEDDING = re.compile(
     r"(.*[_-])?(emb|embed|embedding|embeddings|embed_tokens|embed_positions|embed_in|wte|wpe)(_?\d+)?",
     re.IGNORECASE,
 )
+
+
 # The names that Linen and Haiku themselves give to convolutions that are not transposed.
 _PLAIN_CONVOLUTION = re.compile(r"Conv_\d+|conv\d_d(_\d+)?")
 
@@ -43,11 +58,6 @@ class Role:
     kind: str
     layout: Layout | None = None
     reason: str = ""
-
-
-def components(path: str) -> list[str]:
-    """The parts of a path between ``/`` and ``.``."""
-    return [part for part in re.split(r"[/.]", path) if part] or [""]
 
 
 def by_convention(path: str, leaf: Any, leaves: Mapping[str, Any], node: Any) -> Role:

@@ -5,24 +5,13 @@ Patterns name leaves; `classify` says what each leaf is, from conventions, a tra
 """
 
 import dataclasses
-import fnmatch
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lorax_fn.core.trees import (
-    Layout,
-    PyTree,
-    WeightUse,
-    error,
-    flatten_with_paths,
-    is_adapter,
-    is_array,
-    is_dropped,
-    is_float,
-    is_stored,
-    nearest,
-)
+from lorax_fn.core.errors import error, nearest
+from lorax_fn.core.layouts import Layout, WeightUse
+from lorax_fn.core.stored import is_stored
+from lorax_fn.core.trees import PyTree, arrays, is_float
 from lorax_fn.targets.conventions import (
     EMBEDDING_NAMES,
     PASTE,
@@ -30,93 +19,10 @@ from lorax_fn.targets.conventions import (
     Role,
     by_convention,
     by_use,
-    components,
     equinox_layers,
     linear_or_head,
 )
-
-Pattern = str | re.Pattern | Callable[[str, Any], bool]
-
-# Patterns ---------------------------------------------------------------------------------------------
-
-
-def matches(pattern: Pattern, path: str, leaf: Any = None) -> bool:
-    """Whether a pattern names a leaf.
-
-    Args:
-      pattern: a glob over any run of whole components (``*`` crosses everything), a compiled regex
-        (``fullmatch`` on the path), or ``f(path, leaf) -> bool``.
-      path: the leaf's path.
-      leaf: the leaf, for callables.
-
-    Returns:
-      True or False.
-
-    Raises:
-      LoraError: the pattern is of another type.
-
-    Example:
-      >>> from lorax_fn.targets.roles import matches
-      >>> matches("layer_1", "layer_1/attn/q/kernel"), matches("layer_1", "layer_10/attn/q/kernel")
-      (True, False)
-    """
-    if isinstance(pattern, str):
-        parts, glob = components(path), "/".join(components(pattern))
-        ends = range(1, len(parts) + 1)
-        return any(fnmatch.fnmatchcase("/".join(parts[i:j]), glob) for j in ends for i in range(j))
-    if isinstance(pattern, re.Pattern):
-        return pattern.fullmatch(path) is not None
-    if callable(pattern):
-        return bool(pattern(path, leaf))
-    raise error(
-        "a pattern of an unknown type.",
-        got=repr(pattern),
-        want="a glob, a compiled regex, or f(path, leaf) -> bool",
-        do="write it as a string such as 'attn/q'.",
-    )
-
-
-def find(patterns: Any, leaves: Mapping[str, Any], argument: str) -> list[tuple[str, list[str]]]:
-    """The leaves that each pattern names, as ``[(label, [path])]``; none for None.
-
-    Raises:
-      LoraError: a pattern names no leaf; the message has the nearest paths.
-    """
-    if patterns is None:
-        return []
-    several = isinstance(patterns, Sequence | set | frozenset) and not isinstance(patterns, str)
-    listed: list[Any] = list(patterns) if several else [patterns]
-    found = [
-        (_label(pattern), [path for path, leaf in leaves.items() if matches(pattern, path, leaf)])
-        for pattern in listed
-    ]
-    lost = [label for label, hits in found if not hits]
-    if lost:
-        raise error(
-            f"a pattern in {argument}= matches nothing.",
-            got=lost,
-            nearest=[path for label in lost for path in nearest(label, list(leaves))] or "none",
-            do="correct the pattern; a glob names whole components: 'attn/q', 'layer_*'.",
-        )
-    return found
-
-
-def _union(found: list) -> list[str]:
-    return list(dict.fromkeys(path for _, hits in found for path in hits))
-
-
-def _label(pattern: Pattern) -> str:
-    if isinstance(pattern, re.Pattern):
-        return f"re.compile({pattern.pattern!r})"
-    return pattern if isinstance(pattern, str) else getattr(pattern, "__name__", repr(pattern))
-
-
-# What a leaf is ---------------------------------------------------------------------------------------
-
-
-def arrays(params: PyTree) -> dict[str, Any]:
-    """The array leaves of a tree by path."""
-    return {path: leaf for path, leaf in flatten_with_paths(params)[0] if is_array(leaf)}
+from lorax_fn.targets.patterns import Pattern, components, find, label_of, union
 
 
 def classify(params: PyTree, layout: Mapping | None = None) -> dict[str, Role]:
@@ -185,7 +91,7 @@ def _check_usage(leaves: Mapping[str, Any], usage: Mapping[str, WeightUse]) -> N
 
 def _stated(leaves: Mapping[str, Any], layouts: Mapping[Pattern, Layout]) -> dict[str, Layout]:
     """The layouts that the user wrote down, checked."""
-    strange = [f"{_label(p)}: {x!r}" for p, x in layouts.items() if not isinstance(x, Layout)]
+    strange = [f"{label_of(p)}: {x!r}" for p, x in layouts.items() if not isinstance(x, Layout)]
     if strange:
         raise error(
             "layout= holds no layouts.", got=strange, want="{pattern: lx.Layout(...)}", do=f"or {PASTE}"
@@ -193,7 +99,7 @@ def _stated(leaves: Mapping[str, Any], layouts: Mapping[Pattern, Layout]) -> dic
     stated: dict[str, Layout] = {}
     wrong: list[tuple[str, str]] = []
     for pattern, layout in layouts.items():
-        hits = _union(find([pattern], leaves, "layout"))
+        hits = union(find([pattern], leaves, "layout"))
         weights = [p for p in hits if components(p)[-1] in WEIGHT_NAMES + EMBEDDING_NAMES]
         for path in weights or hits:  # "attn/q" means its kernel, not its bias
             stated.setdefault(path, layout)
@@ -209,9 +115,6 @@ def _stated(leaves: Mapping[str, Any], layouts: Mapping[Pattern, Layout]) -> dic
             do=f"correct it, or {PASTE}",
         )
     return stated
-
-
-# What the user asked for ------------------------------------------------------------------------------
 
 
 def choose(
@@ -236,14 +139,14 @@ def choose(
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from lorax_fn.targets.roles import arrays, choose, classify
+      >>> from lorax_fn.core.trees import arrays, choose, classify
       >>> params = {"q": {"kernel": jnp.ones((4, 4)), "bias": jnp.ones(4)}, "k": {"kernel": jnp.ones((4, 4))}}
       >>> layouts, whole = choose(arrays(params), classify(params), "q", None, "bias")
       >>> list(layouts), whole
       (['q/kernel'], ['q/bias'])
     """
-    whole = _union(find(full, leaves, "full"))
-    left_out = whole + _union(find(exclude, leaves, "exclude"))
+    whole = union(find(full, leaves, "full"))
+    left_out = whole + union(find(exclude, leaves, "exclude"))
     named = _named_weights(leaves, roles, targets)
     asked = [path for path in leaves if path in named and path not in left_out]
     fixed = [path for path in whole if not is_float(leaves[path])]
@@ -304,83 +207,9 @@ def _named_weights(leaves: Mapping[str, Any], roles: Mapping[str, Role], targets
     if empty:
         raise error(
             f"a pattern in targets= names no weight: {', '.join(label for label, _ in empty)}",
-            path=_union(empty),
-            got=[f"{tuple(leaves[p].shape)}: {roles[p].reason}" for p in _union(empty)],
+            path=union(empty),
+            got=[f"{tuple(leaves[p].shape)}: {roles[p].reason}" for p in union(empty)],
             want="at least one weight a pattern",
             do=f"train such a leaf whole with full=, or let the program say what it is: {PASTE}",
         )
-    return {path for path in _union(found) if roles[path].kind != "other"}
-
-
-# Does a lora fit? -------------------------------------------------------------------------------------
-
-
-def check_fits(leaves: Mapping[str, Any], lora: Any, *, allow_dropped: bool = True) -> None:
-    """Checks every adapter against the leaf it is named after.
-
-    Args:
-      leaves: leaves by path.
-      lora: what should be a flat dict of adapters.
-      allow_dropped: whether adapters of `lorax_fn.dropout` are welcome.
-
-    Raises:
-      LoraError: ``lora`` is no dict of adapters, or any adapter has no leaf, another shape, or an unwanted
-        dropout; all of them are listed.
-
-    Example:
-      >>> from lorax_fn.targets.roles import check_fits
-      >>> check_fits({}, {})
-    """
-    wrong = misfits(leaves, lora, allow_dropped=allow_dropped)
-    if wrong:
-        raise error(
-            "lora does not fit these params.",
-            path=[path for path, _, _ in wrong],
-            got=[got for _, got, _ in wrong],
-            want=[want for _, _, want in wrong],
-            do="use the params that this lora was split from; for dropout, the lora from before it.",
-        )
-
-
-def misfits(
-    leaves: Mapping[str, Any], lora: Any, *, allow_dropped: bool = True
-) -> list[tuple[str, str, str]]:
-    """``(path, what is there, what should be)`` of every adapter that does not fit its leaf."""
-    check_lora(lora)
-    return [
-        (path, *found)
-        for path, adapter in lora.items()
-        if (found := _misfit(leaves, path, adapter, allow_dropped))
-    ]
-
-
-def check_lora(lora: Any) -> None:
-    """Raises a `LoraError` where ``lora`` is anything but a dict of adapters."""
-    if not isinstance(lora, Mapping):
-        strange: Any = type(lora).__name__
-    else:
-        strange = [f"{path}: {type(x).__name__}" for path, x in lora.items() if not is_adapter(x)]
-    if strange:
-        raise error(
-            "lora is not a dict of adapters.",
-            got=strange,
-            want="{path: Adapter}, as lx.split returns it second",
-            do="params, lora = lx.split(params); params come before lora in every call.",
-        )
-
-
-def _misfit(
-    leaves: Mapping[str, Any], path: str, adapter: Any, allow_dropped: bool
-) -> tuple[str, str] | None:
-    """What is there and what should be, or None where the adapter fits."""
-    if path not in leaves or not is_array(leaves[path]):
-        return "no such array in params", f"one of {nearest(path, list(leaves))}"
-    leaf = leaves[path]
-    problem = adapter.problem(leaf)
-    if problem is not None:
-        return f"a leaf of shape {tuple(leaf.shape)}", problem
-    if not is_float(leaf):
-        return f"a leaf of dtype {leaf.dtype}", "a float leaf"
-    if not allow_dropped and is_dropped(adapter):
-        return "an adapter under dropout", "one without"
-    return None
+    return {path for path in union(found) if roles[path].kind != "other"}

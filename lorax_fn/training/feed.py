@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from lorax_fn.core.trees import error
+from lorax_fn.core.errors import error
 
 
 class Feed:

@@ -20,7 +20,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from lorax_fn.checkpoint.runs import Snapshots
-from lorax_fn.core.trees import LoraError, PyTree, error, is_float, named_leaves
+from lorax_fn.core.errors import LoraError, error
+from lorax_fn.core.trees import PyTree, is_float, named_leaves
 from lorax_fn.training.feed import Feed
 from lorax_fn.training.metrics import Log, scalars
 from lorax_fn.training.step import TrainState

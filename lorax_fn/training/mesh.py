@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -11,83 +11,12 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lorax_fn.core.trees import PyTree, error, is_array, named_leaves
+from lorax_fn.core.errors import error
+from lorax_fn.core.trees import PyTree, is_array, named_leaves
 from lorax_fn.training import sharding
 from lorax_fn.training.step import TrainState, check_arrays_only, make_train_step
 
 BATCH_AXES = ("data", "fsdp")
-
-
-def pmap_train_step(
-    loss_fn: Callable,
-    tx: optax.GradientTransformation,
-    *,
-    accumulate: int = 1,
-    axis_name: Hashable = "devices",
-    devices: Sequence[Any] | None = None,
-) -> Callable:
-    """Builds the step of `make_train_step` under ``jax.pmap``: every device holds the whole base.
-
-    ``step(state, params, batch)`` takes ``replicate(state)``, ``replicate(params)`` and ``shard(batch)``.
-    Gradients, loss and the float leaves of ``aux`` and ``extra`` are means over the devices; each device has
-    a key of its own. The state is donated: the step consumes the one that it was given.
-
-    Args:
-      loss_fn: as in `make_train_step`; it sees the examples of one device.
-      tx: the optimizer that `TrainState.create` got.
-      accumulate: how many micro-batches each device splits its examples into.
-      axis_name: the name of the mapped axis, for collectives inside ``loss_fn``.
-      devices: the devices, those that `replicate` and `shard` got; None is all.
-
-    Returns:
-      The step, ``step(state, params, batch) -> (state, metrics)``, compiled at its first call. Every leaf
-      that it returns has the leading axis of devices, along which all copies are equal: `unreplicate` takes
-      one. (Leaves of ``aux`` and ``extra`` that are not float are each device's own.)
-
-    Raises:
-      LoraError: as `make_train_step`; when the step runs, a leaf lacks the leading axis of devices.
-
-    Example:
-      >>> import jax, jax.numpy as jnp, lorax_fn as lx, optax
-      >>> def loss_fn(params, lora, batch, key):
-      ...     return jnp.mean((batch - lora["b"].weight(params["b"])) ** 2)
-      >>> tx, params = optax.sgd(0.5), {"b": jnp.zeros(())}
-      >>> state = lx.TrainState.create(lora={"b": lx.Full(jnp.zeros(()))}, tx=tx, key=jax.random.key(0))
-      >>> step = lx.pmap_train_step(loss_fn, tx)
-      >>> count = jax.local_device_count()
-      >>> batch = lx.shard(jnp.arange(2.0 * count))
-      >>> state, metrics = step(lx.replicate(state), lx.replicate(params), batch)
-      >>> float(lx.unreplicate(state).lora["b"].value) == count - 0.5
-      True
-    """
-    inner = make_train_step(loss_fn, tx, accumulate=accumulate, axis_name=axis_name)
-    mapped = jax.pmap(inner, axis_name=axis_name, donate_argnums=0, devices=devices)
-    count = jax.local_device_count() if devices is None else len(devices)
-
-    @functools.wraps(inner)
-    def step(state: TrainState, params: PyTree, batch: PyTree) -> tuple[TrainState, dict]:
-        try:
-            return mapped(state, params, batch)
-        except (TypeError, ValueError, IndexError):
-            _check_replicated({"state": state, "params": params, "batch": batch}, count)
-            raise
-
-    return step
-
-
-def _check_replicated(arguments: dict, count: int) -> None:
-    """What pmap's own error says less clearly; called only after one."""
-    check_arrays_only(arguments["params"])
-    named = [(path, np.shape(x)) for path, x in named_leaves(arguments)]
-    wrong = [(path, shape) for path, shape in named if shape[:1] != (count,)]
-    if wrong:
-        raise error(
-            "the arguments of a pmapped step have no axis of devices.",
-            path=[path for path, _ in wrong],
-            got=[f"shape {shape}" for _, shape in wrong],
-            want=f"shape ({count}, ...)",
-            do="step(lx.replicate(state), lx.replicate(params), lx.shard(batch)).",
-        )
 
 
 def mesh_train_step(

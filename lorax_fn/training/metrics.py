@@ -13,7 +13,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from lorax_fn.core.trees import PyTree, error, named_leaves
+from lorax_fn.core.errors import error
+from lorax_fn.core.trees import PyTree, named_leaves
 
 WINDOW = 20  # steps over which the speed is taken
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from lorax_fn.core.trees import error
+from lorax_fn.core.errors import error
 
 
 def pack(

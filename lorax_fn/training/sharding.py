@@ -5,133 +5,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lorax_fn.core.trees import (
-    Adapter,
-    PyTree,
-    error,
-    flatten_with_paths,
-    is_adapter,
-    is_array,
-    is_stored,
-    named_leaves,
-    nearest,
-)
-from lorax_fn.targets.roles import arrays, find
-
-# For pmap: a leading axis of devices --------------------------------------------------------------------
-
-
-def replicate(tree: PyTree, devices: Sequence[Any] | None = None) -> PyTree:
-    """Copies a tree to each device, side by side on a new leading axis, as `pmap_train_step` takes it.
-
-    Args:
-      tree: a `TrainState`, params, or any tree of arrays ``[...]`` and numbers; PRNG keys are welcome.
-      devices: the devices; None is ``jax.local_devices()``, the order of ``jax.pmap``.
-
-    Returns:
-      The same tree of arrays ``[devices, ...]``, one copy on each device.
-
-    Example:
-      >>> import jax, jax.numpy as jnp, lorax_fn as lx
-      >>> lx.replicate({"w": jnp.ones((2, 3))}, jax.devices()[:4])["w"].shape
-      (4, 2, 3)
-    """
-    devices = list(jax.local_devices() if devices is None else devices)
-
-    whole = _along_devices(devices)
-
-    def copies(x):
-        x = jnp.asarray(x)[None]
-        parts = [jax.device_put(x, device) for device in devices]
-        return jax.make_array_from_single_device_arrays((len(devices), *x.shape[1:]), whole, parts)
-
-    return jax.tree.map(copies, tree)
-
-
-def unreplicate(tree: PyTree) -> PyTree:
-    """The first device's copy of a replicated tree: what `replicate` was given, after training.
-
-    Args:
-      tree: a tree of arrays ``[devices, ...]``, as `replicate` and ``jax.pmap`` give them.
-
-    Returns:
-      The same tree of arrays ``[...]`` on the first device.
-
-    Raises:
-      LoraError: a leaf has no leading axis.
-
-    Example:
-      >>> import jax, jax.numpy as jnp, lorax_fn as lx
-      >>> lx.unreplicate(lx.replicate({"w": jnp.ones((2, 3))}))["w"].shape
-      (2, 3)
-    """
-    wrong = [path for path, leaf in named_leaves(tree, "batch") if not np.ndim(leaf)]
-    if wrong:
-        raise error(
-            "a leaf has no axis of devices.",
-            path=wrong,
-            got="shape ()",
-            want="shape (devices, ...)",
-            do="pass what lx.replicate or a pmapped step gave; nothing else needs lx.unreplicate.",
-        )
-
-    def first(x):
-        # not x[0], which is a program over all devices
-        return x.addressable_shards[0].data.reshape(x.shape[1:]) if isinstance(x, jax.Array) else x[0]
-
-    return jax.tree.map(first, tree)
-
-
-def shard(batch: PyTree, devices: Sequence[Any] | None = None) -> PyTree:
-    """Deals a batch out to devices: axis 0 of every leaf becomes ``[devices, B / devices]``.
-
-    Args:
-      batch: a tree of arrays ``[B, ...]``.
-      devices: the devices; None is ``jax.local_devices()``, the order of ``jax.pmap``.
-
-    Returns:
-      The same tree of arrays ``[devices, B / devices, ...]``, each device with its own examples.
-
-    Raises:
-      LoraError: axis 0 of a leaf does not divide by the number of devices, or there is none.
-
-    Example:
-      >>> import jax, jax.numpy as jnp, lorax_fn as lx
-      >>> lx.shard({"x": jnp.ones((16, 3))}, jax.devices()[:4])["x"].shape
-      (4, 4, 3)
-    """
-    devices = list(jax.local_devices() if devices is None else devices)
-    count = len(devices)
-    wrong = [
-        (path, np.shape(x))
-        for path, x in named_leaves(batch, "batch")
-        if not np.ndim(x) or np.shape(x)[0] % count
-    ]
-    if wrong:
-        raise error(
-            "the batch can't be dealt out to the devices.",
-            path=[path for path, _ in wrong],
-            got=[f"shape {shape}" for _, shape in wrong],
-            want=f"axis 0 a multiple of {count}, the number of devices",
-            do="change the batch size; keep what is not a batch out of it.",
-        )
-
-    def deal(x):
-        x = x if isinstance(x, jax.Array) else np.asarray(x)
-        return jax.device_put(x.reshape(count, x.shape[0] // count, *x.shape[1:]), _along_devices(devices))
-
-    return jax.tree.map(deal, batch)
-
-
-def _along_devices(devices: list) -> NamedSharding:
-    return NamedSharding(jax.sharding.Mesh(np.array(devices), ("devices",)), PartitionSpec("devices"))
-
-
-# On a mesh: adapters follow their weights -----------------------------------------------------------------
+from lorax_fn.core.adapters import Adapter, is_adapter
+from lorax_fn.core.errors import error, nearest
+from lorax_fn.core.stored import is_stored
+from lorax_fn.core.trees import PyTree, arrays, flatten_with_paths, is_array
+from lorax_fn.targets.patterns import find
 
 
 def shardings(lora: PyTree, params_shardings: PyTree) -> PyTree:
@@ -254,9 +135,6 @@ def _adapter_shardings(path: str, adapter: Adapter, weight: NamedSharding, misfi
         misfits.extend(misfits_of(path, shape, own, weight.mesh, f"{name}: "))
         placed[at, shape] = NamedSharding(weight.mesh, own)
     return placed
-
-
-# Specs that hold, and rules that name them -----------------------------------------------------------------
 
 
 def misfits_of(

@@ -9,18 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lorax_fn.core.trees import (
-    PyTree,
-    checked_key,
-    error,
-    flatten_with_paths,
-    is_array,
-    is_dropped,
-    is_float,
-    named_leaves,
-)
-from lorax_fn.targets.roles import check_lora
-from lorax_fn.training.optim import mask, train_only
+from lorax_fn.core.errors import error
+from lorax_fn.core.fitting import check_adapters
+from lorax_fn.core.keys import checked_key
+from lorax_fn.core.trees import PyTree, flatten_with_paths, is_array, is_float, named_leaves
+from lorax_fn.training.masks import mask, train_only
 
 ARRAYS_ONLY = "arrays, static = eqx.partition(model, eqx.is_array), or graphdef, arrays = nnx.split(model)"
 
@@ -300,20 +293,6 @@ def _describe(x: Any) -> str:
     if isinstance(x, tuple):
         return f"a tuple of {len(x)}: ({', '.join(_describe(part) for part in x)})"
     return f"a {type(x).__name__}"
-
-
-def check_adapters(lora: Any) -> None:
-    """Refuses what can be neither trained nor saved: anything but a dict of adapters without dropout."""
-    check_lora(lora)
-    dropped = [path for path, node in lora.items() if is_dropped(node)]
-    if dropped:
-        raise error(
-            "lora came out of dropout.",
-            path=dropped,
-            got="adapters that hold a dropout key",
-            want="adapters without dropout",
-            do="pass the lora that dropout was given; call lx.dropout(lora, rate, key) inside loss_fn only.",
-        )
 
 
 def _check_trains(lora: dict) -> None:

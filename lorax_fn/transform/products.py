@@ -7,20 +7,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import primitives as prims
 
-from lorax_fn.core.trees import error
+from lorax_fn.core.errors import error
 from lorax_fn.transform import jaxpr as jx
-from lorax_fn.transform.factored import (
-    RANK,
-    Factored,
-    Part,
-    Sum,
-    align,
-    build,
-    contract,
-    dropped,
-    is_factored,
-    low_rank_product,
-)
+from lorax_fn.transform.contractions import align, build, contract, dropped, low_rank_product
+from lorax_fn.transform.factored import RANK, Factored, Part, Sum, is_factored
 from lorax_fn.transform.meshes import explicit_mesh, sharding_without
 from lorax_fn.transform.rules import rule
 from lorax_fn.transform.stored import moved, product

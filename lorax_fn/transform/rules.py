@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import primitives as prims
 
-from lorax_fn.transform.factored import RANK, Factored, Part, align, is_factored
+from lorax_fn.transform.contractions import align
+from lorax_fn.transform.factored import RANK, Factored, Part, is_factored
 from lorax_fn.transform.stored import lookup, moved
 
 Rule = Callable[[Any, int, Sequence[Any]], Any]

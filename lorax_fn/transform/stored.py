@@ -13,7 +13,7 @@ import numpy as np
 from jax import lax
 from jax.extend.core import primitives as prims
 
-from lorax_fn.core.trees import Stored, dense, is_stored
+from lorax_fn.core.stored import Stored, dense, is_stored
 from lorax_fn.transform import jaxpr as jx
 
 

@@ -7,11 +7,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from lorax_fn.core.trees import Layout, PyTree, WeightUse, flatten_with_paths, is_array, is_float
+from lorax_fn.core.layouts import Layout, WeightUse
+from lorax_fn.core.trees import PyTree, flatten_with_paths, is_array, is_float
 from lorax_fn.methods.lora import LoRA
 from lorax_fn.transform.factored import wrap
+from lorax_fn.transform.traces import Leaves, Traces
 from lorax_fn.transform.views import PRODUCTS, Reader, Ref, Use
-from lorax_fn.transform.walk import Leaves, Report, Traces, Walk
+from lorax_fn.transform.walk import Report, Walk
 
 
 class Usage(Mapping):

@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from lorax_fn.core.trees import Layout
+from lorax_fn.core.layouts import Layout
 from lorax_fn.transform import jaxpr as jx
 from lorax_fn.transform.rules import reshape_groups
 

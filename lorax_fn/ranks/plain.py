@@ -1,0 +1,118 @@
+"""`to_plain`: adapters of residual weights as ordinary ones of the original weights."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lorax_fn.core.adapters import Adapter
+from lorax_fn.core.errors import error
+from lorax_fn.core.fitting import check_fits
+from lorax_fn.core.matrices import entries, factor_entries, used_ranks
+from lorax_fn.core.stored import is_stored
+from lorax_fn.core.trees import PyTree, flatten_with_paths, is_tracer
+from lorax_fn.methods.lora import LoRA
+from lorax_fn.methods.low_rank import LowRank
+from lorax_fn.ranks.resizing import with_rank
+
+
+def to_plain(params0: PyTree, params: PyTree, lora: dict[str, Adapter]) -> dict[str, Adapter]:
+    """Adapters for the original weights from those of an init that took a part of W (`pissa`, `olora`).
+
+    With ``W0 = W + s A0 B0``, what training changed is ``dW' = W + s A B - W0 = s [A, A0] [B; -B0]``, of rank
+    2r and the same scale, as PEFT converts on saving. ``A0, B0`` are read off ``W0 - W`` by SVD in float32.
+
+    Args:
+      params0: the original tree, which `split` was given.
+      params: the frozen tree that `split` returned.
+      lora: the adapters of ``params``, trained or not. Those whose weight is the same in both trees are
+        returned as they are (under a trace, where that can't be seen, only if both are one object).
+
+    Returns:
+      Adapters of ``params0``; of the same methods, of rank 2r, alpha such that the scale stays.
+
+    Raises:
+      LoraError: ``lora`` does not fit either tree; a weight differs by more than a rank-r part, so that
+        ``params0`` are not the original ones; or it differs under a method that takes no init.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lorax_fn as lx
+      >>> original = {"kernel": jax.random.normal(jax.random.key(0), (8, 6))}
+      >>> params, lora = lx.split(original, rank=2, init="pissa")
+      >>> plain = lx.to_plain(original, params, lora)
+      >>> plain["kernel"].rank, bool(abs(lx.delta(plain)["kernel"]).max() < 1e-5)
+      (4, True)
+    """
+    first, frozen = dict(flatten_with_paths(params0)[0]), dict(flatten_with_paths(params)[0])
+    check_fits(first, lora)
+    check_fits(frozen, lora)
+    moved = [path for path in lora if _differ(first[path], frozen[path])]
+    strange = [path for path in moved if isinstance(lora[path], LowRank) and not isinstance(lora[path], LoRA)]
+    if strange:
+        raise error(
+            "these weights differ, but their method takes no part of W.",
+            path=strange,
+            got=[type(lora[path]).__name__ for path in strange],
+            want="one weight in params0 and params",
+            do="pass the params that this lora was split from, before and after split.",
+        )
+    rounded = [path for path in moved if is_stored(frozen[path])]
+    if rounded:
+        raise error(
+            "the weights of params were quantised after their adapters took a part of them.",
+            path=rounded,
+            got="a difference of full rank: that part, and the rounding",
+            want="one weight in params0 and params, or the float residual that split returned",
+            do="keep the two together: serve params with lora, or lx.merge(params, lora).",
+        )
+    plain, wrong = dict(lora), {}
+    for path in moved:
+        if isinstance(lora[path], LoRA):
+            plain[path], left = _relative_to(lora[path], first[path], frozen[path])
+            # what rounding of the residual leaves beyond rank r, with room; a tracer tells nothing
+            most = max(8.0 * float(jnp.finfo(frozen[path].dtype).eps), 1e-4)
+            if not is_tracer(left) and float(left) > most:
+                wrong[path] = float(left)
+    if wrong:
+        raise error(
+            "params0 and params differ by more than these adapters took out.",
+            path=list(wrong),
+            got=[f"{share:.2%} of the weight beyond its adapter's rank" for share in wrong.values()],
+            want="params0 as split was given them, params as it returned them",
+            do="keep the original tree: params, lora = lx.split(params0, init='pissa').",
+        )
+    return plain
+
+
+def _differ(w0: Any, w: Any) -> bool:
+    if w0 is w:
+        return False
+    if jax.tree.structure(w0) != jax.tree.structure(w):
+        return True
+    pairs = zip(jax.tree.leaves(w0), jax.tree.leaves(w), strict=True)
+    return any(
+        is_tracer(a) or is_tracer(b) or not np.array_equal(np.asarray(a), np.asarray(b)) for a, b in pairs
+    )
+
+
+def _relative_to(adapter: Any, w0: Any, w: Any) -> tuple[LoRA, jax.Array]:
+    """The adapter of ``w0``, and the share of ``w0`` that lies in neither ``w`` nor its rank."""
+    a, b, scale = factor_entries(adapter)
+    first, last = (entries(x, adapter.layout).astype(jnp.float32) for x in (w0, w))
+    used = jnp.asarray(used_ranks(adapter.rank, a.shape[0]))
+    s = jnp.where(scale == 0, jnp.ones_like(scale), scale)
+    u, size, vt = jnp.linalg.svd(first - last, full_matrices=False)
+    r = used.shape[1]
+    taken = size[:, :r] * used
+    left = jnp.concatenate([size[:, :r] - taken, size[:, r:]], axis=-1)
+    share = jnp.sqrt(jnp.square(left).sum() / jnp.square(first).sum())
+    root = jnp.sqrt(taken / jnp.abs(s))
+    a0, b0 = u[:, :, :r] * root[:, None, :], (root * jnp.sign(s))[:, :, None] * vt[:, :r]
+    a, b = jnp.concatenate([a, a0], axis=-1), jnp.concatenate([b, -b0], axis=1)
+    if not isinstance(adapter.rank, tuple):
+        return with_rank(adapter, a, b, 2 * adapter.rank), share
+    # pads go behind both parts, as everywhere
+    order = np.argsort(1 - np.concatenate([used_ranks(adapter.rank, a.shape[0])] * 2, -1), kind="stable")
+    a, b = jnp.take_along_axis(a, order[:, None, :], -1), jnp.take_along_axis(b, order[:, :, None], 1)
+    return with_rank(adapter, a, b, tuple(2 * r for r in adapter.rank)), share
