@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from lorax_fn.core.adapters import is_adapter, is_dropped
+from lorax_fn.core.adapters import is_adapter
 from lorax_fn.core.errors import error, nearest
 from lorax_fn.core.trees import is_array, is_float
 
@@ -74,7 +74,7 @@ def _misfit(
         return f"a leaf of shape {tuple(leaf.shape)}", problem
     if not is_float(leaf):
         return f"a leaf of dtype {leaf.dtype}", "a float leaf"
-    if not allow_dropped and is_dropped(adapter):
+    if not allow_dropped and adapter.under_dropout:
         return "an adapter under dropout", "one without"
     return None
 
@@ -82,7 +82,7 @@ def _misfit(
 def check_adapters(lora: Any) -> None:
     """Refuses what can be neither trained nor saved: anything but a dict of adapters without dropout."""
     check_lora(lora)
-    dropped = [path for path, node in lora.items() if is_dropped(node)]
+    dropped = [path for path, node in lora.items() if node.under_dropout]
     if dropped:
         raise error(
             "lora came out of dropout.",

@@ -55,17 +55,17 @@ def used_ranks(rank, count: int) -> np.ndarray:
     return (np.arange(ranks.max())[None, :] < ranks[:, None]).astype(np.float32)
 
 
-def entry_scales(scale, count: int) -> np.ndarray:
+def entry_scales(scale: Any, count: int) -> jax.Array:
     """The scale of each stack entry, ``[s]`` float32; 1 for rank 0, where nothing is used, to divide by."""
-    scales = np.broadcast_to(np.asarray(scale, np.float32).reshape(-1), (count,))
-    return np.where(scales == 0, np.float32(1), scales)
+    scales = jnp.broadcast_to(jnp.asarray(scale, jnp.float32).reshape(-1), (count,))
+    return jnp.where(scales == 0, jnp.ones_like(scales), scales)
 
 
 def taken_out(a: jax.Array, b: jax.Array, w, layout: Layout, scale, dtype):
     """``(a, b, w - scale a @ b)`` from factors ``[s, n, r], [s, r, m]``, on the axes of `split`."""
     stack, n, m = layout.shapes(w.shape)
     matrices = entries(w, layout)
-    scales = jnp.asarray(entry_scales(scale, matrices.shape[0]), matrices.dtype)
+    scales = entry_scales(scale, matrices.shape[0]).astype(matrices.dtype)
     a, b = a.astype(dtype), b.astype(dtype)
     # of the factors as they are stored: what rounding takes from them stays in the residual
     wide_a, wide_b = a.astype(matrices.dtype), b.astype(matrices.dtype)

@@ -1,15 +1,83 @@
 """What an init is, and what the rest of the package needs to know of one."""
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
+from lorax_fn.core.adapters import is_number
 from lorax_fn.core.errors import error
 from lorax_fn.core.trees import PyTree
-from lorax_fn.inits.loftq import LoftQ
 
 
-def raise_unusable(what: str, init: Any, wrong: Mapping[str, str]) -> None:
+class Init:
+    """Where A and B of a weight start: a frozen value for ``split(params, init=...)``.
+
+    A subclass is a frozen dataclass of its options. It defines ``__call__``, which starts one weight; one
+    that looks at data defines `starts` instead, which `split` calls once for all the weights that it is to
+    start. ``split`` takes the value itself, or its name in `lorax_fn.inits.table`.
+
+    Example:
+      >>> import lorax_fn as lx
+      >>> lx.inits.pissa(iterations=4).moves_weight, lx.inits.kaiming.moves_weight
+      (True, False)
+    """
+
+    name: ClassVar[str]  # the short form
+    moves_weight: ClassVar[bool] = False  # takes a part of W into the factors, so that params are others
+    needs_data: ClassVar[bool] = False  # looks at batches
+    splits_ranks: ClassVar[bool] = False  # has `ranks`, which splits a budget of ranks between weights
+    divides_by_scale: ClassVar[bool] = False  # needs a scale above 0
+    zero_a: ClassVar[bool] = False  # A starts at zero, so that B gets no gradient before A moves
+
+    def __call__(
+        self, key: Any, w: Any, layout: Any, rank: Any, scale: Any, dtype: Any
+    ) -> tuple[Any, Any, Any]:
+        """Starts one weight.
+
+        Args:
+          key: one PRNG key for the whole leaf; stack entries draw independent values.
+          w: the weight; most inits read its shape only.
+          layout: its axes.
+          rank: ``r``, or one int per stack entry; factors are then as wide as the largest.
+          scale: the number before ``A @ B``, or one per stack entry.
+          dtype: dtype of A and B; values are computed in float32.
+
+        Returns:
+          The factors ``a [*s, *n, r]`` and ``b [*s, r, *m]``, and the weight to freeze.
+        """
+        raise TypeError(f"{type(self).__name__} must define __call__ or starts")
+
+    def starts(self, params: PyTree, plans: Mapping[str, Any]) -> dict[str, Callable]:
+        """What starts each weight of ``plans``, called as the init itself would be."""
+        del params
+        return dict.fromkeys(plans, self)
+
+    def refuses(self, n: int, m: int, plan: Any) -> str | None:
+        """What this init cannot do for ``n`` inputs, ``m`` outputs and a checked plan, or None."""
+        del n, m
+        return no_scale(plan) if self.divides_by_scale else None
+
+    def with_count(self, count: int) -> "Init | None":
+        """This init with another number of iterations, as ``"pissa:4"`` asks for; None where it has none."""
+        del count
+        return None
+
+    def __repr__(self) -> str:
+        return f"lx.inits.{self.name}"
+
+
+def no_scale(plan: Any) -> str | None:
+    """What an init that divides by the scale says where there is none to divide by."""
+    if not is_number(plan.alpha):
+        return None  # an array may be traced: its numbers are not known
+    ranks = plan.rank if isinstance(plan.rank, tuple) else (plan.rank,)
+    alphas = plan.alpha if isinstance(plan.alpha, tuple) else (plan.alpha,) * len(ranks)
+    if any(a <= 0 for r, a in zip(ranks, alphas, strict=True) if r):
+        return f"an alpha above 0 for init={plan.init!r}, not {plan.alpha}: it divides by the scale"
+    return None
+
+
+def raise_unusable(what: str, init: Init, wrong: Mapping[str, str]) -> None:
+    """Raises a `LoraError` that lists why data cannot start the weights of ``wrong``, if there are any."""
     if wrong:
         raise error(
             f"the {what} of these weights cannot start them.",
@@ -25,50 +93,6 @@ def check_one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
         raise error(f"unknown {name}.", got=repr(value), want=list(known), do=f"{name}={known[0]!r}.")
 
 
-def widest(rank: Any) -> int:
+def widest(rank: int | tuple[int, ...]) -> int:
     """The rank of the factors: of ranks along a stack, the largest."""
     return max(rank) if isinstance(rank, tuple) else rank
-
-
-class FromData:
-    """An init that looks at batches; `split` lets it look once, for all the weights that it is to start."""
-
-    moves_weight: ClassVar[bool] = True  # takes a part of W into the factors
-
-    def refuses(self, n: int, m: int, plan: Any) -> str | None:
-        """What this init cannot do for ``n`` inputs, ``m`` outputs and a checked plan, or None."""
-        raise TypeError(f"{type(self).__name__} must define refuses(n, m, plan)")
-
-    def starts(self, params: PyTree, plans: Mapping[str, Any]) -> dict[str, Callable]:
-        """The init of each weight of ``plans``, as the functions of this file are."""
-        raise TypeError(f"{type(self).__name__} must define starts(params, plans)")
-
-
-def refuses(shape: tuple[int, ...], plan: Any) -> str | None:
-    """What an init needs that it has not got here, or None."""
-    init, rank = plan.init, plan.rank
-    if isinstance(init, FromData):
-        _, n, m = plan.layout.shapes(shape)
-        return init.refuses(math.prod(n), math.prod(m), plan)
-    ranks = rank if isinstance(rank, tuple) else (rank,)
-    if init == "orthogonal" and any(r % 2 for r in ranks):
-        return f"an even rank for init='orthogonal', not {rank}: each factor uses half of it"
-    divides = isinstance(init, LoftQ) or init.startswith(("pissa", "loftq"))
-    return no_scale(plan) if divides else None
-
-
-def no_scale(plan: Any) -> str | None:
-    """What an init that divides by the scale says where there is none to divide by."""
-    ranks = plan.rank if isinstance(plan.rank, tuple) else (plan.rank,)
-    alphas = plan.alpha if isinstance(plan.alpha, tuple) else (plan.alpha,) * len(ranks)
-    if any(a <= 0 for r, a in zip(ranks, alphas, strict=True) if r):
-        return f"an alpha above 0 for init={plan.init!r}, not {plan.alpha}: it divides by the scale"
-    return None
-
-
-def refuses_stored(init: Any) -> str | None:
-    """What an init that takes a part of W says of a weight whose values are rounded already, or None."""
-    named = isinstance(init, str) and init.startswith(("pissa", "loftq", "olora"))
-    if named or isinstance(init, LoftQ) or (isinstance(init, FromData) and init.moves_weight):
-        return f"float weights for init={init!r}, which takes a part of W: split first, then lx.quantize"
-    return None

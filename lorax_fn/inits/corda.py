@@ -14,7 +14,7 @@ from lorax_fn.calibration.passes import checked_at_once, name_of
 from lorax_fn.core.layouts import Layout
 from lorax_fn.core.matrices import EXACT, entries, entry_scales, taken_out, used_ranks
 from lorax_fn.core.trees import PyTree, arrays
-from lorax_fn.inits.base import FromData, check_one_of, no_scale, raise_unusable
+from lorax_fn.inits.base import Init, check_one_of, raise_unusable
 
 MODES = ("ipm", "kpm")
 
@@ -43,7 +43,7 @@ def corda(fn: Callable, batches: Iterable, *, mode: str = "ipm", at_once: int | 
       >>> import jax, jax.numpy as jnp, lorax_fn as lx
       >>> w = jax.random.normal(jax.random.key(0), (8, 6))
       >>> x = jax.random.normal(jax.random.key(1), (16, 8))
-      >>> init = lx.corda(lambda params, x: x @ params["kernel"], [x])
+      >>> init = lx.inits.corda(lambda params, x: x @ params["kernel"], [x])
       >>> params, lora = lx.split({"kernel": w}, rank=2, init=init)
       >>> bool(jnp.allclose(lx.merge(params, lora)["kernel"], w, atol=1e-5))
       True
@@ -53,8 +53,13 @@ def corda(fn: Callable, batches: Iterable, *, mode: str = "ipm", at_once: int | 
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class Corda(FromData):
+class Corda(Init):
     """What `corda` returns."""
+
+    name = "corda"
+    moves_weight = True
+    needs_data = True
+    divides_by_scale = True
 
     fn: Callable
     batches: Iterable
@@ -62,11 +67,7 @@ class Corda(FromData):
     at_once: int | None
 
     def __repr__(self) -> str:
-        return f"lx.corda({name_of(self.fn)}, batches)"
-
-    def refuses(self, n: int, m: int, plan: Any) -> str | None:
-        del n, m
-        return no_scale(plan)
+        return f"lx.inits.corda({name_of(self.fn)}, batches)"
 
     def starts(self, params: PyTree, plans: Mapping[str, Any]) -> dict[str, Callable]:
         leaves, starts, wrong = arrays(params), {}, {}

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from lorax_fn.core.keys import leaf_key
 from lorax_fn.core.layouts import Layout
 from lorax_fn.core.matrices import EXACT, OVERSAMPLING, used_ranks
 from lorax_fn.core.trees import PyTree, arrays
-from lorax_fn.inits.base import FromData, raise_unusable, widest
+from lorax_fn.inits.base import Init, raise_unusable, widest
 from lorax_fn.inits.plain import factor_shapes
 from lorax_fn.targets.roles import choose, classify
 
@@ -57,7 +57,7 @@ def eva(
     Example:
       >>> import jax, jax.numpy as jnp, lorax_fn as lx
       >>> x = jnp.array([[3.0, 0.0, 0.0], [0.0, 0.0, 5.0]])
-      >>> init = lx.eva(lambda params, x: x @ params["kernel"], [x])
+      >>> init = lx.inits.eva(lambda params, x: x @ params["kernel"], [x])
       >>> _, lora = lx.split({"kernel": jnp.ones((3, 2))}, rank=1, init=init)
       >>> abs(lora["kernel"].a[:, 0])
       Array([0., 0., 1.], dtype=float32)
@@ -68,10 +68,12 @@ def eva(
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class Eva(FromData):
+class Eva(Init):
     """What `eva` returns."""
 
-    moves_weight: ClassVar[bool] = False
+    name = "eva"
+    needs_data = True
+    splits_ranks = True
 
     fn: Callable
     batches: Iterable
@@ -79,11 +81,7 @@ class Eva(FromData):
     at_once: int | None
 
     def __repr__(self) -> str:
-        return f"lx.eva({name_of(self.fn)}, batches)"
-
-    def refuses(self, n: int, m: int, plan: Any) -> str | None:
-        del n, m, plan
-        return None
+        return f"lx.inits.eva({name_of(self.fn)}, batches)"
 
     def starts(self, params: PyTree, plans: Mapping[str, Any]) -> dict[str, Callable]:
         layouts = {path: plan.layout for path, plan in plans.items()}
@@ -128,14 +126,14 @@ class Eva(FromData):
           >>> params = {"narrow": {"kernel": jnp.eye(4)}, "wide": {"kernel": jnp.eye(4)}}
           >>> def fn(params, x):
           ...     return x @ params["wide"]["kernel"] + x[:, :1] * x[:1] @ params["narrow"]["kernel"]
-          >>> lx.eva(fn, [jnp.eye(4)]).ranks(params, rank=2)
+          >>> lx.inits.eva(fn, [jnp.eye(4)]).ranks(params, rank=2)
           {'narrow/kernel': 1, 'wide/kernel': 3}
         """
         if self.iterations is not None:
             raise error(
                 "ranks by explained variance need the whole covariance.",
                 got=f"iterations={self.iterations}",
-                do="lx.eva(fn, batches, at_once=4).ranks(params), without iterations.",
+                do="lx.inits.eva(fn, batches, at_once=4).ranks(params), without iterations.",
             )
         leaves = arrays(params)
         layouts, _ = choose(leaves, classify(params, layout), targets, exclude, None)

@@ -13,6 +13,7 @@ from lorax_fn.core.layouts import Layout
 from lorax_fn.core.matrices import EXACT, entry_scales, from_entries, used_ranks
 from lorax_fn.core.matrices import entries as entries
 from lorax_fn.core.stored import dense
+from lorax_fn.inits.base import Init
 from lorax_fn.quantization.blocks import encode
 from lorax_fn.quantization.formats import check_options
 
@@ -40,7 +41,7 @@ def loftq(format: str = "nf4", *, block: int = 64, double: bool = True, iteratio
     Example:
       >>> import jax, jax.numpy as jnp, lorax_fn as lx
       >>> w = jax.random.normal(jax.random.key(0), (128, 64))
-      >>> params, lora = lx.split({"kernel": w}, rank=8, init=lx.loftq("nf4"))
+      >>> params, lora = lx.split({"kernel": w}, rank=8, init=lx.inits.loftq("nf4"))
       >>> plain = lx.dequantize(lx.quantize({"kernel": w}))["kernel"]
       >>> bool(jnp.linalg.norm(lx.merge(params, lora)["kernel"] - w) < 0.9 * jnp.linalg.norm(plain - w))
       True
@@ -51,14 +52,25 @@ def loftq(format: str = "nf4", *, block: int = 64, double: bool = True, iteratio
     return LoftQ(format, int(block), bool(double), iterations)
 
 
-@dataclasses.dataclass(frozen=True)
-class LoftQ:
+@dataclasses.dataclass(frozen=True, repr=False)
+class LoftQ(Init):
     """The init that `loftq` makes."""
+
+    name = "loftq"
+    moves_weight = True
+    divides_by_scale = True
 
     format: str
     block: int
     double: bool
     iterations: int
+
+    def __repr__(self) -> str:
+        options = f"block={self.block}, double={self.double}, iterations={self.iterations}"
+        return f"lx.inits.loftq({self.format!r}, {options})"
+
+    def with_count(self, count: int) -> "LoftQ | None":
+        return dataclasses.replace(self, iterations=count) if count else None
 
     def __call__(self, key: Any, w: Any, layout: Layout, rank: Any, scale: Any, dtype: Any):
         del key

@@ -18,7 +18,7 @@ from lorax_fn.calibration.passes import checked_at_once, groups, name_of
 from lorax_fn.core.layouts import Layout
 from lorax_fn.core.matrices import entries, entry_scales, taken_out, used_ranks
 from lorax_fn.core.trees import PyTree
-from lorax_fn.inits.base import FromData, check_one_of, no_scale, raise_unusable, widest
+from lorax_fn.inits.base import Init, check_one_of, no_scale, raise_unusable, widest
 
 DIRECTIONS = ("ArB2r", "A2rBr", "ArBr")
 SCALES = ("stable", "unit", "gd_scale", "weight_svd")
@@ -62,7 +62,7 @@ def lora_ga(
       >>> import jax, jax.numpy as jnp, lorax_fn as lx
       >>> w = jax.random.normal(jax.random.key(0), (8, 6))
       >>> loss = lambda params, x: jnp.mean(jnp.square(x @ params["kernel"]))
-      >>> init = lx.lora_ga(loss, [jax.random.normal(jax.random.key(1), (16, 8))])
+      >>> init = lx.inits.lora_ga(loss, [jax.random.normal(jax.random.key(1), (16, 8))])
       >>> params, lora = lx.split({"kernel": w}, rank=2, init=init)
       >>> bool(jnp.allclose(lx.merge(params, lora)["kernel"], w, atol=1e-6))
       True
@@ -73,8 +73,12 @@ def lora_ga(
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class LoraGA(FromData):
+class LoraGA(Init):
     """What `lora_ga` returns."""
+
+    name = "lora_ga"
+    moves_weight = True
+    needs_data = True
 
     loss: Callable
     batches: Iterable
@@ -84,7 +88,7 @@ class LoraGA(FromData):
     at_once: int | None
 
     def __repr__(self) -> str:
-        return f"lx.lora_ga({name_of(self.loss)}, batches)"
+        return f"lx.inits.lora_ga({name_of(self.loss)}, batches)"
 
     def refuses(self, n: int, m: int, plan: Any) -> str | None:
         if 2 * widest(plan.rank) > min(n, m):

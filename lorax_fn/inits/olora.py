@@ -1,26 +1,24 @@
-"""OLoRA: Büyükakyüz, "OLoRA: Orthonormal Low-Rank Adaptation" (https://arxiv.org/abs/2406.01775)."""
+"""OLoRA: Büyükakyüz, "OLoRA: Orthonormal Low-Rank Adaptation" (https://arxiv.org/abs/2406.01775).
+
+W^T = Q R;   B^T = Q[:, :r],   A = R^T[:, :r],   W_res = W - scale * A @ B     algorithm 1; its W is (out, in)
+"""
+
+import dataclasses
 
 import jax.numpy as jnp
 
 from lorax_fn.core.layouts import Layout
+from lorax_fn.inits.base import Init
 from lorax_fn.inits.moving import with_part_moved
 
 
-def olora(key, w, layout: Layout, rank, scale, dtype):
+@dataclasses.dataclass(frozen=True, repr=False)
+class OLoRA(Init):
     """``W^T = Q R``: ``B^T`` is the first ``r`` columns of Q, so that ``B B^T = I``; ``A`` those of ``R^T``.
 
-    Büyükakyüz, "OLoRA" (https://arxiv.org/abs/2406.01775), algorithm 1; its W is (out, in).
-
-    Args:
-      key: unused.
-      w: the weight, read in float32.
-      layout: its axes; each stack entry has a QR of its own.
-      rank: ``r``, or one int a stack entry.
-      scale: ``s``; the part ``s A @ B`` leaves ``W``.
-      dtype: dtype of A and B.
-
-    Returns:
-      ``(a [*s, *n, r], b [*s, r, *m], w - s a @ b)``; the residual is of ``w``'s dtype.
+    Algorithm 1 of Büyükakyüz (https://arxiv.org/abs/2406.01775). Each stack entry has a QR of its own, in
+    float32; the part ``scale * A @ B`` leaves the weight, so go on with the params that `lorax_fn.split`
+    returns.
 
     Example:
       >>> import jax, jax.numpy as jnp, lorax_fn as lx
@@ -31,10 +29,17 @@ def olora(key, w, layout: Layout, rank, scale, dtype):
       True
     """
 
-    def one(key, matrix, s, used):
-        del key, s
-        r = used.shape[0]
-        q, upper = jnp.linalg.qr(matrix.T)
-        return upper.T[:, :r] * used[None, :], used[:, None] * q.T[:r]
+    name = "olora"
+    moves_weight = True
 
-    return with_part_moved(one, key, w, layout, rank, scale, dtype)
+    def __call__(self, key, w, layout: Layout, rank, scale, dtype):
+        def one(key, matrix, s, used):
+            del key, s
+            r = used.shape[0]
+            q, upper = jnp.linalg.qr(matrix.T)
+            return upper.T[:, :r] * used[None, :], used[:, None] * q.T[:r]
+
+        return with_part_moved(one, key, w, layout, rank, scale, dtype)
+
+
+olora = OLoRA()

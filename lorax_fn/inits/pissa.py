@@ -1,57 +1,90 @@
-"""Inits that take a part of W into the factors: W' = W_res + scale * A @ B, with W_res = W - scale * A @ B.
+"""PiSSA: Meng et al., "PiSSA: Principal Singular Values and Singular Vectors Adaptation".
 
-They have the form of the inits in inits.py and return W_res as the weight to freeze. Factorisations and
-residuals are float32, one stack entry at a time under `jax.vmap`, whatever the axes of the weight.
+https://arxiv.org/abs/2404.02948, equations (2) to (4):
+
+W = U S V^T;   A = U_r sqrt(S_r / s),   B = sqrt(S_r / s) V_r^T,   W_res = W - s * A @ B
 """
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 
+from lorax_fn.core.errors import error
 from lorax_fn.core.layouts import Layout
 from lorax_fn.core.matrices import EXACT, OVERSAMPLING
+from lorax_fn.inits.base import Init
 from lorax_fn.inits.moving import with_part_moved
 
 
-def pissa(key, w, layout: Layout, rank, scale, dtype, *, iterations: int | None = None):
+def pissa(iterations: int | None = None) -> "PiSSA":
     """The ``r`` largest singular directions of ``W`` train: ``A = U sqrt(S / s)``, ``B = sqrt(S / s) V^T``.
 
     Meng et al., "PiSSA" (https://arxiv.org/abs/2404.02948), equations (2) to (4), divided by the scale as
-    PEFT does, so that ``s A @ B`` is exactly the part that leaves ``W``.
+    PEFT does, so that ``s A @ B`` is exactly the part that leaves ``W``. Each stack entry has an SVD of its
+    own, in float32. Go on with the params that `lorax_fn.split` returns; `lorax_fn.ranks.to_plain` makes
+    adapters of the original weights again.
 
     Args:
-      key: one PRNG key for the whole leaf; used by the randomised SVD only.
-      w: the weight, read in float32.
-      layout: its axes; each stack entry has an SVD of its own, ``[n, m]``.
-      rank: ``r``, or one int a stack entry.
-      scale: ``s``, above 0; one number or one a stack entry.
-      dtype: dtype of A and B.
-      iterations: None for the exact SVD (``"pissa"``), else subspace iterations of a randomised one
-        (``"pissa:4"``: four).
+      iterations: None for the exact SVD, else how many subspace iterations a randomized one takes.
 
     Returns:
-      ``(a [*s, *n, r], b [*s, r, *m], w - s a @ b)``; the residual is of ``w``'s dtype.
+      A value for ``split(params, init=...)``; ``"pissa"`` and ``"pissa:4"`` (four iterations) are short for
+      it.
+
+    Raises:
+      LoraError: ``iterations`` is not an int of 0 or more.
 
     Example:
       >>> import jax.numpy as jnp, lorax_fn as lx
       >>> w = jnp.diag(jnp.array([4.0, 2.0, 1.0]))
-      >>> params, _ = lx.split({"kernel": w}, rank=1, init="pissa")
+      >>> params, _ = lx.split({"kernel": w}, rank=1, init=lx.inits.pissa())
       >>> round(float(jnp.linalg.norm(params["kernel"], 2)), 4)
       2.0
     """
-
-    def one(key, matrix, s, used):
-        r = used.shape[0]
-        if iterations is None:
-            u, size, vt = jnp.linalg.svd(matrix, full_matrices=False)
-        else:
-            u, size, vt = _randomised_svd(key, matrix, r, iterations)
-        root = jnp.sqrt(size[:r] / s) * used
-        return u[:, :r] * root[None, :], root[:, None] * vt[:r]
-
-    return with_part_moved(one, key, w, layout, rank, scale, dtype)
+    counts = isinstance(iterations, int) and not isinstance(iterations, bool) and iterations >= 0
+    if iterations is not None and not counts:
+        raise error(
+            "PiSSA's iterations are not a count.",
+            got=f"iterations={iterations!r}",
+            want="None for the exact SVD, or an int of 0 or more",
+            do="lx.inits.pissa(iterations=4).",
+        )
+    return PiSSA(iterations)
 
 
-def _randomised_svd(key, matrix, rank: int, iterations: int):
+@dataclasses.dataclass(frozen=True, repr=False)
+class PiSSA(Init):
+    """The init that `pissa` makes."""
+
+    name = "pissa"
+    moves_weight = True
+    divides_by_scale = True
+
+    iterations: int | None = None
+
+    def __repr__(self) -> str:
+        return (
+            "lx.inits.pissa()" if self.iterations is None else f"lx.inits.pissa(iterations={self.iterations})"
+        )
+
+    def with_count(self, count: int) -> "PiSSA":
+        return PiSSA(count)
+
+    def __call__(self, key, w, layout: Layout, rank, scale, dtype):
+        def one(key, matrix, s, used):
+            r = used.shape[0]
+            if self.iterations is None:
+                u, size, vt = jnp.linalg.svd(matrix, full_matrices=False)
+            else:
+                u, size, vt = _randomized_svd(key, matrix, r, self.iterations)
+            root = jnp.sqrt(size[:r] / s) * used
+            return u[:, :r] * root[None, :], root[:, None] * vt[:r]
+
+        return with_part_moved(one, key, w, layout, rank, scale, dtype)
+
+
+def _randomized_svd(key, matrix, rank: int, iterations: int):
     """The largest singular triplets by subspace iteration, algorithms 4.4 and 5.1 of Halko et al."""
     width = min(rank + OVERSAMPLING, *matrix.shape)
     draw = jax.random.normal(key, (matrix.shape[1], width), matrix.dtype)

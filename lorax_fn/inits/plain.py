@@ -1,10 +1,10 @@
-"""Where training starts: the first values of A and B.
+"""Starts that leave the weight as it is: random numbers in one factor, zeros in the other.
 
-An init is ``init(key, w, layout, rank, scale, dtype) -> (a, b, w)``: the factors, and the weight to freeze.
-It returns the very ``w`` it was given unless it moves a part of W into the factors (a residual). Ranks that
-differ along a stack come as a tuple; the factors are then as wide as the largest; `split` zeroes the pads.
+Each returns the very ``w`` that it was given. Ranks that differ along a stack come as a tuple; the factors
+are then as wide as the largest, and the method zeroes the pads.
 """
 
+import dataclasses
 import math
 
 import jax
@@ -12,117 +12,88 @@ import jax.numpy as jnp
 import numpy as np
 
 from lorax_fn.core.layouts import Layout
-from lorax_fn.core.matrices import used_ranks
+from lorax_fn.core.matrices import EXACT, used_ranks
+from lorax_fn.inits.base import Init
 
 
-def kaiming(key, w, layout: Layout, rank, scale, dtype):
+@dataclasses.dataclass(frozen=True, repr=False)
+class Kaiming(Init):
     """``A ~ U(-1/sqrt(n), 1/sqrt(n))``, ``B = 0``: the adapted function starts as the base function.
 
-    The reference implementation's ``kaiming_uniform_(a=sqrt(5))``; Hu et al. (https://arxiv.org/abs/2106.09685).
-
-    Args:
-      key: one PRNG key for the whole leaf; stack entries draw independent values.
-      w: the weight, of which only the shape is read.
-      layout: its axes; ``n`` is the product of the input axes of one stack entry.
-      rank: ``r``, or one int a stack entry.
-      scale: unused.
-      dtype: dtype of A and B; values are drawn in float32.
-
-    Returns:
-      ``(a [*s, *n, r], b [*s, r, *m], w)``.
+    The reference implementation's ``kaiming_uniform_(a=sqrt(5))``; Hu et al.
+    (https://arxiv.org/abs/2106.09685). ``n`` is the product of the input axes of one stack entry. This is
+    the default of `lorax_fn.split`.
 
     Example:
       >>> import jax, jax.numpy as jnp, lorax_fn as lx
-      >>> from lorax_fn.inits.plain import kaiming
-      >>> layout = lx.Layout(inputs=(0,), outputs=(1,))
-      >>> a, b, _ = kaiming(jax.random.key(0), jnp.ones((64, 8)), layout, 4, 2.0, jnp.float32)
-      >>> bool(abs(a).max() <= 1 / 8), float(abs(b).max())
+      >>> _, lora = lx.split({"kernel": jnp.ones((64, 8))}, rank=4, init=lx.inits.kaiming)  # or "kaiming"
+      >>> bool(abs(lora["kernel"].a).max() <= 1 / 8), float(abs(lora["kernel"].b).max())
       (True, 0.0)
     """
-    del scale
-    shape_a, shape_b = factor_shapes(w.shape, layout, rank)
-    bound = 1.0 / math.sqrt(math.prod(layout.shapes(w.shape)[1]))
-    a = jax.random.uniform(key, shape_a, jnp.float32, -bound, bound)
-    return a.astype(dtype), jnp.zeros(shape_b, dtype), w
+
+    name = "kaiming"
+
+    def __call__(self, key, w, layout: Layout, rank, scale, dtype):
+        del scale
+        shape_a, shape_b = factor_shapes(w.shape, layout, rank)
+        bound = 1.0 / math.sqrt(math.prod(layout.shapes(w.shape)[1]))
+        a = jax.random.uniform(key, shape_a, jnp.float32, -bound, bound)
+        return a.astype(dtype), jnp.zeros(shape_b, dtype), w
 
 
-def gaussian(key, w, layout: Layout, rank, scale, dtype):
+@dataclasses.dataclass(frozen=True, repr=False)
+class Gaussian(Init):
     """``A ~ N(0, 1/r^2)``, ``B = 0``, as PEFT's ``init_lora_weights="gaussian"``.
 
-    Args:
-      key: one PRNG key for the whole leaf.
-      w: the weight, of which only the shape is read.
-      layout: its axes.
-      rank: ``r``, or one int a stack entry, which then gives each entry its own deviation.
-      scale: unused.
-      dtype: dtype of A and B; values are drawn in float32.
-
-    Returns:
-      ``(a [*s, *n, r], b [*s, r, *m], w)``.
+    Where ranks differ along a stack, each entry has a deviation of its own.
 
     Example:
-      >>> import jax, jax.numpy as jnp, lorax_fn as lx
-      >>> from lorax_fn.inits.plain import gaussian
-      >>> layout = lx.Layout(inputs=(0,), outputs=(1,))
-      >>> a, _, _ = gaussian(jax.random.key(0), jnp.ones((4096, 8)), layout, 4, 2.0, jnp.float32)
-      >>> bool(abs(a.std() - 1 / 4) < 0.01)
+      >>> import jax.numpy as jnp, lorax_fn as lx
+      >>> _, lora = lx.split({"kernel": jnp.ones((4096, 8))}, rank=4, init="gaussian")
+      >>> bool(abs(lora["kernel"].a.std() - 1 / 4) < 0.01)
       True
     """
-    del scale
-    shape_a, shape_b = factor_shapes(w.shape, layout, rank)
-    a = jax.random.normal(key, shape_a, jnp.float32) / _rank_of_each_entry(
-        rank, layout, w.shape, len(shape_a)
-    )
-    return a.astype(dtype), jnp.zeros(shape_b, dtype), w
+
+    name = "gaussian"
+
+    def __call__(self, key, w, layout: Layout, rank, scale, dtype):
+        del scale
+        shape_a, shape_b = factor_shapes(w.shape, layout, rank)
+        a = jax.random.normal(key, shape_a, jnp.float32)
+        a = a / _rank_of_each_entry(rank, layout, w.shape, len(shape_a))
+        return a.astype(dtype), jnp.zeros(shape_b, dtype), w
 
 
-def zero_a(key, w, layout: Layout, rank, scale, dtype):
-    """``A = 0``, ``B ~ U(-1/sqrt(r), 1/sqrt(r))``: `kaiming` with the factors' parts exchanged.
+@dataclasses.dataclass(frozen=True, repr=False)
+class ZeroA(Init):
+    """``A = 0``, ``B ~ U(-1/sqrt(r), 1/sqrt(r))``: `Kaiming` with the parts of the factors exchanged.
 
     B's fan-in is the rank. The adapted function starts as the base function here too.
 
-    Args:
-      key: one PRNG key for the whole leaf.
-      w: the weight, of which only the shape is read.
-      layout: its axes.
-      rank: ``r``, or one int a stack entry, which then gives each entry its own bound.
-      scale: unused.
-      dtype: dtype of A and B; values are drawn in float32.
-
-    Returns:
-      ``(a [*s, *n, r], b [*s, r, *m], w)``.
-
     Example:
-      >>> import jax, jax.numpy as jnp, lorax_fn as lx
-      >>> from lorax_fn.inits.plain import zero_a
-      >>> layout = lx.Layout(inputs=(0,), outputs=(1,))
-      >>> a, b, _ = zero_a(jax.random.key(0), jnp.ones((8, 64)), layout, 4, 2.0, jnp.float32)
-      >>> float(abs(a).max()), bool(0.4 < abs(b).max() <= 0.5)
+      >>> import jax.numpy as jnp, lorax_fn as lx
+      >>> _, lora = lx.split({"kernel": jnp.ones((8, 64))}, rank=4, init="zero_a")
+      >>> float(abs(lora["kernel"].a).max()), bool(0.4 < abs(lora["kernel"].b).max() <= 0.5)
       (0.0, True)
     """
-    del scale
-    shape_a, shape_b = factor_shapes(w.shape, layout, rank)
-    bound = 1.0 / np.sqrt(_rank_of_each_entry(rank, layout, w.shape, len(shape_b)))
-    b = jax.random.uniform(key, shape_b, jnp.float32, -1.0, 1.0) * bound
-    return jnp.zeros(shape_a, dtype), b.astype(dtype), w
+
+    name = "zero_a"
+    zero_a = True
+
+    def __call__(self, key, w, layout: Layout, rank, scale, dtype):
+        del scale
+        shape_a, shape_b = factor_shapes(w.shape, layout, rank)
+        bound = 1.0 / np.sqrt(_rank_of_each_entry(rank, layout, w.shape, len(shape_b)))
+        b = jax.random.uniform(key, shape_b, jnp.float32, -1.0, 1.0) * bound
+        return jnp.zeros(shape_a, dtype), b.astype(dtype), w
 
 
-def orthogonal(key, w, layout: Layout, rank, scale, dtype):
+@dataclasses.dataclass(frozen=True, repr=False)
+class Orthogonal(Init):
     """Both factors far from zero, their product zero: they use orthogonal halves of the rank.
 
     ``Q`` is a random rotation of the rank; ``A = G1 Q[1::2] / 10`` and ``B = Q[0::2]^T G2 / 10`` with normal
-    ``G1, G2``, as PEFT's ``init_lora_weights="orthogonal"``.
-
-    Args:
-      key: one PRNG key for the whole leaf; stack entries draw independent values.
-      w: the weight, of which only the shape is read.
-      layout: its axes.
-      rank: ``r``, even; or one even int a stack entry.
-      scale: unused.
-      dtype: dtype of A and B; values are drawn in float32.
-
-    Returns:
-      ``(a [*s, *n, r], b [*s, r, *m], w)`` with ``a @ b = 0``.
+    ``G1, G2``, as PEFT's ``init_lora_weights="orthogonal"``. The rank, or each rank of a stack, is even.
 
     Example:
       >>> import jax.numpy as jnp, lorax_fn as lx
@@ -130,25 +101,37 @@ def orthogonal(key, w, layout: Layout, rank, scale, dtype):
       >>> bool(abs(lora["kernel"].a).max() > 0.01), bool(abs(lx.delta(lora)["kernel"]).max() < 1e-5)
       (True, True)
     """
-    del scale
-    stack, n, m = layout.shapes(w.shape)
-    used = jnp.asarray(used_ranks(rank, math.prod(stack)))
-    r = used.shape[1]
 
-    def one(key, used):
-        k1, k2, k3 = jax.random.split(key, 3)
-        # the pad turns into itself: each entry's rotation is of its own rank
-        both = used[:, None] * used[None, :]
-        rotation = both * jax.random.normal(k1, (r, r), jnp.float32)
-        q = jnp.linalg.qr(rotation + (1.0 - both) * jnp.eye(r, dtype=jnp.float32))[0]
-        g1 = jax.random.normal(k2, (math.prod(n), r // 2), jnp.float32)
-        g2 = jax.random.normal(k3, (r // 2, math.prod(m)), jnp.float32)
-        exact = jax.lax.Precision.HIGHEST
-        a = jnp.matmul(g1, q[1::2], precision=exact) / 10.0 * used[None, :]
-        return a, jnp.matmul(q[0::2].T, g2, precision=exact) / 10.0 * used[:, None]
+    name = "orthogonal"
 
-    a, b = jax.vmap(one)(jax.random.split(key, math.prod(stack)), used)
-    return a.reshape(*stack, *n, r).astype(dtype), b.reshape(*stack, r, *m).astype(dtype), w
+    def refuses(self, n, m, plan):
+        ranks = plan.rank if isinstance(plan.rank, tuple) else (plan.rank,)
+        if any(r % 2 for r in ranks):
+            return f"an even rank for init='orthogonal', not {plan.rank}: each factor uses half of it"
+        return None
+
+    def __call__(self, key, w, layout: Layout, rank, scale, dtype):
+        del scale
+        stack, n, m = layout.shapes(w.shape)
+        used = jnp.asarray(used_ranks(rank, math.prod(stack)))
+        r = used.shape[1]
+
+        def one(key, used):
+            k1, k2, k3 = jax.random.split(key, 3)
+            # The pad turns into itself: each entry's rotation is of its own rank.
+            both = used[:, None] * used[None, :]
+            rotation = both * jax.random.normal(k1, (r, r), jnp.float32)
+            q = jnp.linalg.qr(rotation + (1.0 - both) * jnp.eye(r, dtype=jnp.float32))[0]
+            g1 = jax.random.normal(k2, (math.prod(n), r // 2), jnp.float32)
+            g2 = jax.random.normal(k3, (r // 2, math.prod(m)), jnp.float32)
+            a = jnp.matmul(g1, q[1::2], precision=EXACT) / 10.0 * used[None, :]
+            return a, jnp.matmul(q[0::2].T, g2, precision=EXACT) / 10.0 * used[:, None]
+
+        a, b = jax.vmap(one)(jax.random.split(key, math.prod(stack)), used)
+        return a.reshape(*stack, *n, r).astype(dtype), b.reshape(*stack, r, *m).astype(dtype), w
+
+
+kaiming, gaussian, zero_a, orthogonal = Kaiming(), Gaussian(), ZeroA(), Orthogonal()
 
 
 def factor_shapes(shape, layout: Layout, rank) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -13,14 +13,13 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from lorax_fn.core.adapters import Factors
+from lorax_fn.core.adapters import Factors, register
 from lorax_fn.core.stored import by_entry, dense
 from lorax_fn.methods.lora import LoRA
 from lorax_fn.methods.low_rank import Start
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@register
 class DoRA(LoRA):
     """LoRA of the direction, and a trained magnitude of each output: ``W' = m * V / ||V||``.
 
@@ -58,10 +57,6 @@ class DoRA(LoRA):
     def axes(self) -> dict[str, tuple[int | None, ...]]:
         return super().axes() | {"magnitude": (*self.layout.stack, *self.layout.outputs)}
 
-    def delta(self) -> jax.Array:
-        """``scale * A @ B``, the change of the direction before it is normalised."""
-        return super().delta()
-
     def weight(self, w: jax.Array) -> jax.Array:
         direction = dense(w).astype(jnp.float32) + self.delta()
         norm = jnp.sqrt(_sum_over_inputs(jnp.square(direction), self.layout))
@@ -69,13 +64,12 @@ class DoRA(LoRA):
         return (direction * _on_weight_axes(gain, self.layout)).astype(w.dtype)
 
     def factors(self, w: jax.Array) -> Factors:
-        return dataclasses.replace(self.pair(), column=self._gain(self.norm(w)))
+        return dataclasses.replace(super().factors(w), column=self._gain(self.norm(w)))
 
     def norm(self, w: jax.Array) -> jax.Array:
         """``||W + scale * A @ B||`` over inputs, ``[*s, *m]`` float32, constant in backward."""
-        w, a, b = jax.lax.stop_gradient((w, self.a, self.b))
-        stack = self.layout.shapes(self.shape)[0]
-        scale = jnp.broadcast_to(jnp.asarray(self.scale, jnp.float32), stack)
+        w, a, b, scale = jax.lax.stop_gradient((w, self.a, self.b, jnp.asarray(self.scale, jnp.float32)))
+        scale = jnp.broadcast_to(scale, self.layout.shapes(self.shape)[0])
         return by_entry(_norm_of_sum, w, self.layout, a, b, scale)
 
     def _gain(self, norm: jax.Array) -> jax.Array:
@@ -86,10 +80,12 @@ class DoRA(LoRA):
 
     def problem(self, w: Any) -> str | None:
         wrong = super().problem(w)
+        if wrong is not None:
+            return wrong
         stack, _, m = self.layout.shapes(self.shape)
-        if wrong is None and tuple(self.magnitude.shape) != (*stack, *m):
+        if tuple(self.magnitude.shape) != (*stack, *m):
             return f"a magnitude of shape {tuple(self.magnitude.shape)}, not {(*stack, *m)}"
-        return wrong
+        return None
 
 
 def _sum_over_inputs(x: jax.Array, layout: Any) -> jax.Array:

@@ -3,19 +3,17 @@
 W' = W + scale * (A1 @ B1) * (A2 @ B2),   * elementwise, proposition 1; rank up to r^2
 """
 
-import dataclasses
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from lorax_fn.core.adapters import Factors
+from lorax_fn.core.adapters import Factors, fact, number, register
 from lorax_fn.core.layouts import Layout
 from lorax_fn.methods.low_rank import LowRank, Start, scale_of
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@register
 class LoHa(LowRank):
     """A Hadamard product of two low-rank products: ``dW = scale * (A1 @ B1) * (A2 @ B2)``.
 
@@ -31,6 +29,8 @@ class LoHa(LowRank):
       rank: ``r``.
       scaling: ``"lora"`` or ``"rslora"``.
       layout: which axes of the weight are stack, inputs and outputs.
+      key: PRNG keys ``[*s]``; set by `lorax_fn.dropout` only.
+      rate: share of A's inputs dropped; set by `lorax_fn.dropout` only.
 
     Example:
       >>> import jax.numpy as jnp, lorax_fn as lx
@@ -39,15 +39,17 @@ class LoHa(LowRank):
       0.0
     """
 
-    takes_init: ClassVar[bool] = False
+    up: ClassVar[tuple[str, ...]] = ("b1", "b2")
     a1: Any
     b1: Any
     a2: Any
     b2: Any
-    alpha: float = dataclasses.field(metadata={"static": True})
-    rank: int = dataclasses.field(metadata={"static": True})
-    scaling: str = dataclasses.field(metadata={"static": True})
-    layout: Layout = dataclasses.field(metadata={"static": True})
+    alpha: Any = number()
+    rank: int = fact()
+    scaling: str = fact()
+    layout: Layout = fact()
+    key: Any = None
+    rate: Any = number(default=0.0)
 
     @classmethod
     def create(cls, w: Any, start: Start) -> tuple["LoHa", Any]:

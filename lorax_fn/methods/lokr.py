@@ -3,22 +3,20 @@
 W' = W + scale * kron(W1, A @ B),   W1 small and full, A @ B of rank r, section 3.3
 """
 
-import dataclasses
 import math
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from lorax_fn.core.adapters import Factors
+from lorax_fn.core.adapters import Factors, fact, number, register
 from lorax_fn.core.layouts import Layout
 from lorax_fn.methods.low_rank import LowRank, Start, scale_of
 
 LARGEST = 8  # of W1's sides: its product with r is the width that the transform contracts
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@register
 class LoKr(LowRank):
     """A Kronecker product of a small matrix and a low-rank one: ``dW = scale * kron(W1, A @ B)``.
 
@@ -35,6 +33,8 @@ class LoKr(LowRank):
       scaling: ``"lora"`` or ``"rslora"``.
       layout: which axes of the weight are stack, inputs and outputs.
       sizes: the weight's shape.
+      key: PRNG keys ``[*s]``; set by `lorax_fn.dropout` only.
+      rate: share of A's inputs dropped; set by `lorax_fn.dropout` only.
 
     Example:
       >>> import jax.numpy as jnp, lorax_fn as lx
@@ -43,15 +43,17 @@ class LoKr(LowRank):
       ((8, 5), (64, 4), (4, 50))
     """
 
-    takes_init: ClassVar[bool] = False
+    up: ClassVar[tuple[str, ...]] = ("b",)
     w1: Any
     a: Any
     b: Any
-    alpha: float = dataclasses.field(metadata={"static": True})
-    rank: int = dataclasses.field(metadata={"static": True})
-    scaling: str = dataclasses.field(metadata={"static": True})
-    layout: Layout = dataclasses.field(metadata={"static": True})
-    sizes: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+    alpha: Any = number()
+    rank: int = fact()
+    scaling: str = fact()
+    layout: Layout = fact()
+    sizes: tuple[int, ...] = fact()
+    key: Any = None
+    rate: Any = number(default=0.0)
 
     @classmethod
     def create(cls, w: Any, start: Start) -> tuple["LoKr", Any]:

@@ -5,19 +5,18 @@ W' = W + scale * A @ B,   scale = alpha / rank         "lora", equation (3)
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lorax_fn.core.adapters import Factors
+from lorax_fn.core.adapters import Factors, fact, number, register
 from lorax_fn.core.layouts import Layout
-from lorax_fn.methods.low_rank import LowRank, Start, scale_of
+from lorax_fn.methods.low_rank import STACKED, LowRank, Start, scale_of
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@register
 class LoRA(LowRank):
     """A low-rank update of one weight, ``dW = scale * A @ B``.
 
@@ -26,8 +25,11 @@ class LoRA(LowRank):
     Args:
       a: ``[*s, *n, r]`` down-projection.
       b: ``[*s, r, *m]`` up-projection.
-      alpha: numerator of the scale; one number, or one a stack entry.
-      rank: ``r``; or one int a stack entry, where entries below the largest are padded with exact zeros.
+      alpha: numerator of the scale; one number, or one per stack entry. As an array, ``[]`` or ``[*s]``, it
+        is a leaf that does not train: other values of it compile nothing, and `jax.vmap` and `jax.grad` go
+        over it.
+      rank: ``r``; or one int per stack entry, where entries below the largest are padded with exact zeros.
+        It is an array where `lorax_fn.stack` has put adapters of several ranks side by side.
       scaling: ``"lora"`` for alpha / rank, ``"rslora"`` for alpha / sqrt(rank).
       layout: which axes of the weight are stack, inputs and outputs.
       key: PRNG keys ``[*s]``; set by `lorax_fn.dropout` only.
@@ -42,14 +44,17 @@ class LoRA(LowRank):
       Array(2., dtype=float32)
     """
 
+    up: ClassVar[tuple[str, ...]] = ("b",)
+    owns_factors: ClassVar[bool] = True
+    takes: ClassVar[frozenset[str]] = frozenset({"alpha", "scaling", "init"})
     a: Any
     b: Any
-    alpha: Any = dataclasses.field(metadata={"static": True})
-    rank: Any = dataclasses.field(metadata={"static": True})
-    scaling: str = dataclasses.field(metadata={"static": True})
-    layout: Layout = dataclasses.field(metadata={"static": True})
+    alpha: Any = number()
+    rank: Any = number()
+    scaling: str = fact()
+    layout: Layout = fact()
     key: Any = None
-    rate: float = dataclasses.field(default=0.0, metadata={"static": True})
+    rate: Any = number(default=0.0)
 
     @classmethod
     def create(cls, w: Any, start: Start) -> tuple["LoRA", Any]:
@@ -65,8 +70,8 @@ class LoRA(LowRank):
         return None
 
     @property
-    def scale(self) -> float | np.ndarray:
-        """The number before ``A @ B``; ``[*s]`` float32 where ranks differ along the stack, 0 for rank 0."""
+    def scale(self) -> Any:
+        """The number before ``A @ B``; ``[*s]`` float32 where it differs along the stack, 0 for rank 0."""
         stack = np.shape(self.a)[: len(self.layout.stack)]
         return scale_of(self.alpha, self.rank, self.scaling, stack)
 
@@ -80,9 +85,30 @@ class LoRA(LowRank):
         return {"a": a, "b": b, "key": self.layout.stack}
 
     def pair(self) -> Factors:
-        return Factors(self.a, self.b, self.layout, self.scale, key=self.key, rate=self.rate)
+        return Factors(self.a, self.b, self.layout, self.scale)
+
+    def with_factors(self, a: jax.Array, b: jax.Array, rank: int | tuple[int, ...]) -> "LoRA":
+        """This adapter with factors ``[s, n, r], [s, r, m]`` of another rank, and the same scale."""
+        stack, n, m = self.layout.shapes(self.shape)
+
+        def kept(alpha, old, new):
+            return alpha * scale_of(1.0, old, self.scaling, ()) / scale_of(1.0, new, self.scaling, ())
+
+        alpha: Any
+        if isinstance(rank, tuple):
+            alphas = self.alpha if isinstance(self.alpha, tuple) else (self.alpha,) * len(rank)
+            ranks = self.rank if isinstance(self.rank, tuple) else (self.rank,) * len(rank)
+            pairs = zip(alphas, ranks, rank, strict=True)
+            alpha = tuple(kept(alpha, old, new) if old and new else alpha for alpha, old, new in pairs)
+        else:
+            alpha = kept(self.alpha, self.rank, rank)
+        a = a.reshape(*stack, *n, a.shape[-1]).astype(self.a.dtype)
+        b = b.reshape(*stack, b.shape[1], *m).astype(self.b.dtype)
+        return dataclasses.replace(self, a=a, b=b, rank=rank, alpha=alpha)
 
     def problem(self, w: Any) -> str | None:
+        if self.is_stacked:
+            return STACKED
         if len(w.shape) != self.layout.ndim or tuple(w.shape) != self.shape:
             return f"factors {np.shape(self.a)} @ {np.shape(self.b)} for a weight of shape {self.shape}"
         return None

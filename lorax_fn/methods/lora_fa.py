@@ -5,12 +5,11 @@ from typing import Any, ClassVar
 
 import jax
 
-from lorax_fn.core.adapters import Factors
+from lorax_fn.core.adapters import Factors, register
 from lorax_fn.methods.lora import LoRA
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@register
 class LoRAFA(LoRA):
     """LoRA-FA: A stays as it was drawn, B trains; backward keeps ``x @ A`` and not ``x``.
 
@@ -37,7 +36,7 @@ class LoRAFA(LoRA):
 
     @classmethod
     def refuses(cls, shape: tuple[int, ...], start: Any) -> str | None:
-        if getattr(start.init, "__name__", start.init) == "zero_a":
+        if start.init.zero_a:
             return "an init whose A is not zero: A is frozen, and B gets no gradient through a zero A"
         return None
 

@@ -3,20 +3,18 @@
 W' = W + scale * A R B,   A = U_r S_r and B = V_r^T of W = U S V^T, frozen; R, r x r, trains: equation (2)
 """
 
-import dataclasses
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from lorax_fn.core.adapters import Factors
+from lorax_fn.core.adapters import Factors, fact, number, register
 from lorax_fn.core.layouts import Layout
 from lorax_fn.core.matrices import entries
 from lorax_fn.methods.low_rank import LowRank, Start, scale_of
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@register
 class LoRAXS(LowRank):
     """A small trained core between frozen singular vectors of the weight: ``dW = scale * A R B``.
 
@@ -31,6 +29,8 @@ class LoRAXS(LowRank):
       rank: ``r``.
       scaling: ``"lora"`` or ``"rslora"``.
       layout: which axes of the weight are stack, inputs and outputs.
+      key: PRNG keys ``[*s]``; set by `lorax_fn.dropout` only.
+      rate: share of A's inputs dropped; set by `lorax_fn.dropout` only.
 
     Example:
       >>> import jax.numpy as jnp, lorax_fn as lx
@@ -40,14 +40,15 @@ class LoRAXS(LowRank):
     """
 
     frozen: ClassVar[tuple[str, ...]] = ("a", "b")
-    takes_init: ClassVar[bool] = False
     a: Any
     b: Any
     core: Any
-    alpha: float = dataclasses.field(metadata={"static": True})
-    rank: int = dataclasses.field(metadata={"static": True})
-    scaling: str = dataclasses.field(metadata={"static": True})
-    layout: Layout = dataclasses.field(metadata={"static": True})
+    alpha: Any = number()
+    rank: int = fact()
+    scaling: str = fact()
+    layout: Layout = fact()
+    key: Any = None
+    rate: Any = number(default=0.0)
 
     @classmethod
     def create(cls, w: Any, start: Start) -> tuple["LoRAXS", Any]:

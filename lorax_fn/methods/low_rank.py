@@ -9,22 +9,30 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lorax_fn.core.adapters import Adapter, Factors
+from lorax_fn.core.adapters import Adapter, Factors, is_number
 from lorax_fn.core.layouts import Layout
 from lorax_fn.core.matrices import product
 from lorax_fn.core.stored import dense
+from lorax_fn.core.trees import is_concrete, run
 
-SCALINGS = {"lora": lambda alpha, rank: alpha / rank, "rslora": lambda alpha, rank: alpha / math.sqrt(rank)}
+# What alpha is divided by; ``rank`` may be an array.
+SCALINGS = {"lora": lambda rank: rank, "rslora": lambda rank: rank**0.5}
+
+
+STACKED = "adapters without the leading axis that `lx.stack` makes: map over it, jax.vmap(f, in_axes=...)"
 
 
 @dataclasses.dataclass(frozen=True)
 class Start:
     """What a method is made from, every part of it checked by `lorax_fn.split`.
 
+    ``key`` is this weight's own, ``shared_key`` that of all weights, for what they share.
+
     ``init(key, w, layout, rank, scale, dtype) -> (a, b, w)`` gives the first factors, the weight to freeze.
     """
 
     key: Any
+    shared_key: Any
     layout: Layout
     rank: Any
     alpha: Any
@@ -33,26 +41,49 @@ class Start:
     dtype: Any
 
 
-def scale_of(alpha: Any, rank: Any, scaling: str, stack: tuple[int, ...]) -> float | np.ndarray:
-    """The number before ``A @ B``; ``[*s]`` float32 where ranks differ along the stack, 0 for rank 0."""
-    rule = SCALINGS[scaling]
-    if not isinstance(rank, tuple):
-        return rule(alpha, rank)
-    alphas = alpha if isinstance(alpha, tuple) else (alpha,) * len(rank)
-    scales = [rule(a, r) if r else 0.0 for a, r in zip(alphas, rank, strict=True)]
-    return np.asarray(scales, np.float32).reshape(stack)
+def scale_of(alpha: Any, rank: Any, scaling: str, stack: tuple[int, ...]) -> Any:
+    """The number before ``A @ B``: ``alpha / rank`` or ``alpha / sqrt(rank)``, and 0 for rank 0.
+
+    A Python number where alpha and rank are; an array ``[*s]`` in float32 where either is a tuple, with one
+    number per stack entry; the broadcast of both where either is an array.
+    """
+    divisor = SCALINGS[scaling]
+    if not isinstance(rank, tuple) and not isinstance(alpha, tuple) and is_number(alpha) and is_number(rank):
+        return alpha / divisor(rank)
+    if is_number(alpha) and is_number(rank):
+        ranks = np.asarray(rank, np.float64)
+        scales = np.where(ranks > 0, np.asarray(alpha, np.float64) / divisor(np.maximum(ranks, 1.0)), 0.0)
+        return np.broadcast_to(scales, (math.prod(stack),)).astype(np.float32).reshape(stack)
+
+    def on_stack(x):
+        return (
+            jnp.asarray(x, jnp.float32).reshape(stack)
+            if isinstance(x, tuple)
+            else jnp.asarray(x, jnp.float32)
+        )
+
+    def quotient(alpha, rank):
+        alpha, rank = jnp.broadcast_arrays(on_stack(alpha), on_stack(rank))
+        one = jnp.ones_like(rank)
+        return jnp.where(rank > 0, alpha / divisor(jnp.maximum(rank, one)), jnp.zeros_like(alpha))
+
+    return run(quotient, alpha, rank)
 
 
 class LowRank(Adapter):
     """A method whose change is a product of two factors, whatever it stores.
 
     A subclass has a ``layout`` and `pair`; it says by `refuses` what it cannot serve, and by `create` how
-    it starts.
+    it starts. With the fields ``key`` and ``rate`` it takes dropout.
     """
 
-    adds: ClassVar[bool] = True  # W' = W + dW, with dW known without W
-    takes_init: ClassVar[bool] = True  # starts from `init=`; else from its paper's own values
-    layout: Layout  # a field of every subclass, in its own place
+    adds: ClassVar[bool] = True
+    takes: ClassVar[frozenset[str]] = frozenset(
+        {"alpha", "scaling"}
+    )  # options of `split` that it is made from
+    layout: Layout  # these three are fields of every subclass, in their own places
+    key: Any
+    rate: Any
 
     @classmethod
     def create(cls, w: Any, start: Start) -> tuple[Adapter, Any]:
@@ -104,9 +135,36 @@ class LowRank(Adapter):
 
     def factors(self, w: jax.Array) -> Factors:
         del w
-        return self.pair()
+        return dataclasses.replace(self.pair(), key=self.key, rate=self.rate)
+
+    def numbers(self) -> dict[str, Any]:
+        # A scale of abstract or traced numbers is not known; asking for it would compute under the trace.
+        known = is_concrete([getattr(self, name, None) for name in ("rank", "alpha")])
+        names = ("rank", "alpha", "scaling", "scale") if known else ("rank", "alpha", "scaling")
+        told = {name: value for name in names if (value := getattr(self, name, None)) is not None}
+        if told.get("scaling") == "lora":
+            del told["scaling"]
+        return told
+
+    def count(self) -> int:
+        rank = getattr(self, "rank", None)
+        if not isinstance(rank, tuple):
+            return super().count()
+        # Pads of a stack of several ranks hold zeros and never train: only used ranks count.
+        share = sum(rank) / (len(rank) * max(rank))
+        axes = self.axes()
+        sizes = {name: math.prod(getattr(self, name).shape) for name in self.trained() if name != "key"}
+        return sum(round(size * share) if None in axes[name] else size for name, size in sizes.items())
+
+    def with_dropout(self, rate: Any, key: jax.Array) -> Adapter:
+        stack = self.layout.shapes(self.shape)[0]
+        # One key per stack entry, so that each layer of a scanned model drops inputs of its own.
+        keys = jax.random.split(key, math.prod(stack))
+        return dataclasses.replace(self, key=keys.reshape(*stack, *keys.shape[1:]), rate=rate)
 
     def problem(self, w: Any) -> str | None:
+        if self.is_stacked:
+            return STACKED
         if len(w.shape) != self.layout.ndim or tuple(w.shape) != self.shape:
             return f"factors for a weight of shape {self.shape}"
         return None

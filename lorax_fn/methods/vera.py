@@ -3,7 +3,6 @@
 W' = W + A diag(d) B diag(b),   A and B random, frozen and shared by all weights, equation (2)
 """
 
-import dataclasses
 import math
 from typing import Any, ClassVar
 
@@ -11,13 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lorax_fn.core.adapters import Factors
+from lorax_fn.core.adapters import Factors, fact, number, register
 from lorax_fn.core.layouts import Layout
 from lorax_fn.methods.low_rank import LowRank, Start
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@register
 class VeRA(LowRank):
     """Two trained vectors around frozen random factors: ``dW = A diag(d) B diag(b)``.
 
@@ -31,6 +29,8 @@ class VeRA(LowRank):
       gain: ``[*s, *m]``, the paper's vector b.
       rank: ``r``; may exceed the weight's own rank.
       layout: which axes of the weight are stack, inputs and outputs.
+      key: PRNG keys ``[*s]``; set by `lorax_fn.dropout` only.
+      rate: share of A's inputs dropped; set by `lorax_fn.dropout` only.
 
     Example:
       >>> import jax.numpy as jnp, lorax_fn as lx
@@ -40,20 +40,22 @@ class VeRA(LowRank):
     """
 
     frozen: ClassVar[tuple[str, ...]] = ("a", "b")
-    takes_init: ClassVar[bool] = False
+    takes: ClassVar[frozenset[str]] = frozenset()
     a: Any
     b: Any
     d: Any
     gain: Any
-    rank: int = dataclasses.field(metadata={"static": True})
-    layout: Layout = dataclasses.field(metadata={"static": True})
+    rank: int = fact()
+    layout: Layout = fact()
+    key: Any = None
+    rate: Any = number(default=0.0)
 
     @classmethod
     def create(cls, w: Any, start: Start) -> tuple["VeRA", Any]:
         stack, n, m = start.layout.shapes(w.shape)
         r = start.rank
-        # Rows and columns from fixed keys: a weight of other sizes holds another corner of one random matrix.
-        key_a, key_b = jax.random.split(jax.random.key(_SHARED))
+        # Rows and columns from keys that all weights share: each weight holds a corner of one random matrix.
+        key_a, key_b = jax.random.split(jax.random.fold_in(start.shared_key, _SHARED))
         a = _corner(key_a, math.prod(n), r, math.sqrt(1.0 / math.prod(n))).reshape(*n, r)
         b = _corner(key_b, math.prod(m), r, math.sqrt(1.0 / r)).T.reshape(r, *m)
         d, gain = jnp.full((*stack, r), 0.1, start.dtype), jnp.zeros((*stack, *m), start.dtype)

@@ -1,19 +1,17 @@
 """Whole values: `Full` trains a leaf as it is (a bias, a norm, a new head), `Rows` some rows of one."""
 
-import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lorax_fn.core.adapters import Adapter, Factors
+from lorax_fn.core.adapters import Adapter, Factors, fact, register
 from lorax_fn.core.layouts import Layout
 from lorax_fn.core.stored import dense
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@register
 class Full(Adapter):
     """A leaf trained whole: ``W' = value``, cast to the dtype of the leaf at use.
 
@@ -31,6 +29,11 @@ class Full(Adapter):
     def weight(self, w: jax.Array) -> jax.Array:
         return self.value.astype(w.dtype)
 
+    def with_dropout(self, rate: Any, key: jax.Array) -> "Full":
+        """Itself: a leaf trained whole has no low-rank branch whose inputs could be dropped."""
+        del rate, key
+        return self
+
     def axes(self) -> dict[str, tuple[int | None, ...]]:
         return {"value": tuple(range(len(self.value.shape)))}
 
@@ -40,8 +43,7 @@ class Full(Adapter):
         return None
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@register
 class Rows(Adapter):
     """Chosen rows of a table, such as new tokens of an embedding: ``W' = W`` but ``W'[ids] = values``.
 
@@ -59,12 +61,20 @@ class Rows(Adapter):
     """
 
     values: Any
-    ids: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+    ids: tuple[int, ...] = fact()
 
     @property
     def rank(self) -> int:
         """How many rows train."""
         return len(self.ids)
+
+    def numbers(self) -> dict[str, Any]:
+        return {"rank": self.rank}
+
+    def with_dropout(self, rate: Any, key: jax.Array) -> "Rows":
+        """Itself: rows that are looked up have no low-rank branch whose inputs could be dropped."""
+        del rate, key
+        return self
 
     def weight(self, w: jax.Array) -> jax.Array:
         return dense(w).at[np.asarray(self.ids, np.int32)].set(self.values.astype(w.dtype))

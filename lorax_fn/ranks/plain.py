@@ -13,8 +13,6 @@ from lorax_fn.core.matrices import entries, factor_entries, used_ranks
 from lorax_fn.core.stored import is_stored
 from lorax_fn.core.trees import PyTree, flatten_with_paths, is_tracer
 from lorax_fn.methods.lora import LoRA
-from lorax_fn.methods.low_rank import LowRank
-from lorax_fn.ranks.resizing import with_rank
 
 
 def to_plain(params0: PyTree, params: PyTree, lora: dict[str, Adapter]) -> dict[str, Adapter]:
@@ -48,7 +46,7 @@ def to_plain(params0: PyTree, params: PyTree, lora: dict[str, Adapter]) -> dict[
     check_fits(first, lora)
     check_fits(frozen, lora)
     moved = [path for path in lora if _differ(first[path], frozen[path])]
-    strange = [path for path in moved if isinstance(lora[path], LowRank) and not isinstance(lora[path], LoRA)]
+    strange = [path for path in moved if lora[path].pair() is not None and not lora[path].owns_factors]
     if strange:
         raise error(
             "these weights differ, but their method takes no part of W.",
@@ -68,7 +66,7 @@ def to_plain(params0: PyTree, params: PyTree, lora: dict[str, Adapter]) -> dict[
         )
     plain, wrong = dict(lora), {}
     for path in moved:
-        if isinstance(lora[path], LoRA):
+        if lora[path].owns_factors:
             plain[path], left = _relative_to(lora[path], first[path], frozen[path])
             # what rounding of the residual leaves beyond rank r, with room; a tracer tells nothing
             most = max(8.0 * float(jnp.finfo(frozen[path].dtype).eps), 1e-4)
@@ -111,8 +109,8 @@ def _relative_to(adapter: Any, w0: Any, w: Any) -> tuple[LoRA, jax.Array]:
     a0, b0 = u[:, :, :r] * root[:, None, :], (root * jnp.sign(s))[:, :, None] * vt[:, :r]
     a, b = jnp.concatenate([a, a0], axis=-1), jnp.concatenate([b, -b0], axis=1)
     if not isinstance(adapter.rank, tuple):
-        return with_rank(adapter, a, b, 2 * adapter.rank), share
+        return adapter.with_factors(a, b, 2 * adapter.rank), share
     # pads go behind both parts, as everywhere
     order = np.argsort(1 - np.concatenate([used_ranks(adapter.rank, a.shape[0])] * 2, -1), kind="stable")
     a, b = jnp.take_along_axis(a, order[:, None, :], -1), jnp.take_along_axis(b, order[:, :, None], 1)
-    return with_rank(adapter, a, b, tuple(2 * r for r in adapter.rank)), share
+    return adapter.with_factors(a, b, tuple(2 * r for r in adapter.rank)), share

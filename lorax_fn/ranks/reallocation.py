@@ -13,7 +13,6 @@ from lorax_fn.core.errors import error
 from lorax_fn.core.fitting import check_lora
 from lorax_fn.core.matrices import factor_entries
 from lorax_fn.methods.lora import LoRA
-from lorax_fn.ranks.resizing import with_rank
 
 
 def sensitivity(lora: dict[str, Adapter], grads: dict[str, Adapter]) -> dict[str, jax.Array]:
@@ -41,8 +40,9 @@ def sensitivity(lora: dict[str, Adapter], grads: dict[str, Adapter]) -> dict[str
     """
     check_lora(lora)
     scores = {}
+    adapter: Any
     for path, adapter in lora.items():
-        if isinstance(adapter, LoRA):
+        if adapter.owns_factors:
             (a, b, _), (ga, gb, _) = factor_entries(adapter), factor_entries(grads[path])
             score = jnp.abs(a * ga).mean(1) + jnp.abs(b * gb).mean(2)
             scores[path] = score.reshape(*adapter.a.shape[: len(adapter.layout.stack)], -1)
@@ -114,14 +114,14 @@ def _kept(adapter: Any, kept: np.ndarray) -> LoRA:
     a = jnp.take_along_axis(a, order[:, None, :], -1) * used[:, None, :]
     b = jnp.take_along_axis(b, order[:, :, None], 1) * used[:, :, None]
     even = len(set(counts.tolist())) == 1 and not isinstance(adapter.rank, tuple)
-    return with_rank(adapter, a, b, int(counts[0]) if even else tuple(counts.tolist()))
+    return adapter.with_factors(a, b, int(counts[0]) if even else tuple(counts.tolist()))
 
 
 def _check_scores(lora: Mapping[str, Adapter], scores: Mapping[str, Any]) -> None:
     wrong = {}
     for path, score in scores.items():
-        adapter = lora.get(path)
-        if not isinstance(adapter, LoRA):
+        adapter: Any = lora.get(path)
+        if adapter is None or not adapter.owns_factors:
             wrong[path] = "the path of a LoRA"
         else:
             shape = (*np.shape(adapter.a)[: len(adapter.layout.stack)], np.shape(adapter.a)[-1])

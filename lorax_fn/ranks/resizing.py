@@ -4,7 +4,6 @@ Nothing here builds a dW: singular values come from the QR of both factors, ``A 
 so that ``svd(A B) = svd(Ra Rb^T)``, an ``[r, r]`` matrix.
 """
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,7 +16,6 @@ from lorax_fn.core.errors import error
 from lorax_fn.core.fitting import check_lora
 from lorax_fn.core.matrices import factor_entries, used_ranks
 from lorax_fn.methods.lora import LoRA
-from lorax_fn.methods.low_rank import SCALINGS
 from lorax_fn.ranks.spectra import product_svd, spectrum
 
 
@@ -63,7 +61,7 @@ def truncate(
             raise error(
                 "energy is a share.", got=f"energy={energy!r}", want="0 < energy <= 1", do="energy=0.99."
             )
-        ranks = {path: _rank_of_energy(x, energy) for path, x in lora.items() if isinstance(x, LoRA)}
+        ranks = {path: _rank_of_energy(x, energy) for path, x in lora.items() if x.owns_factors}
     else:
         ranks = _asked_ranks(lora, rank)
     return {
@@ -98,7 +96,7 @@ def resize(lora: dict[str, Adapter], rank: int | Mapping[str, int]) -> dict[str,
     """
     check_lora(lora)
     ranks = _asked_ranks(lora, rank)
-    had = {path: adapter.rank for path, adapter in lora.items() if isinstance(adapter, LoRA)}
+    had = {path: adapter.numbers()["rank"] for path, adapter in lora.items() if adapter.owns_factors}
     uneven = [p for p, r in ranks.items() if isinstance(had[p], tuple) and r > _width(lora[p])]
     if uneven:
         raise error(
@@ -128,7 +126,7 @@ def _rank_of_energy(adapter: Any, energy: float) -> int:
 
 def _asked_ranks(lora: Mapping[str, Adapter], rank: Any) -> dict[str, int]:
     """The rank asked of each `LoRA`, checked."""
-    able = {path for path, adapter in lora.items() if isinstance(adapter, LoRA)}
+    able = {path for path, adapter in lora.items() if adapter.owns_factors}
     asked: Any = rank if isinstance(rank, Mapping) else {path: rank for path in lora if path in able}
     unknown = [path for path in asked if path not in able]
     if unknown:
@@ -147,33 +145,12 @@ def _asked_ranks(lora: Mapping[str, Adapter], rank: Any) -> dict[str, int]:
     return dict(asked)
 
 
-def with_rank(adapter: LoRA, a: jax.Array, b: jax.Array, rank: Any) -> LoRA:
-    """The adapter with factors ``[s, n, r], [s, r, m]`` of ``rank``, alpha such that the scale stays."""
-    stack, n, m = adapter.layout.shapes(adapter.shape)
-    rule = SCALINGS[adapter.scaling]
-
-    def kept(alpha, old, new):
-        return alpha * rule(1.0, old) / rule(1.0, new) if old and new else alpha
-
-    alpha: Any
-    if isinstance(rank, tuple):
-        alphas = adapter.alpha if isinstance(adapter.alpha, tuple) else (adapter.alpha,) * len(rank)
-        ranks = adapter.rank if isinstance(adapter.rank, tuple) else (adapter.rank,) * len(rank)
-        alpha = tuple(map(kept, alphas, ranks, rank))
-    else:
-        alpha = kept(adapter.alpha, adapter.rank, rank)
-    r = a.shape[-1]
-    a = a.reshape(*stack, *n, r).astype(adapter.a.dtype)
-    b = b.reshape(*stack, r, *m).astype(adapter.b.dtype)
-    return dataclasses.replace(adapter, a=a, b=b, rank=rank, alpha=alpha)
-
-
 def _cut(adapter: Any, rank: int) -> LoRA:
     a, b, _ = factor_entries(adapter)
     u, size, vt = product_svd(a, b)
     new = tuple(min(r, rank) for r in adapter.rank) if isinstance(adapter.rank, tuple) else rank
     root = jnp.sqrt(size[:, :rank]) * used_ranks(new, a.shape[0])  # pads stay exactly zero
-    return with_rank(adapter, u[:, :, :rank] * root[:, None, :], root[:, :, None] * vt[:, :rank], new)
+    return adapter.with_factors(u[:, :, :rank] * root[:, None, :], root[:, :, None] * vt[:, :rank], new)
 
 
 def _padded(adapter: Any, rank: int) -> LoRA:
@@ -183,4 +160,4 @@ def _padded(adapter: Any, rank: int) -> LoRA:
     draw = jax.random.normal(jax.random.key(rank), (count, a.shape[1], extra), jnp.float32)
     a = jnp.concatenate([a, draw * jnp.sqrt(jnp.mean(jnp.square(a)))], axis=-1)
     b = jnp.concatenate([b, jnp.zeros((count, extra, b.shape[-1]), jnp.float32)], axis=1)
-    return with_rank(adapter, a, b, rank)
+    return adapter.with_factors(a, b, rank)

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 from lorax_fn.core.adapters import Adapter
 from lorax_fn.core.fitting import check_lora
 from lorax_fn.core.matrices import EXACT, factor_entries
-from lorax_fn.methods.low_rank import LowRank
 
 
 @jax.tree_util.register_dataclass
@@ -61,7 +60,7 @@ def effective_rank(lora: dict[str, Adapter]) -> dict[str, Spectrum]:
       ([4.0, 3.0], 1.562)
     """
     check_lora(lora)
-    return {path: spectrum(adapter) for path, adapter in lora.items() if isinstance(adapter, LowRank)}
+    return {path: spectrum(adapter) for path, adapter in lora.items() if adapter.pair() is not None}
 
 
 def product_svd(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -76,7 +75,7 @@ def product_svd(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array, jax.A
     return left, size, jnp.matmul(vt, jnp.swapaxes(qb, -1, -2), precision=EXACT)
 
 
-def spectrum(adapter: LowRank) -> Spectrum:
+def spectrum(adapter: Any) -> Spectrum:
     a, b, scale = factor_entries(adapter)
     values = product_svd(a, b * scale[:, :, None])[1]
     total, largest = values.sum(-1), values[:, 0]

@@ -14,7 +14,6 @@ from lorax_fn.core.adapters import Adapter
 from lorax_fn.core.fitting import check_fits
 from lorax_fn.core.stored import is_stored
 from lorax_fn.core.trees import PyTree, arrays, is_float
-from lorax_fn.methods.lora import LoRA
 from lorax_fn.targets.roles import classify
 
 
@@ -190,24 +189,14 @@ def _why(role: Any) -> str:
 
 
 def _row(path: str, leaf: Any, adapter: Adapter) -> Row:
-    scale: Any = getattr(adapter, "scale", None)
+    told = adapter.numbers()
+    scale: Any = told.get("scale")
     if getattr(scale, "ndim", 0):
         scale = tuple(float(x) for x in scale.ravel())
-    rank, alpha = getattr(adapter, "rank", None), getattr(adapter, "alpha", None)
-    shape, method, trainable = tuple(leaf.shape), type(adapter).__name__, _trainable(adapter)
-    return Row(path, shape, method, rank, alpha, scale, trainable, *_stored(leaf))
+    shape, method = tuple(leaf.shape), type(adapter).__name__
+    numbers = told.get("rank"), told.get("alpha"), scale
+    return Row(path, shape, method, *numbers, adapter.count(), *_stored(leaf))
 
-
-def _trainable(adapter: Adapter) -> int:
-    if isinstance(adapter, LoRA) and isinstance(adapter.rank, tuple):
-        _, n, m = adapter.layout.shapes(adapter.shape)
-        return sum(adapter.rank) * (math.prod(n) + math.prod(m))
-    names = [field.name for field in dataclasses.fields(adapter) if field.name not in adapter.frozen]
-    values = [getattr(adapter, name) for name in names]
-    return sum(math.prod(value.shape) for value in values if is_float(value))
-
-
-# Text -------------------------------------------------------------------------------------------------
 
 _HEAD = ("path", "shape", "method", "rank", "alpha", "scale", "trainable", "total", "percent")
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lorax_fn.core.adapters import Adapter, is_dropped
+from lorax_fn.core.adapters import Adapter
 from lorax_fn.core.errors import error
 from lorax_fn.core.fitting import check_fits, check_lora
 from lorax_fn.core.stored import dense, is_stored
@@ -77,12 +77,12 @@ def delta(lora: dict[str, Adapter]) -> dict[str, jax.Array]:
       (8, 6)
     """
     check_lora(lora)
-    dropped = [path for path, adapter in lora.items() if is_dropped(adapter)]
+    dropped = [path for path, adapter in lora.items() if adapter.under_dropout]
     if dropped:
         raise error(
             "adapters under dropout have no one dW.", path=dropped, do="use the lora from before dropout."
         )
-    able = {path: adapter for path, adapter in lora.items() if getattr(adapter, "adds", False)}
+    able = {path: adapter for path, adapter in lora.items() if adapter.adds}
     return {path: run(lambda adapter: adapter.delta(), adapter) for path, adapter in able.items()}
 
 

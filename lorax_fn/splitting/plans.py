@@ -9,13 +9,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from lorax_fn.core.adapters import is_number, short
 from lorax_fn.core.errors import error
 from lorax_fn.core.layouts import Layout
 from lorax_fn.core.stored import is_stored
-from lorax_fn.core.trees import is_float
-from lorax_fn.inits.base import refuses, refuses_stored
+from lorax_fn.core.trees import is_abstract, is_array, is_float
+from lorax_fn.inits.base import Init
 from lorax_fn.inits.table import INITS, find_init
 from lorax_fn.methods.low_rank import SCALINGS
 from lorax_fn.methods.table import METHODS
@@ -30,25 +32,30 @@ class Plan:
 
     layout: Layout
     rank: int | tuple[int, ...]
-    alpha: float | tuple[float, ...]
+    alpha: Any  # a float, one per stack entry, or an array
     scaling: str
     method: str
-    init: Any  # a name, what `lorax_fn.loftq` returns, or an `inits.FromData`
+    init: Init
 
 
 def make_plans(leaves: Mapping[str, Any], layouts: Mapping[str, Layout], **choices: Any) -> dict[str, Plan]:
     """Resolves rank, alpha, scaling, method and init for each weight of ``layouts``, or raises."""
     given = {name: _per_path(name, value, layouts, leaves) for name, value in choices.items()}
-    _check_known("method", given["method"], METHODS, _named_in(METHODS))
-    _check_known("scaling", given["scaling"], SCALINGS, _named_in(SCALINGS))
-    known = [*INITS, "pissa:4", "loftq", "loftq:5"]
-    from_data = ", or one from data: lx.eva(fn, batches)"
-    _check_known("init", given["init"], known, find_init, from_data)
+    _check_known("method", given["method"], METHODS, _named_in(METHODS, given["method"]))
+    _check_known("scaling", given["scaling"], SCALINGS, _named_in(SCALINGS, given["scaling"]))
+    inits = {path: find_init(init) for path, init in given["init"].items()}
+    _check_known(
+        "init",
+        given["init"],
+        [*INITS, "pissa:4"],
+        inits.get,
+        ", or a value of lx.inits: lx.inits.eva(fn, batches)",
+    )
     ranks = {path: _as_rank(rank) for path, rank in given["rank"].items()}
     _check_ranks(ranks, leaves, layouts, choices["rank"], given["method"])
     alphas = {path: _as_alpha(alpha, ranks[path]) for path, alpha in given["alpha"].items()}
-    _check_alphas(alphas)
-    words = (given["scaling"], given["method"], given["init"])
+    _check_alphas(alphas, {path: axes.shapes(leaves[path].shape)[0] for path, axes in layouts.items()})
+    words: tuple[Any, ...] = (given["scaling"], given["method"], inits)
     plans = {p: Plan(layouts[p], ranks[p], alphas[p], *(word[p] for word in words)) for p in layouts}
     _check_methods(plans, leaves)
     return plans
@@ -58,14 +65,14 @@ def _check_methods(plans: Mapping[str, Plan], leaves: Mapping[str, Any]) -> None
     """What a method cannot serve is said here, before anything is built."""
     refused = {}
     for path, plan in plans.items():
-        method = METHODS[plan.method]
-        why = method.refuses(tuple(leaves[path].shape), plan)
-        if why is None and not method.takes_init and plan.init != DEFAULTS["init"]:
-            why = f"no init=: it starts from its paper's own values, not from {plan.init!r}"
+        method, shape = METHODS[plan.method], tuple(leaves[path].shape)
+        _, n, m = plan.layout.shapes(shape)
+        why = method.refuses(shape, plan) or _without_effect(method, plan)
         if why is None:
-            why = refuses(tuple(leaves[path].shape), plan)
-        if why is None and is_stored(leaves[path]):
-            why = refuses_stored(plan.init)
+            why = plan.init.refuses(math.prod(n), math.prod(m), plan)
+        if why is None and plan.init.moves_weight and is_stored(leaves[path]):
+            why = f"float weights for init={plan.init!r}, which takes a part of W: "
+            why += "split first, then lx.quantize"
         if why is not None:
             refused[path] = why
     if refused:
@@ -80,6 +87,19 @@ def _check_methods(plans: Mapping[str, Plan], leaves: Mapping[str, Any]) -> None
             want=list(refused.values()),
             do="give these weights another method, init or rank by {pattern: value}, or exclude= them.",
         )
+
+
+def _without_effect(method: Any, plan: Plan) -> str | None:
+    """Which option the method would ignore, or None; one that has its default was not asked for."""
+    asked = {
+        "init": plan.init != find_init(DEFAULTS["init"]),
+        "alpha": not is_number(plan.alpha) or plan.alpha != DEFAULTS["alpha"],
+        "scaling": plan.scaling != DEFAULTS["scaling"],
+    }
+    for name, was_asked in asked.items():
+        if was_asked and name not in method.takes:
+            return f"no {name}=: it has no effect on method={plan.method!r}"
+    return None
 
 
 def _per_path(
@@ -108,14 +128,14 @@ def _per_path(
     return chosen
 
 
-def _named_in(table: Mapping[str, Any]) -> Callable:
-    return lambda name: table.get(name) if isinstance(name, str) else None
+def _named_in(table: Mapping[str, Any], names: Mapping[str, Any]) -> Callable:
+    return lambda path: table.get(names[path]) if isinstance(names[path], str) else None
 
 
 def _check_known(
     name: str, values: Mapping[str, Any], names: Iterable[str], known: Callable, more: str = ""
 ) -> None:
-    unknown = [path for path, value in values.items() if known(value) is None]
+    unknown = [path for path in values if known(path) is None]
     if unknown:
         raise error(
             f"unknown {name}.",
@@ -208,23 +228,28 @@ def _as_alpha(alpha: Any, rank: int | tuple[int, ...]) -> Any:
 
 
 def _number(x: Any) -> Any:
+    if is_array(x) and not isinstance(x, np.generic):
+        return jnp.asarray(x, jnp.float32) if not is_abstract(x) else x
     return float(x) if isinstance(x, numbers.Real) and not isinstance(x, bool) else x
 
 
-def _check_alphas(alphas: Mapping[str, Any]) -> None:
-    def is_number(x):
+def _check_alphas(alphas: Mapping[str, Any], stacks: Mapping[str, tuple[int, ...]]) -> None:
+    def is_finite(x):
         return isinstance(x, float) and math.isfinite(x)
 
-    def fits(alpha):
-        return all(map(is_number, alpha)) if isinstance(alpha, tuple) else is_number(alpha)
+    def fits(path, alpha):
+        if is_array(alpha):
+            return alpha.shape in ((), stacks[path])
+        return all(map(is_finite, alpha)) if isinstance(alpha, tuple) else is_finite(alpha)
 
-    wrong = [path for path, alpha in alphas.items() if not fits(alpha)]
+    wrong = [path for path, alpha in alphas.items() if not fits(path, alpha)]
     if wrong:
         raise error(
             "an alpha is not valid.",
             path=wrong,
-            got=[f"alpha={alphas[path]!r}" for path in wrong],
-            want="a finite number, a function of the rank that gives one, or {pattern: either}",
+            got=[f"alpha={short(alphas[path])}" for path in wrong],
+            want="a finite number, an array of shape () or of the stack axes, a function of the rank, "
+            "or {pattern: one of these}",
             do="alpha=32.0, or alpha=lambda rank: 2 * rank.",
         )
 

@@ -16,8 +16,6 @@ from lorax_fn.core.errors import error
 from lorax_fn.core.keys import checked_key, leaf_key
 from lorax_fn.core.stored import dense, is_stored
 from lorax_fn.core.trees import PyTree, arrays, is_abstract, is_concrete, replace_leaves, run
-from lorax_fn.inits.base import FromData
-from lorax_fn.inits.table import find_init
 from lorax_fn.methods.low_rank import Start
 from lorax_fn.methods.table import METHODS
 from lorax_fn.methods.whole import Full, Rows
@@ -50,15 +48,15 @@ def split(
       params: any pytree; abstract leaves (`jax.ShapeDtypeStruct`) give abstract adapters.
       rank: ``r``, from 1 to ``min(n, m)`` of one stack entry; for a stacked weight also one int a stack entry
         (``*s`` flattened), where 0 leaves that entry as it is and the factors are padded with exact zeros.
-      alpha: numerator of the scale, or a function of the rank. One value for every rank keeps the first step
-        on the data independent of the rank.
+      alpha: numerator of the scale, an array of it (a leaf that never trains), or a function of the rank.
+        One value for every rank keeps the first step on the data independent of the rank.
       scaling: ``"lora"`` for alpha / rank, ``"rslora"`` for alpha / sqrt(rank).
       method: ``"lora"``, ``"dora"``, ``"lora_fa"``, ``"vera"``, ``"loha"``, ``"lokr"`` or
         ``"lora_xs"``.
       init: ``"kaiming"``, ``"gaussian"``, ``"orthogonal"`` or ``"zero_a"``; or ``"pissa"``, ``"pissa:4"`` (by
         a randomised SVD of four iterations) or ``"olora"``, which take a part of W into the factors;
-        or `lorax_fn.loftq`, which also quantises W; or one from data, `lorax_fn.eva`, `lorax_fn.lora_ga` or
-        `lorax_fn.corda`.
+        or `lorax_fn.inits.loftq`, which also quantises W; or one from data, `lorax_fn.inits.eva`,
+        `lorax_fn.inits.lora_ga` or `lorax_fn.inits.corda`.
       targets: patterns: a glob over whole path components, a compiled regex, or ``f(path, leaf) -> bool``;
         one or a sequence. None is every linear weight: no embedding, norm, convolution or output head.
       exclude: patterns that win over ``targets``.
@@ -94,12 +92,12 @@ def split(
     layouts, whole = choose(leaves, roles, targets, exclude, full, list(chosen_rows))
     plans = make_plans(leaves, layouts, rank=rank, alpha=alpha, scaling=scaling, method=method, init=init)
 
-    starts = _starts_from_data(params, leaves, plans)
+    starts = _starts(params, leaves, plans)
     lora: dict[str, Adapter] = {}
     residuals: dict[str, Any] = {}
     for path in leaves:
         if path in plans:
-            lora[path], frozen = _build(plans[path], starts.get(path), key, path, leaves[path], dtype)
+            lora[path], frozen = _build(plans[path], starts[path], key, path, leaves[path], dtype)
             if frozen is not leaves[path]:
                 residuals[path] = frozen
         elif path in whole:
@@ -109,15 +107,14 @@ def split(
     return replace_leaves(params, residuals), lora
 
 
-def _starts_from_data(params: PyTree, leaves: Mapping[str, Any], plans: Mapping[str, Plan]) -> dict:
-    """The init of each weight whose init looks at data: each of those sees all of its weights at once."""
-    asked: dict[Any, dict[str, Plan]] = {}
+def _starts(params: PyTree, leaves: Mapping[str, Any], plans: Mapping[str, Plan]) -> dict[str, Callable]:
+    """What starts each weight: an init is asked once, with all the weights that it is to start."""
+    asked: dict[int, dict[str, Plan]] = {}
     for path, plan in plans.items():
-        if isinstance(plan.init, FromData):
-            asked.setdefault(id(plan.init), {})[path] = plan
-    from_data = [path for group in asked.values() for path in group]
-    unseen = [p for p, w in leaves.items() if not is_concrete(w)]
-    if from_data and unseen:
+        asked.setdefault(id(plan.init), {})[path] = plan
+    from_data = [path for path, plan in plans.items() if plan.init.needs_data]
+    unseen = [path for path, w in leaves.items() if not is_concrete(w)] if from_data else []
+    if unseen:
         raise error(
             "an init from data runs the function, and there are no numbers to run it on.",
             path=from_data,
@@ -131,10 +128,10 @@ def _starts_from_data(params: PyTree, leaves: Mapping[str, Any], plans: Mapping[
     return starts
 
 
-def _build(plan: Plan, init: Any, key: jax.Array, path: str, w: Any, dtype: Any) -> tuple[Adapter, Any]:
+def _build(plan: Plan, init: Callable, key: jax.Array, path: str, w: Any, dtype: Any) -> tuple[Adapter, Any]:
     """The adapter of one weight, and the weight to freeze."""
-    init = init or find_init(plan.init)
-    start = Start(leaf_key(key, path), plan.layout, plan.rank, plan.alpha, plan.scaling, init, dtype)
+    facts = (plan.layout, plan.rank, plan.alpha, plan.scaling)
+    start = Start(leaf_key(key, path), key, *facts, init, dtype)
     create = METHODS[plan.method].create
     if is_abstract(w):
         adapter, frozen = jax.eval_shape(lambda w: create(w, start), w)

@@ -39,10 +39,10 @@ def mask(tree: PyTree) -> PyTree:
 def _mask_node(node: object) -> PyTree:
     if not isinstance(node, Adapter):
         return False
-    frozen = type(node).frozen
+    names = node.trained()
 
     def trains(path, leaf):
-        return getattr(path[0], "name", None) not in frozen and is_float(leaf)
+        return getattr(path[0], "name", None) in names and is_float(leaf)
 
     return jax.tree_util.tree_map_with_path(trains, node)
 

@@ -14,11 +14,7 @@ from lorax_fn.core.adapters import Adapter, is_adapter
 from lorax_fn.core.errors import error
 from lorax_fn.core.fitting import check_lora
 from lorax_fn.core.trees import is_float
-from lorax_fn.methods.lora import LoRA
-from lorax_fn.methods.lora_fa import LoRAFA
 from lorax_fn.training.masks import is_optimizer, own_promotion
-
-UP = ("b", "b1", "b2")  # the factors on the side of the outputs
 
 
 def loraplus(tx_or_lr: Any, ratio: Any = 16.0) -> optax.GradientTransformationExtraArgs:
@@ -61,7 +57,7 @@ def loraplus(tx_or_lr: Any, ratio: Any = 16.0) -> optax.GradientTransformationEx
 
     def faster(_, adapter, __):
         def scaled(path, update):
-            up = getattr(path[0], "name", None) in UP
+            up = getattr(path[0], "name", None) in adapter.up
             return update * jnp.asarray(ratio, update.dtype) if up else update
 
         return jax.tree_util.tree_map_with_path(scaled, adapter)
@@ -95,8 +91,9 @@ def lora_fa_gradient(lora: dict[str, Adapter], eps: float = 1e-8) -> optax.Gradi
       True
     """
     check_lora(lora)
-    able = {path: adapter for path, adapter in lora.items() if isinstance(adapter, LoRAFA)}
+    able = {path: adapter for path, adapter in lora.items() if _is_fa(adapter)}
     inverses = {}
+    adapter: Any
     for path, adapter in able.items():
         a = _matrices(adapter.a, len(adapter.layout.stack), last=True)
         scale = jnp.asarray(adapter.scale, jnp.float32).reshape(-1, 1, 1)
@@ -105,7 +102,7 @@ def lora_fa_gradient(lora: dict[str, Adapter], eps: float = 1e-8) -> optax.Gradi
 
     def corrected(path, adapter, _):
         name = getattr(path[-1], "key", None) if path else None
-        if not isinstance(adapter, LoRAFA) or name not in inverses:
+        if not _is_fa(adapter) or name not in inverses:
             return adapter
         b = _matrices(adapter.b, len(adapter.layout.stack))
         b = jnp.matmul(inverses[name], b, precision=jax.lax.Precision.HIGHEST)
@@ -142,9 +139,9 @@ def riemannian(damping: float = 1e-2) -> optax.GradientTransformationExtraArgs:
     exact = jax.lax.Precision.HIGHEST
 
     def preconditioned(path, grad, adapter):
-        if not isinstance(grad, LoRA):
+        if not grad.owns_factors:
             return grad
-        if adapter is None or isinstance(grad, LoRAFA):
+        if adapter is None or _is_fa(grad):
             raise error(
                 "riemannian needs both factors.",
                 path=jax.tree_util.keystr(path, simple=True, separator="/"),
@@ -161,6 +158,11 @@ def riemannian(damping: float = 1e-2) -> optax.GradientTransformationExtraArgs:
         return dataclasses.replace(grad, a=new[0], b=new[1])
 
     return _of_adapters(preconditioned)
+
+
+def _is_fa(adapter: Any) -> bool:
+    """Whether B trains against an A that does not, both of them the factors of dW."""
+    return adapter.owns_factors and "a" in adapter.frozen
 
 
 def _matrices(factor: jax.Array, stack: int, *, last: bool = False) -> jax.Array:

@@ -9,6 +9,7 @@ it only renames axes.
 """
 
 import dataclasses
+import numbers
 from collections.abc import Callable
 from typing import Any
 
@@ -104,7 +105,7 @@ def factor(path: str, base: Any, factors: Factors) -> Factored:
         "b": Part(factors.b, (*stack, RANK, *layout.outputs)),
     }
     scale = factors.scale
-    if np.ndim(scale):
+    if not isinstance(scale, numbers.Real):  # an array, if only of one number, may be traced
         parts["scale"], scale = Part(jnp.asarray(scale), (*stack, RANK)[: np.ndim(scale)]), 1.0
     if factors.column is not None:
         parts["column"] = Part(factors.column, (*stack, *layout.outputs))
