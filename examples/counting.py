@@ -35,7 +35,7 @@ def rows():
     rng = np.random.default_rng(0)
     starts, sizes = rng.integers(0, VOCAB - 12, 200), rng.integers(3, 13, 200)
     sequences = [np.arange(start, start + size) for start, size in zip(starts, sizes, strict=True)]
-    return lx.pack(sequences, LENGTH, prompts=[2] * len(sequences))
+    return lx.data.pack(sequences, LENGTH, prompts=[2] * len(sequences))
 
 
 PARAMS, LORA = lx.split(new_params(), rank=8)

@@ -132,7 +132,9 @@ def calibrated(args: argparse.Namespace, model: Any, params: Any, layout: Any, r
     """All linear weights in nf4 by GPTQ, which sees some rows of the text to train on."""
     picked = np.random.default_rng(args.seed).permutation(rows)[:CALIBRATION, :-1]
     batches = picked.reshape(-1, BATCH, LENGTH)
-    return lx.gptq(model.apply, params, batches, block=args.block, layout=layout, damping=DAMPING)
+    return lx.quantization.gptq(
+        model.apply, params, batches, block=args.block, layout=layout, damping=DAMPING
+    )
 
 
 def print_table(title: str, rows: dict[str, list[str]]) -> None:
@@ -213,7 +215,7 @@ def main(args: argparse.Namespace) -> None:
     runs = {}
     for base in ["float32", *args.bases, *(["gguf"] if args.keep_gguf else [])]:
         print(f"\n{'LoRA' if base == 'float32' else 'QLoRA'} on {base}, {args.steps} steps", flush=True)
-        init = lx.loftq("nf4", block=args.block, iterations=1) if base == "loftq" else "kaiming"
+        init = lx.inits.loftq("nf4", block=args.block, iterations=1) if base == "loftq" else "kaiming"
         if base == "gguf":
             _, weights = load_gguf(gguf, keep_blocks=True)
         elif base == "gptq":

@@ -1,15 +1,14 @@
 """LoRA for any JAX function: `split` the parameters, `adapt` the function, `merge` when done."""
 
 from lorax_fn import checkpoint as checkpoint
+from lorax_fn import inits as inits
+from lorax_fn import quantization as quantization
+from lorax_fn import ranks as ranks
+from lorax_fn import report as report
 from lorax_fn.checkpoint.storage import LoraCheckpointWarning as LoraCheckpointWarning
 from lorax_fn.core.adapters import Adapter as Adapter
 from lorax_fn.core.errors import LoraError as LoraError
 from lorax_fn.core.layouts import Layout as Layout
-from lorax_fn.core.layouts import WeightUse as WeightUse
-from lorax_fn.inits.corda import corda as corda
-from lorax_fn.inits.eva import eva as eva
-from lorax_fn.inits.loftq import loftq as loftq
-from lorax_fn.inits.lora_ga import lora_ga as lora_ga
 from lorax_fn.methods.dora import DoRA as DoRA
 from lorax_fn.methods.dropout import dropout as dropout
 from lorax_fn.methods.loha import LoHa as LoHa
@@ -21,33 +20,19 @@ from lorax_fn.methods.vera import VeRA as VeRA
 from lorax_fn.methods.whole import Full as Full
 from lorax_fn.methods.whole import Rows as Rows
 from lorax_fn.quantization.blocks import Quantized as Quantized
-from lorax_fn.quantization.gptq import gptq as gptq
 from lorax_fn.quantization.trees import dequantize as dequantize
 from lorax_fn.quantization.trees import quantize as quantize
-from lorax_fn.ranks.plain import to_plain as to_plain
-from lorax_fn.ranks.reallocation import reallocate as reallocate
-from lorax_fn.ranks.reallocation import sensitivity as sensitivity
-from lorax_fn.ranks.resizing import resize as resize
-from lorax_fn.ranks.resizing import truncate as truncate
-from lorax_fn.ranks.spectra import Spectrum as Spectrum
-from lorax_fn.ranks.spectra import effective_rank as effective_rank
-from lorax_fn.report.tables import Summary as Summary
 from lorax_fn.report.tables import summary as summary
 from lorax_fn.splitting.merge import delta as delta
 from lorax_fn.splitting.merge import merge as merge
 from lorax_fn.splitting.split import split as split
+from lorax_fn.training import optim as optim
+from lorax_fn.training import packing as data  # noqa: F401
 from lorax_fn.training.loop import FitError as FitError
 from lorax_fn.training.loop import fit as fit
 from lorax_fn.training.masks import mask as mask
 from lorax_fn.training.masks import train_only as train_only
-from lorax_fn.training.mesh import MeshStep as MeshStep
 from lorax_fn.training.mesh import mesh_train_step as mesh_train_step
-from lorax_fn.training.optim import lora_fa_gradient as lora_fa_gradient
-from lorax_fn.training.optim import loraplus as loraplus
-from lorax_fn.training.optim import riemannian as riemannian
-from lorax_fn.training.packing import attention_mask as attention_mask
-from lorax_fn.training.packing import pack as pack
-from lorax_fn.training.packing import prompt_mask as prompt_mask
 from lorax_fn.training.pmap import pmap_train_step as pmap_train_step
 from lorax_fn.training.pmap import replicate as replicate
 from lorax_fn.training.pmap import shard as shard

@@ -72,7 +72,7 @@ def of_the_paper(w, scales, x, table):
 
 def test_codes_are_those_of_the_algorithm_in_float64_and_lose_less():
     params, options = params_of(), {"block": 8, "layout": layout_of(), "targets": list(SHAPES)}
-    made = lx.gptq(model, params, [X[:80], X[80:]], damping=DAMPING, **options)
+    made = lx.quantization.gptq(model, params, [X[:80], X[80:]], damping=DAMPING, **options)
     plain = lx.quantize(params, **options)
     assert made["bias"] is params["bias"]
     for path, inputs in inputs_of().items():
@@ -96,7 +96,7 @@ def linear(params, x):
 @pytest.mark.parametrize(("x", "damping"), [(np.eye(80, dtype=np.float32), 0.01), (X, 1e8)])
 def test_inputs_that_do_not_correlate_give_the_codes_of_quantize(x, damping):
     params = {"kernel": params_of()["up"]}
-    made = lx.gptq(linear, params, [x], "int8", double=False, damping=damping)
+    made = lx.quantization.gptq(linear, params, [x], "int8", double=False, damping=damping)
     plain = lx.quantize(params, "int8", double=False)
     assert jax.tree.all(jax.tree.map(np.array_equal, made, plain))
 
@@ -106,7 +106,7 @@ def test_an_input_that_is_always_zero_and_a_block_of_zeros():
     w[8:16, 0] = 0
     x = X * (np.arange(80) != 3)
     options = {"block": 8, "double": False}
-    made = lx.gptq(linear, {"kernel": w}, [x], "int4", damping=DAMPING, **options)["kernel"]
+    made = lx.quantization.gptq(linear, {"kernel": w}, [x], "int4", damping=DAMPING, **options)["kernel"]
     assert made.dtype == jnp.bfloat16
     got = dataclasses.replace(made, dtype=np.dtype(np.float32)).dense()
     wide = w.astype(np.float64)
@@ -133,23 +133,23 @@ def test_errors_name_the_weights():
     x = jnp.eye(4)
     both = r"(?s)path: +a/kernel\n +b/kernel"
     with pytest.raises(lx.LoraError, match=r"(?s)path: +b/kernel\n +got: +zero: no batch"):
-        lx.gptq(hidden, params, [x])
+        lx.quantization.gptq(hidden, params, [x])
     with pytest.raises(lx.LoraError, match=r"(?s)path: +b/kernel\n +got: +rows looked up"):
-        lx.gptq(looked_up, params, [x])
+        lx.quantization.gptq(looked_up, params, [x])
     with pytest.raises(lx.LoraError, match=both + r"\n +got: +not finite"):
-        lx.gptq(straight, params, [x * jnp.nan])
+        lx.quantization.gptq(straight, params, [x * jnp.nan])
     with pytest.raises(lx.LoraError, match=both + r"\n +got: +not positive definite.*damping=1e-12"):
-        lx.gptq(straight, params, [jnp.ones((1, 4))], damping=1e-12)
+        lx.quantization.gptq(straight, params, [jnp.ones((1, 4))], damping=1e-12)
     with pytest.raises(lx.LoraError, match=r"(?s)looks at numbers.*a/kernel.*lx.quantize has the same"):
-        lx.gptq(straight, jax.eval_shape(lambda: params), [x])
+        lx.quantization.gptq(straight, jax.eval_shape(lambda: params), [x])
     with pytest.raises(lx.LoraError, match=r"(?s)looks at numbers.*a/kernel"):
-        jax.jit(lambda p: lx.gptq(straight, p, [x]))(params)
+        jax.jit(lambda p: lx.quantization.gptq(straight, p, [x]))(params)
     with pytest.raises(lx.LoraError, match="quantised already"):
-        lx.gptq(straight, lx.quantize(params), [x])
+        lx.quantization.gptq(straight, lx.quantize(params), [x])
     with pytest.raises(lx.LoraError, match=r"(?s)more than once.*at_once=1 of 2"):
-        lx.gptq(straight, params, iter([x]), at_once=1)
+        lx.quantization.gptq(straight, params, iter([x]), at_once=1)
     for damping in (0.0, -1, True, float("nan"), "0.1"):
         with pytest.raises(lx.LoraError, match="damping= is not valid"):
-            lx.gptq(straight, params, [x], damping=damping)
+            lx.quantization.gptq(straight, params, [x], damping=damping)
     with pytest.raises(lx.LoraError, match="unknown format"):
-        lx.gptq(straight, params, [x], "q4_1")
+        lx.quantization.gptq(straight, params, [x], "q4_1")

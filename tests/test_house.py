@@ -2,7 +2,6 @@
 
 import ast
 import dataclasses
-import importlib
 import importlib.metadata
 import inspect
 import pathlib
@@ -21,8 +20,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "lorax_fn"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 LINE_LIMIT = 400
-# Modules that users reach by name, lx.checkpoint.save: their functions are public too.
-BY_NAME = ("lorax_fn.checkpoint",)
+# Namespaces that users reach by name, lx.checkpoint.save: what they hold is public too.
+NAMESPACES = ("checkpoint", "data", "inits", "optim", "quantization", "ranks", "report")
 
 
 def public_names(module):
@@ -37,10 +36,12 @@ def public_names(module):
 
 def all_public():
     names = {f"lorax_fn.{name}": value for name, value in public_names(lorax_fn).items()}
-    for module_name in BY_NAME:
-        for name, value in public_names(importlib.import_module(module_name)).items():
-            if value.__module__ == module_name:
-                names[f"{module_name}.{name}"] = value
+    for namespace in NAMESPACES:
+        module = getattr(lorax_fn, namespace)
+        for name, value in public_names(module).items():
+            written_here = hasattr(module, "__path__") or value.__module__ == module.__name__
+            if written_here and (inspect.isclass(value) or inspect.isroutine(value)):
+                names[f"lorax_fn.{namespace}.{name}"] = value
     return names
 
 
@@ -87,10 +88,20 @@ def test_import_loads_no_optional_or_heavy_module():
     assert done.stdout.split() == []
 
 
-def test_no_public_name_is_also_a_module():
-    modules = {info.name.rsplit(".")[-1] for info in pkgutil.walk_packages([str(PACKAGE)], "lorax_fn.")}
-    assert "types" in modules
-    assert not modules & set(public_names(lorax_fn))
+def test_no_public_name_is_also_a_folder():
+    folders = {info.name for info in pkgutil.iter_modules([str(PACKAGE)])}
+    assert "core" in folders
+    assert not folders & set(public_names(lorax_fn))
+
+
+def test_the_package_holds_folders_only_and_their_init_files_hand_names_on():
+    files = [file.name for file in PACKAGE.glob("*.py")]
+    assert set(files) <= {"__init__.py", "__main__.py"}
+    for file in PACKAGE.rglob("__init__.py"):
+        first, *rest = ast.parse(file.read_text()).body
+        assert isinstance(first, ast.Expr), f"{file} does not say what the folder is for"
+        rest = [node for node in rest if not isinstance(node, ast.ImportFrom)]
+        assert [ast.unparse(node) for node in rest if "__version__" not in ast.unparse(node)] == [], file
 
 
 def test_files_stay_short():

@@ -71,7 +71,7 @@ def projector(a):
 
 @functools.cache
 def exact():
-    return split(lx.eva(model, [X[:3], X[3:]]))
+    return split(lx.inits.eva(model, [X[:3], X[3:]]))
 
 
 def test_eva_starts_in_the_span_of_the_right_singular_vectors():
@@ -87,7 +87,7 @@ def test_eva_starts_in_the_span_of_the_right_singular_vectors():
 
 def test_one_large_batch_is_several_and_gives_the_values_of_the_singular_vectors():
     layouts = {path: use.layout for path, use in lx.usage(model, params_of(), X).items()}
-    spectra = lx.eva(model, iter([X]))._spectra(params_of(), layouts, dict.fromkeys(PATHS, 3))
+    spectra = lx.inits.eva(model, iter([X]))._spectra(params_of(), layouts, dict.fromkeys(PATHS, 3))
     for path, (values, vectors) in spectra:
         for i, x in enumerate(inputs_of()[path]):
             want = np.square(np.linalg.svd(x, compute_uv=False))
@@ -99,19 +99,19 @@ def test_one_large_batch_is_several_and_gives_the_values_of_the_singular_vectors
 def test_subspace_iterations_near_the_exact_directions():
     """[n, r + 8] is all of n but for the convolution's 24; there three passes find what is to be found."""
     with pytest.raises(lx.LoraError, match=r"(?s)more than once.*list_iterator.*iterations=2"):
-        split(lx.eva(model, iter([X]), iterations=2))
-    lora = split(lx.eva(model, [X[:3], X[3:]], iterations=3))[1]
+        split(lx.inits.eva(model, iter([X]), iterations=2))
+    lora = split(lx.inits.eva(model, [X[:3], X[3:]], iterations=3))[1]
     for path in PATHS:
         for a, b in zip(entries(exact()[1][path])[0], entries(lora[path])[0], strict=True):
             np.testing.assert_allclose(projector(a), projector(b), atol=1e-3, err_msg=path)
     with pytest.raises(lx.LoraError, match="whole covariance"):
-        lx.eva(model, [X], iterations=1).ranks(params_of())
+        lx.inits.eva(model, [X], iterations=1).ranks(params_of())
     with pytest.raises(lx.LoraError, match=r"iterations= is not valid"):
-        lx.eva(model, [X], iterations=0)
+        lx.inits.eva(model, [X], iterations=0)
 
 
 def test_ranks_go_where_the_explained_variance_is():
-    init, params, rank = lx.eva(model, [X[:3], X[3:]]), params_of(), 3
+    init, params, rank = lx.inits.eva(model, [X[:3], X[3:]]), params_of(), 3
     layout = lx.usage(model, params, X)
     ranks = init.ranks(params, rank, rho=2.0, targets=PATHS, layout=layout)
     shares = []  # (share, path, entry), by numpy from the inputs themselves
@@ -140,9 +140,9 @@ def test_ranks_leave_out_what_gets_none_and_ask_longer_paths_first():
     def fn(p, x):
         return x @ p["none"]["kernel"] + thin @ p["kernel"] + thin[:1] @ p["deep"]["kernel"]
 
-    ranks = lx.eva(fn, [spread]).ranks(params, 1, rho=4.0)
+    ranks = lx.inits.eva(fn, [spread]).ranks(params, 1, rho=4.0)
     assert ranks == {"deep/kernel": 1, "none/kernel": 1, "kernel": 1}
-    ranks = lx.eva(fn, [jnp.ones((4, 4)) + 0.5 * jnp.eye(4)]).ranks(
+    ranks = lx.inits.eva(fn, [jnp.ones((4, 4)) + 0.5 * jnp.eye(4)]).ranks(
         params, 1, rho=0.5, targets=["deep", "none"]
     )
     assert list(ranks) == []
@@ -154,7 +154,7 @@ def test_corda_is_its_formula_in_float64(mode):
     x = np.random.default_rng(5).normal(size=(3, 30, 8)).astype(np.float32) * np.arange(
         1, 9, dtype=np.float32
     )
-    init = lx.corda(lambda p, x: jnp.matmul(x, p["w"]), [x[:, :15], x[:, 15:]], mode=mode)
+    init = lx.inits.corda(lambda p, x: jnp.matmul(x, p["w"]), [x[:, :15], x[:, 15:]], mode=mode)
     before = {"w": params_of()["layers"]}
     layout = {"w": lx.Layout((0,), (1,), (2,))}
     params, lora = lx.split(before, ranks, alpha=6.0, init=init, layout=layout)
@@ -173,7 +173,7 @@ def test_corda_is_its_formula_in_float64(mode):
         )
         assert not a[i][:, r:].any()
         np.testing.assert_allclose(params["w"][i], w[i] - scale * a[i] @ b[i], atol=1e-5)
-    plain = lx.to_plain(before, params, lora)
+    plain = lx.ranks.to_plain(before, params, lora)
     assert plain["w"].rank == (6, 2, 4) and np.abs(lx.delta(plain)["w"]).max() < 1e-5
 
 
@@ -188,40 +188,40 @@ def test_errors_name_the_weights():
 
     x = jnp.eye(4)
     both = r"(?s)path: +a/kernel\n +b/kernel"
-    for init in (lx.eva(fn, [x]), lx.corda(fn, [x])):
+    for init in (lx.inits.eva(fn, [x]), lx.inits.corda(fn, [x])):
         with pytest.raises(lx.LoraError, match=r"(?s)path: +b/kernel\n +got: +zero: no batch"):
             run(init)
     straight = lambda p, x: x @ p["a"]["kernel"] @ p["b"]["kernel"]  # noqa: E731
     with pytest.raises(lx.LoraError, match=both + r"\n +got: +of rank 1, below 2"):
-        run(lx.eva(straight, [jnp.ones((4, 4))]))
-    for init in (lx.eva(straight, [x * jnp.nan]), lx.corda(straight, [x * jnp.nan])):
+        run(lx.inits.eva(straight, [jnp.ones((4, 4))]))
+    for init in (lx.inits.eva(straight, [x * jnp.nan]), lx.inits.corda(straight, [x * jnp.nan])):
         with pytest.raises(lx.LoraError, match=both + r"\n +got: +not finite"):
             run(init)
     abstract = jax.eval_shape(lambda: params)
     with pytest.raises(lx.LoraError, match=r"(?s)no numbers.*" + both[4:]):
-        run(lx.eva(straight, [x]), given=abstract)
+        run(lx.inits.eva(straight, [x]), given=abstract)
     with pytest.raises(lx.LoraError, match=r"(?s)no numbers.*a/kernel"):
-        jax.jit(lambda p: run(lx.eva(straight, [x]), given=p))(params)
-    with pytest.raises(lx.LoraError, match=r"(?s)a/kernel.*no init=.*lx.eva\(<lambda>, batches\)"):
-        run(lx.eva(straight, [x]), method="vera")
-    with pytest.raises(lx.LoraError, match=r"(?s)a/kernel.*alpha above 0 for init=lx.corda"):
-        run(lx.corda(straight, [x]), alpha=0.0)
+        jax.jit(lambda p: run(lx.inits.eva(straight, [x]), given=p))(params)
+    with pytest.raises(lx.LoraError, match=r"(?s)a/kernel.*no init=.*lx.inits.eva\(<lambda>, batches\)"):
+        run(lx.inits.eva(straight, [x]), method="vera")
+    with pytest.raises(lx.LoraError, match=r"(?s)a/kernel.*alpha above 0 for init=lx.inits.corda"):
+        run(lx.inits.corda(straight, [x]), alpha=0.0)
     with pytest.raises(lx.LoraError, match=r"(?s)unknown mode.*'ipm'"):
-        lx.corda(straight, [x], mode="top")
+        lx.inits.corda(straight, [x], mode="top")
     with pytest.raises(lx.LoraError, match=r"(?s)more than once.*at_once=1 of 2"):
-        run(lx.eva(straight, iter([x]), at_once=1))
+        run(lx.inits.eva(straight, iter([x]), at_once=1))
     with pytest.raises(lx.LoraError, match=r"at_once= is not valid"):
-        lx.eva(straight, [x], at_once=0)
+        lx.inits.eva(straight, [x], at_once=0)
     used_up = iter([x])
     list(used_up)
     with pytest.raises(lx.LoraError, match=r"(?s)no batches.*used up"):
-        run(lx.eva(straight, used_up))
+        run(lx.inits.eva(straight, used_up))
     assert list(groups("abcde", [x], 2)) == [["a", "b"], ["c", "d"], ["e"]]
 
 
 def test_an_entry_of_rank_0_needs_no_inputs():
     w = jnp.ones((2, 4, 4))
-    init = lx.eva(lambda p, x: x @ p["w"][1], [jnp.eye(4)])
+    init = lx.inits.eva(lambda p, x: x @ p["w"][1], [jnp.eye(4)])
     layout = {"w": lx.Layout((0,), (1,), (2,))}
     with pytest.raises(lx.LoraError, match=r"zero in stack entries \[0\]"):
         lx.split({"w": w}, 2, layout=layout, init=init)
@@ -231,7 +231,7 @@ def test_an_entry_of_rank_0_needs_no_inputs():
 
 def test_targets_with_another_init_stay_out_of_the_pass():
     params = {"a": {"kernel": jnp.eye(4)}, "b": {"kernel": jnp.eye(4)}}
-    init = {"a": lx.corda(lambda p, x: x @ p["a"]["kernel"], [jnp.eye(4)]), "*": "kaiming"}
+    init = {"a": lx.inits.corda(lambda p, x: x @ p["a"]["kernel"], [jnp.eye(4)]), "*": "kaiming"}
     frozen, lora = lx.split(params, 2, init=init)
     plain = lx.split(params, 2)[1]["b/kernel"]
     np.testing.assert_array_equal(lora["b/kernel"].a, plain.a)
@@ -248,9 +248,11 @@ def test_eva_starts_from_the_inputs_of_a_quantised_base_and_corda_refuses_it():
     plain = {"w1": {"kernel": rng.normal(size=(8, 6))}, "w2": {"kernel": rng.normal(size=(6, 4))}}
     stored = lx.quantize(jax.tree.map(lambda w: jnp.asarray(w, jnp.float32), plain), "int8", block=2)
     batches = [jnp.asarray(rng.normal(size=(16, 8)), jnp.float32)]
-    (_, lora), (_, want) = (lx.split(p, 2, init=lx.eva(fn, batches)) for p in (stored, lx.dequantize(stored)))
+    (_, lora), (_, want) = (
+        lx.split(p, 2, init=lx.inits.eva(fn, batches)) for p in (stored, lx.dequantize(stored))
+    )
     for path, adapter in lora.items():
         np.testing.assert_allclose(np.abs(adapter.a), np.abs(want[path].a), atol=1e-5)
-    for init in (lx.corda(fn, batches), lx.lora_ga(lambda p, x: fn(p, x).sum(), batches)):
+    for init in (lx.inits.corda(fn, batches), lx.inits.lora_ga(lambda p, x: fn(p, x).sum(), batches)):
         with pytest.raises(lx.LoraError, match="takes a part of W"):
             lx.split(stored, 2, init=init)

@@ -42,7 +42,7 @@ def matrices(x, path):
 
 
 def split(rank=2, alpha=6.0, loss=loss, batches=BATCHES, **options):
-    init = lx.lora_ga(loss, batches, **options)
+    init = lx.inits.lora_ga(loss, batches, **options)
     return lx.split(PARAMS, rank, alpha=alpha, layout=LAYOUTS, targets=list(PARAMS), init=init)
 
 
@@ -121,7 +121,7 @@ def test_embeddings_have_gradients_too():
         return jnp.sum(jnp.sin(p["embed"][ids] @ p["embed"].T))
 
     layout = {"embed": lx.Layout((), (0,), (1,))}
-    _, lora = lx.split(table, 2, targets="embed", layout=layout, init=lx.lora_ga(loss, [ids]))
+    _, lora = lx.split(table, 2, targets="embed", layout=layout, init=lx.inits.lora_ga(loss, [ids]))
     u = np.linalg.svd(np.asarray(jax.grad(loss)(table, ids)["embed"], np.float64))[0][:, :2]
     a = np.asarray(lora["embed"].a) / np.linalg.norm(lora["embed"].a, axis=0)[None]
     np.testing.assert_allclose(np.abs(u.T @ a), np.eye(2), atol=1e-4)
@@ -130,19 +130,21 @@ def test_embeddings_have_gradients_too():
 def test_refusals():
     with pytest.raises(lx.LoraError, match=r"(?s)heads\n.*layers.*rank of at most 3.*rank of at most 4"):
         split(5)
-    with pytest.raises(lx.LoraError, match=r"(?s)heads.*rank=4.*rank of at most 3 for lx.lora_ga\(loss"):
+    with pytest.raises(
+        lx.LoraError, match=r"(?s)heads.*rank=4.*rank of at most 3 for lx.inits.lora_ga\(loss"
+    ):
         split(4)
     with pytest.raises(lx.LoraError, match="alpha above 0"):
         split(alpha=0.0, scale="gd_scale")
     batches = [jax.tree.map(lambda w: jnp.cos(9 * w), PARAMS)]
     assert split(alpha=0.0, loss=given, batches=batches)[1]["heads"].scale == 0.0
     with pytest.raises(lx.LoraError, match=r"(?s)unknown direction.*'ArB2r'"):
-        lx.lora_ga(loss, BATCHES, direction="random")
+        lx.inits.lora_ga(loss, BATCHES, direction="random")
     with pytest.raises(lx.LoraError, match=r"(?s)unknown scale.*weight_svd"):
-        lx.lora_ga(loss, BATCHES, scale="gd")
+        lx.inits.lora_ga(loss, BATCHES, scale="gd")
 
     def start(loss, batches=BATCHES):
-        lx.split(PARAMS, 2, layout=LAYOUTS, targets=list(PARAMS), init=lx.lora_ga(loss, batches))
+        lx.split(PARAMS, 2, layout=LAYOUTS, targets=list(PARAMS), init=lx.inits.lora_ga(loss, batches))
 
     with pytest.raises(lx.LoraError, match=r"(?s)gradient.*path: +heads\n +layers\n +got: +not finite"):
         start(lambda p, batch: loss(p, batch) * jnp.nan)

@@ -31,23 +31,23 @@ def updates_of(tx, lora, grads, steps=3):
 def test_loraplus_multiplies_what_b_moves_by_and_nothing_else():
     lora, grads = lora_of(), lora_of(seed=7)
     plain = updates_of(optax.adamw(0.1, weight_decay=0.2), lora, grads)
-    faster = updates_of(lx.loraplus(optax.adamw(0.1, weight_decay=0.2), ratio=8), lora, grads)
+    faster = updates_of(lx.optim.loraplus(optax.adamw(0.1, weight_decay=0.2), ratio=8), lora, grads)
     np.testing.assert_array_equal(faster["w"].a, plain["w"].a)
     np.testing.assert_array_equal(faster["w"].b, 8 * plain["w"].b)
     np.testing.assert_array_equal(faster["bias"].value, plain["bias"].value)
-    same = updates_of(lx.loraplus(optax.adamw(0.1, weight_decay=0.2), ratio=1), lora, grads)
+    same = updates_of(lx.optim.loraplus(optax.adamw(0.1, weight_decay=0.2), ratio=1), lora, grads)
     jax.tree.map(np.testing.assert_array_equal, same, plain)
     for lr in (0.1, lambda step: 0.1):
         jax.tree.map(
             np.testing.assert_array_equal,
-            updates_of(lx.loraplus(lr), lora, grads)["w"].b,
+            updates_of(lx.optim.loraplus(lr), lora, grads)["w"].b,
             16 * updates_of(optax.adam(lr), lora, grads)["w"].b,
         )
 
 
 def test_loraplus_composes():
     lora, grads = lora_of(), lora_of(seed=7)
-    injected = optax.inject_hyperparams(lx.loraplus)(tx_or_lr=0.1, ratio=4.0)
+    injected = optax.inject_hyperparams(lx.optim.loraplus)(tx_or_lr=0.1, ratio=4.0)
     with jax.numpy_dtype_promotion("standard"):
         state = injected.init(lora)
     assert float(state.hyperparams["ratio"]) == 4.0
@@ -57,12 +57,17 @@ def test_loraplus_composes():
     one = updates_of(optax.adam(0.1), lora, grads, steps=1)
     np.testing.assert_allclose(two["w"].b, 2 * one["w"].b, rtol=1e-6)
     np.testing.assert_allclose(two["w"].a, one["w"].a, rtol=1e-6)
-    every_second = optax.MultiSteps(lx.loraplus(optax.sgd(1.0), 3.0), 2)
-    for tx in (every_second.gradient_transformation(), lx.loraplus(optax.MultiSteps(optax.sgd(1.0), 2), 3.0)):
+    every_second = optax.MultiSteps(lx.optim.loraplus(optax.sgd(1.0), 3.0), 2)
+    for tx in (
+        every_second.gradient_transformation(),
+        lx.optim.loraplus(optax.MultiSteps(optax.sgd(1.0), 2), 3.0),
+    ):
         assert not np.asarray(updates_of(tx, lora, grads, steps=1)["w"].b).any()
         second = updates_of(tx, lora, grads, steps=2)
         np.testing.assert_allclose(second["w"].b, -3 * grads["w"].b, rtol=1e-6)
-    chained = lx.train_only(optax.chain(optax.clip_by_global_norm(1e9), lx.loraplus(optax.sgd(1.0), 3.0)))
+    chained = lx.train_only(
+        optax.chain(optax.clip_by_global_norm(1e9), lx.optim.loraplus(optax.sgd(1.0), 3.0))
+    )
     tree = {"lora": lora, "params": {"w": jnp.ones(2)}}
     updates, _ = chained.update(tree, chained.init(tree), tree)
     np.testing.assert_array_equal(updates["lora"]["w"].b, -3 * lora["w"].b)
@@ -71,13 +76,13 @@ def test_loraplus_composes():
 
 def test_loraplus_refuses_what_is_no_optimizer():
     with pytest.raises(lx.LoraError, match=r"(?s)optimizer or a learning rate.*str"):
-        lx.loraplus("adam")
+        lx.optim.loraplus("adam")
 
 
 @pytest.mark.parametrize("cls", [lx.LoRA, lx.DoRA])
 def test_riemannian_is_its_equation_for_each_stack_entry(cls):
     lora, grads = lora_of(cls), lora_of(cls, seed=7)
-    got = updates_of(lx.riemannian(damping=0.01), lora, grads, steps=1)
+    got = updates_of(lx.optim.riemannian(damping=0.01), lora, grads, steps=1)
     for i in range(2):
         a, b = np.asarray(lora["w"].a[i], np.float64), np.asarray(lora["w"].b[i], np.float64).reshape(3, 4)
         ga, gb = np.asarray(grads["w"].a[i]), np.asarray(grads["w"].b[i]).reshape(3, 4)
@@ -96,7 +101,7 @@ def test_riemannian_steps_depend_on_the_product_alone():
     def stepped(factor):
         lora = {"w": lx.LoRA(factor * normal(4, 5, 2), normal(5, 2, 4) / factor, 2.0, 2, "lora", layout)}
         grads = jax.grad(lambda lora: jnp.mean(jnp.square(x @ lora["w"].weight(w) - y)))(lora)
-        tx = optax.chain(lx.riemannian(damping=0.0), optax.sgd(0.1))
+        tx = optax.chain(lx.optim.riemannian(damping=0.0), optax.sgd(0.1))
         updates, _ = tx.update(grads, tx.init(lora), lora)
         return lx.delta(optax.apply_updates(lora, updates))["w"]
 
@@ -104,7 +109,7 @@ def test_riemannian_steps_depend_on_the_product_alone():
 
 
 def test_riemannian_names_what_it_cannot_serve():
-    lora, tx = lora_of(lx.LoRAFA), lx.riemannian()
+    lora, tx = lora_of(lx.LoRAFA), lx.optim.riemannian()
     with pytest.raises(lx.LoraError, match=r"(?s)path: +w\n.*LoRAFA.*lora_fa_gradient"):
         tx.update(lora, tx.init(lora), lora)
     with pytest.raises(lx.LoraError, match="no params"):
@@ -124,7 +129,7 @@ def test_lora_fa_gradient_is_its_equation_inside_a_train_step(rank):
         return jnp.mean(jnp.square(jnp.einsum("sti,sijk->stjk", batch, lora["w"].weight(params["w"]))))
 
     grads = jax.grad(lambda lora: loss_fn({"w": w}, lora, x, None))(lora)
-    tx = optax.chain(lx.lora_fa_gradient(lora), optax.sgd(1.0))
+    tx = optax.chain(lx.optim.lora_fa_gradient(lora), optax.sgd(1.0))
     state = lx.TrainState.create(lora=lora, tx=tx, key=jax.random.key(0))
     state, _ = jax.jit(lx.make_train_step(loss_fn, tx))(state, {"w": w}, x)
     np.testing.assert_array_equal(state.lora["w"].a, lora["w"].a)
@@ -142,9 +147,10 @@ def test_low_rank_gradients_compose(name):
     """In a chain, under inject_hyperparams and in MultiSteps: what they give alone, and then optax."""
     cls = lx.LoRAFA if name == "lora_fa_gradient" else lx.LoRA
     lora, grads = lora_of(cls), lora_of(cls, seed=7)
-    make = {"lora_fa_gradient": lambda x=1e-8: lx.lora_fa_gradient(lora, x), "riemannian": lx.riemannian}[
-        name
-    ]
+    make = {
+        "lora_fa_gradient": lambda x=1e-8: lx.optim.lora_fa_gradient(lora, x),
+        "riemannian": lx.optim.riemannian,
+    }[name]
     alone = updates_of(make(), lora, grads, steps=1)
     assert np.abs(alone["w"].b - grads["w"].b).max() > 0.01
 
@@ -170,7 +176,7 @@ def test_low_rank_gradients_compose(name):
 def test_frozen_factors_stay_bit_equal_under_adamw_outside_a_train_step():
     """Decay would move them by lr * 0.5 a step; `train_only` is what holds them, around any chain."""
     lora, grads = lora_of(lx.LoRAFA), lora_of(lx.LoRAFA, seed=7)
-    inner = optax.chain(lx.lora_fa_gradient(lora), optax.adamw(0.1, weight_decay=0.5))
+    inner = optax.chain(lx.optim.lora_fa_gradient(lora), optax.adamw(0.1, weight_decay=0.5))
     for tx in map(lx.train_only, (inner, optax.MultiSteps(inner, 1).gradient_transformation())):
         state, now = tx.init(lora), lora
         for _ in range(3):

@@ -15,7 +15,7 @@ def test_every_prediction_is_packed_once_and_in_order(sizes, seed):
     rng = np.random.default_rng(seed)
     sequences = [rng.integers(1, 100, size) for size in sizes]
     prompts = [int(rng.integers(0, size)) for size in sizes]
-    rows = lx.pack(sequences, 8, prompts=prompts, pad=-1)
+    rows = lx.data.pack(sequences, 8, prompts=prompts, pad=-1)
     found = []
     for row in range(len(rows["inputs"])):
         ids = rows["segments"][row]
@@ -36,7 +36,7 @@ def test_every_prediction_is_packed_once_and_in_order(sizes, seed):
 
 
 def test_packing_is_the_fullest_row_that_has_room():
-    rows = lx.pack([range(6), range(3), range(4), range(2)], 8)
+    rows = lx.data.pack([range(6), range(3), range(4), range(2)], 8)
     np.testing.assert_array_equal(rows["segments"], [[1] * 5 + [2] * 2 + [3], [1] * 3 + [0] * 5])
 
 
@@ -45,9 +45,9 @@ def test_what_can_not_be_packed_is_listed():
         r"sequences\[0\]\n +sequences\[1\]\n +sequences\[3\]\n(.|\n)*1 tokens, 0 of them(.|\n)*2 to 5 tokens"
     )
     with pytest.raises(lx.LoraError, match=text):
-        lx.pack([[1], range(6), [1, 2], [1, 2]], 4, prompts=[0, 0, 1, 2])
+        lx.data.pack([[1], range(6), [1, 2], [1, 2]], 4, prompts=[0, 0, 1, 2])
     with pytest.raises(lx.LoraError, match="1 prompts, 2 sequences"):
-        lx.pack([[1, 2], [1, 2]], 4, prompts=[0])
+        lx.data.pack([[1, 2], [1, 2]], 4, prompts=[0])
 
 
 def test_packed_examples_do_not_see_each_other():
@@ -56,11 +56,11 @@ def test_packed_examples_do_not_see_each_other():
     table = np.random.default_rng(0).normal(size=(50, 8)).astype(np.float32)
     place = np.random.default_rng(1).normal(size=(8, 8)).astype(np.float32)
     sequences = [[5, 9, 2, 7], [8, 1, 3], [4, 4]]
-    rows = lx.pack(sequences, 8)
+    rows = lx.data.pack(sequences, 8)
     x = table[rows["inputs"]] + place[rows["positions"]]
     assert len(x) == 1
     params = block.init(jax.random.key(0), x, x)
-    packed = block.apply(params, x, x, mask=lx.attention_mask(rows["segments"]))[0]
+    packed = block.apply(params, x, x, mask=lx.data.attention_mask(rows["segments"]))[0]
     for segment, ids in enumerate(sequences, 1):
         alone = (table[ids[:-1]] + place[: len(ids) - 1])[None]
         want = block.apply(params, alone, alone, mask=nn.make_causal_mask(alone[..., 0]))[0]
@@ -73,7 +73,7 @@ def test_prompts_of_padded_sequences():
     for row, (prompt, length) in enumerate(zip(prompts, lengths, strict=True)):
         for place in range(6):
             want[row, place] = prompt <= place + 1 < length
-    np.testing.assert_array_equal(lx.prompt_mask(prompts, lengths, 6), want)
+    np.testing.assert_array_equal(lx.data.prompt_mask(prompts, lengths, 6), want)
     # the same as pack's, for one sequence a row
-    rows = lx.pack([range(n) for n in lengths], 6, prompts=prompts)
+    rows = lx.data.pack([range(n) for n in lengths], 6, prompts=prompts)
     np.testing.assert_array_equal(np.sort(rows["mask"].sum(1)), np.sort(want.sum(1)))

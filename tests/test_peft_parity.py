@@ -197,7 +197,7 @@ def test_to_plain_of_pissa_is_the_adapter_that_peft_converts_it_to(tmp_path):
     saved = load_file(tmp_path / "plain" / "adapter_model.safetensors")
     b, a = (saved[f"base_model.model.up.lora_{name}.weight"] for name in "BA")
     assert a.shape == (2 * RANK, 12) and start.rank == RANK
-    plain = lx.to_plain(params0, frozen, {"up.weight": jax.tree.map(jnp.asarray, lora(layer, value))})
+    plain = lx.ranks.to_plain(params0, frozen, {"up.weight": jax.tree.map(jnp.asarray, lora(layer, value))})
     assert plain["up.weight"].rank == 2 * RANK
     close(plain["up.weight"].delta(), start.scale * b @ a, 1e-5)
 
@@ -208,7 +208,7 @@ def test_to_plain_of_pissa_is_the_adapter_that_peft_converts_it_to(tmp_path):
 def test_riemannian_steps_are_those_of_peft():
     pair = make("lora")
     optimizer = optimizers.create_riemannian_optimizer(pair.model, torch.optim.SGD, lr=0.05, reg=1e-2)
-    tx = optax.chain(lx.riemannian(damping=1e-2), optax.sgd(0.05))
+    tx = optax.chain(lx.optim.riemannian(damping=1e-2), optax.sgd(0.05))
     trees_close(run_both(pair, tx, optimizer, pair.lora()), pair.read(value), 1e-4)
 
 
@@ -217,7 +217,7 @@ def test_loraplus_steps_are_those_of_peft():
     optimizer = optimizers.create_loraplus_optimizer(
         pair.model, torch.optim.AdamW, lr=0.01, loraplus_lr_ratio=4.0, loraplus_weight_decay=0.1
     )
-    tx = lx.train_only(lx.loraplus(optax.adamw(0.01, weight_decay=0.1), ratio=4.0))
+    tx = lx.train_only(lx.optim.loraplus(optax.adamw(0.01, weight_decay=0.1), ratio=4.0))
     trees_close(run_both(pair, tx, optimizer, pair.lora()), pair.read(value), 1e-4)
 
 
@@ -232,7 +232,9 @@ def test_lora_fa_steps_are_those_of_peft(monkeypatch):
         path: lx.LoRAFA(**{name: getattr(adapter, name) for name in fields})
         for path, adapter in pair.lora().items()
     }
-    tx = lx.train_only(optax.chain(lx.lora_fa_gradient(start), optax.adamw(0.02, eps=0.0, weight_decay=0.0)))
+    tx = lx.train_only(
+        optax.chain(lx.optim.lora_fa_gradient(start), optax.adamw(0.02, eps=0.0, weight_decay=0.0))
+    )
     got = run_both(pair, tx, optimizer, start)
     for path, want in pair.read(value).items():
         np.testing.assert_array_equal(got[path].a, want.a)

@@ -119,7 +119,7 @@ def test_abstract_leaves_are_planned(both):
         assert lx.summary(frozen, lora).nbytes == lx.summary(q, concrete).nbytes
 
 
-@pytest.mark.parametrize("init", ["pissa", "pissa:2", "olora", "loftq", lx.loftq("int4")])
+@pytest.mark.parametrize("init", ["pissa", "pissa:2", "olora", "loftq", lx.inits.loftq("int4")])
 def test_inits_that_take_a_part_of_w_refuse_rounded_weights(both, init):
     with pytest.raises(lx.LoraError, match=r"l/kernel\n +q/kernel[^$]*float weights for init="):
         lx.split(both[0], rank=2, layout=LAYOUT, init=init)
@@ -128,13 +128,13 @@ def test_inits_that_take_a_part_of_w_refuse_rounded_weights(both, init):
 def test_to_plain_tells_rounding_from_rank(both, getkey):
     q, _ = both
     frozen, lora = lx.split(q, rank=2, layout=LAYOUT)
-    assert lx.to_plain(q, frozen, lora) == lora
+    assert lx.ranks.to_plain(q, frozen, lora) == lora
     copy = jax.tree.map(jnp.copy, q)
-    assert lx.to_plain(copy, frozen, lora)["q/kernel"] is lora["q/kernel"]
+    assert lx.ranks.to_plain(copy, frozen, lora)["q/kernel"] is lora["q/kernel"]
     params = tree(getkey)
     rounded, lora = lx.split(params, rank=2, layout=LAYOUT, init="loftq:1")
     with pytest.raises(lx.LoraError, match=r"quantised after[^$]*l/kernel\n +q/kernel"):
-        lx.to_plain(params, rounded, lora)
+        lx.ranks.to_plain(params, rounded, lora)
 
 
 def test_one_stack_entry_is_dense_at_a_time(both):
@@ -189,7 +189,7 @@ def test_loftq_starts_nearer_and_nearer_than_rounding_alone(getkey, format):
 
     last = errors(plain)
     for turns in (1, 3):
-        init = lx.loftq(format, iterations=turns)
+        init = lx.inits.loftq(format, iterations=turns)
         frozen, lora = lx.split(params, rank=4, alpha=2.0, layout=LAYOUT, init=init)
         assert frozen["l"]["kernel"].format == format and frozen["l"]["kernel"].dtype == jnp.bfloat16
         now = errors(lx.merge(frozen, lora, dtype=jnp.float32))
@@ -221,10 +221,10 @@ def test_loftq_is_planned_on_shapes_and_refuses_what_it_cannot(getkey):
     with pytest.raises(lx.LoraError, match="alpha above 0"):
         lx.split(params, rank=2, alpha=0.0, layout=LAYOUT, init="loftq")
     with pytest.raises(lx.LoraError, match="unknown format"):
-        lx.loftq("fp4")
+        lx.inits.loftq("fp4")
     for turns in (0, True, 1.0):
         with pytest.raises(lx.LoraError, match="takes turns"):
-            lx.loftq(iterations=turns)
+            lx.inits.loftq(iterations=turns)
     with pytest.raises(lx.LoraError, match="unknown init"):
         lx.split(params, rank=2, layout=LAYOUT, init="loftq:0")
 

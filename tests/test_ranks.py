@@ -33,7 +33,7 @@ def matrices(adapter):
 @pytest.mark.parametrize("scaling", ["lora", "rslora"])
 def test_effective_rank_is_that_of_the_built_change(rank, scaling):
     adapter = stacked(rank=rank, scaling=scaling)
-    got = lx.effective_rank({"w": adapter, "bias": lx.Full(jnp.ones(3))})
+    got = lx.ranks.effective_rank({"w": adapter, "bias": lx.Full(jnp.ones(3))})
     assert list(got) == ["w"]
     width = adapter.a.shape[-1]
     for i, dw in enumerate(matrices(adapter)):
@@ -51,7 +51,7 @@ def test_effective_rank_is_that_of_the_built_change(rank, scaling):
 def test_effective_rank_of_other_methods(method):
     _, lora = lx.split({"kernel": jnp.ones((6, 9))}, 3, method=method)
     lora = jax.tree.map(lambda x: normal(3, *x.shape), lora)
-    spectrum = lx.effective_rank(lora)["kernel"]
+    spectrum = lx.ranks.effective_rank(lora)["kernel"]
     values = np.linalg.svd(np.asarray(lora["kernel"].delta(), np.float64), compute_uv=False)
     got = np.asarray(spectrum.values)
     np.testing.assert_allclose(got, values[: got.size], atol=3e-6 * values[0])
@@ -61,7 +61,11 @@ def test_nothing_of_the_size_of_the_weight_is_built():
     """20000 x 20000 would be 1.6 GB; a matrix of that size would show in the jaxpr."""
     shape = jax.ShapeDtypeStruct((20000, 4), jnp.float32), jax.ShapeDtypeStruct((4, 20000), jnp.float32)
     adapter = lx.LoRA(*shape, 8.0, 4, "lora", PLAIN)
-    traced = str(jax.make_jaxpr(lambda lora: (lx.effective_rank(lora), lx.truncate(lora, 2)))({"w": adapter}))
+    traced = str(
+        jax.make_jaxpr(lambda lora: (lx.ranks.effective_rank(lora), lx.ranks.truncate(lora, 2)))(
+            {"w": adapter}
+        )
+    )
     assert "20000,20000" not in traced and "20000,4" in traced
 
 
@@ -69,7 +73,7 @@ def test_nothing_of_the_size_of_the_weight_is_built():
 @pytest.mark.parametrize("rank", [4, (4, 2)], ids=str)
 def test_truncate_is_the_best_of_its_rank(cls, rank):
     adapter = stacked(cls, rank)
-    cut = lx.truncate({"w": adapter}, rank=3)["w"]
+    cut = lx.ranks.truncate({"w": adapter}, rank=3)["w"]
     assert type(cut) is cls and cut.rank == (3 if rank == 4 else (3, 2)) and cut.a.shape == (2, 7, 3)
     np.testing.assert_allclose(cut.scale, adapter.scale, rtol=1e-6)
     if rank != 4:  # pads are exact zeros in both factors
@@ -88,16 +92,16 @@ def test_truncate_by_energy_keeps_the_smallest_rank_that_has_it():
     lora = {"w": lx.LoRA(jnp.eye(4), b, 4.0, 4, "lora", PLAIN), "bias": lx.Full(jnp.ones(3))}
     total = 64 + 16 + 4 + 1
     for energy, rank in ((0.5, 1), (64 / total, 1), (65 / total, 2), (0.98, 3), (1.0, 4)):
-        cut = lx.truncate(lora, energy=energy)
+        cut = lx.ranks.truncate(lora, energy=energy)
         assert cut["w"].rank == rank and cut["bias"] is lora["bias"]
-    assert lx.truncate(lora, rank=9)["w"] is lora["w"]
+    assert lx.ranks.truncate(lora, rank=9)["w"] is lora["w"]
     zero = {"w": lx.LoRA(jnp.eye(4), 0 * b, 4.0, 4, "lora", PLAIN)}
-    assert lx.truncate(zero, energy=0.9)["w"].rank == 1
+    assert lx.ranks.truncate(zero, energy=0.9)["w"].rank == 1
 
 
 def test_resize_up_keeps_the_change_and_trains_what_is_new():
     adapter = stacked()
-    larger = lx.resize({"w": adapter}, {"w": 6})["w"]
+    larger = lx.ranks.resize({"w": adapter}, {"w": 6})["w"]
     assert larger.a.shape == (2, 7, 6) and larger.b.shape == (2, 6, 4, 3) and larger.rank == 6
     assert larger.scale == pytest.approx(adapter.scale)
     np.testing.assert_allclose(larger.delta(), adapter.delta(), rtol=1e-6, atol=1e-6)
@@ -108,22 +112,22 @@ def test_resize_up_keeps_the_change_and_trains_what_is_new():
 
     np.testing.assert_allclose(grads(larger).a[..., :4], grads(adapter).a, rtol=1e-4, atol=1e-4)
     assert np.abs(grads(larger).b[:, 4:]).min() > 0.0
-    back = lx.resize({"w": larger}, 4)["w"]
+    back = lx.ranks.resize({"w": larger}, 4)["w"]
     np.testing.assert_allclose(back.delta(), adapter.delta(), atol=1e-5 * np.abs(adapter.delta()).max())
 
 
 def test_messages():
     lora = {"w": stacked(rank=(4, 2)), "bias": lx.Full(jnp.ones(3))}
     with pytest.raises(lx.LoraError, match="truncate takes one measure"):
-        lx.truncate(lora)
+        lx.ranks.truncate(lora)
     with pytest.raises(lx.LoraError, match="energy is a share"):
-        lx.truncate(lora, energy=1.5)
+        lx.ranks.truncate(lora, energy=1.5)
     with pytest.raises(lx.LoraError, match=r"(?s)names no LoRA.*path: +bias"):
-        lx.truncate(lora, {"bias": 2})
+        lx.ranks.truncate(lora, {"bias": 2})
     with pytest.raises(lx.LoraError, match=r"(?s)rank is not valid.*path: +w\n.*rank=0"):
-        lx.resize(lora, 0)
+        lx.ranks.resize(lora, 0)
     with pytest.raises(lx.LoraError, match=r"(?s)cannot be enlarged.*path: +w\n"):
-        lx.resize(lora, 6)
+        lx.ranks.resize(lora, 6)
 
 
 # Reallocation -----------------------------------------------------------------------------------------
@@ -131,7 +135,7 @@ def test_messages():
 
 def test_sensitivity_is_its_equation():
     adapter, grads = stacked(), stacked(alpha=1.0)
-    got = lx.sensitivity({"w": adapter, "bias": lx.Full(jnp.ones(3))}, {"w": grads})
+    got = lx.ranks.sensitivity({"w": adapter, "bias": lx.Full(jnp.ones(3))}, {"w": grads})
     a, b = np.asarray(adapter.a), np.asarray(adapter.b)
     want = np.abs(a * grads.a).mean(1) + np.abs(b * grads.b).mean((2, 3))
     assert list(got) == ["w"]
@@ -149,7 +153,7 @@ def test_reallocate_keeps_the_best_ranks_bit_for_bit(scaling):
         "one": jnp.array([0.0, 9.0, 0.1]),
         "stack": jnp.array([[5.0, 1.0, 7.0, 0.5], [0.2, 0.3, 8.0, 0.4]]),
     }
-    new = lx.reallocate(lora, scores, budget=4)  # 9, 8, 7 and 5
+    new = lx.ranks.reallocate(lora, scores, budget=4)  # 9, 8, 7 and 5
     assert new["one"].rank == 1 and new["stack"].rank == (2, 1) and new["bias"] is lora["bias"]
     np.testing.assert_array_equal(new["one"].a[:, 0], lora["one"].a[:, 1])
     np.testing.assert_array_equal(new["stack"].a[0], lora["stack"].a[0][:, np.array([0, 2])])
@@ -157,13 +161,15 @@ def test_reallocate_keeps_the_best_ranks_bit_for_bit(scaling):
     assert not np.asarray(new["stack"].a)[1, :, 1].any() and not np.asarray(new["stack"].b)[1, 1].any()
     for path in scores:
         np.testing.assert_allclose(np.ravel(new[path].scale), lora[path].scale, rtol=1e-6)
-    everything = lx.reallocate(lora, scores, budget=99)
+    everything = lx.ranks.reallocate(lora, scores, budget=99)
     for path, dw in lx.delta(lora).items():
         np.testing.assert_allclose(lx.delta(everything)[path], dw, rtol=1e-6, atol=1e-6)
         assert everything[path].rank == lora[path].rank
-    again = lx.reallocate(new, {"stack": jnp.array([[1.0, 2.0], [3.0, 99.0]])}, budget=1)  # 99 is a pad's
+    again = lx.ranks.reallocate(
+        new, {"stack": jnp.array([[1.0, 2.0], [3.0, 99.0]])}, budget=1
+    )  # 99 is a pad's
     assert again["stack"].rank == (0, 1)
     with pytest.raises(lx.LoraError, match="budget is too small"):
-        lx.reallocate(lora, scores, budget=1)
+        lx.ranks.reallocate(lora, scores, budget=1)
     with pytest.raises(lx.LoraError, match=r"(?s)scores do not fit.*path: +bias\n +one\n.*shape \(3,\)"):
-        lx.reallocate(lora, {"bias": jnp.ones(3), "one": jnp.ones(2)}, budget=2)
+        lx.ranks.reallocate(lora, {"bias": jnp.ones(3), "one": jnp.ones(2)}, budget=2)

@@ -90,7 +90,7 @@ def test_whole_leaves_rows_and_dropout_keys():
         optax.adam(1e-3),
         optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(optax.linear_schedule(1.0, 0.0, 5))),
         optax.MultiSteps(optax.sgd(0.1, momentum=0.9), 2),
-        lx.loraplus(1e-3),
+        lx.optim.loraplus(1e-3),
         optax.adafactor(1e-3, min_dim_size_to_factor=2),
         optax.contrib.muon(1e-3),
     ],

@@ -38,7 +38,7 @@ def mean_gradients(
                 "LoRA-GA needs a loss.",
                 got=f"{jax.tree.map(lambda x: getattr(x, 'shape', type(x)), found)} from fn(params, batch)",
                 want="one float",
-                do="lx.lora_ga(lambda params, batch: loss(fn(params, batch.x), batch.y), batches).",
+                do="lx.inits.lora_ga(lambda params, batch: loss(fn(params, batch.x), batch.y), batches).",
             )
         return found
 

@@ -130,7 +130,7 @@ def _check_contracted(fn: Callable, params: PyTree, batch: Any, paths: list[str]
             path=list(wrong),
             got=list(wrong.values()),
             want="a product with activations",
-            do="give them another init: init={pattern: 'kaiming', '*': lx.eva(fn, batches)}.",
+            do="give them another init: init={pattern: 'kaiming', '*': lx.inits.eva(fn, batches)}.",
         )
 
 

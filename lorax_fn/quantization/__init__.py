@@ -1,1 +1,6 @@
 """Weights in 4 or 8 bits."""
+
+from lorax_fn.quantization.blocks import Quantized as Quantized
+from lorax_fn.quantization.gptq import gptq as gptq
+from lorax_fn.quantization.trees import dequantize as dequantize
+from lorax_fn.quantization.trees import quantize as quantize

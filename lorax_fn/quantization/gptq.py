@@ -72,7 +72,7 @@ def gptq(
       ...     return x @ params["kernel"]
       >>> def lost(stored):
       ...     return float(jnp.linalg.norm(fn(lx.dequantize(stored), x) - fn(params, x)))
-      >>> lost(lx.gptq(fn, params, [x])) < 0.5 * lost(lx.quantize(params))
+      >>> lost(lx.quantization.gptq(fn, params, [x])) < 0.5 * lost(lx.quantize(params))
       True
     """
     if isinstance(damping, bool) or not isinstance(damping, int | float) or not 0 < damping < np.inf:
@@ -86,7 +86,7 @@ def gptq(
             path=unseen,
             got="abstract or traced",
             want="concrete arrays",
-            do="call lx.gptq outside jax.jit; for abstract params, lx.quantize has the same shapes.",
+            do="call it outside jax.jit; for abstract params, lx.quantize gives the same shapes.",
         )
     made = rounded(leaves, layouts, format, block, double)
     wrong = {}

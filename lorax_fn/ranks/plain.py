@@ -38,7 +38,7 @@ def to_plain(params0: PyTree, params: PyTree, lora: dict[str, Adapter]) -> dict[
       >>> import jax, jax.numpy as jnp, lorax_fn as lx
       >>> original = {"kernel": jax.random.normal(jax.random.key(0), (8, 6))}
       >>> params, lora = lx.split(original, rank=2, init="pissa")
-      >>> plain = lx.to_plain(original, params, lora)
+      >>> plain = lx.ranks.to_plain(original, params, lora)
       >>> plain["kernel"].rank, bool(abs(lx.delta(plain)["kernel"]).max() < 1e-5)
       (4, True)
     """

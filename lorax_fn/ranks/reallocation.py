@@ -35,7 +35,7 @@ def sensitivity(lora: dict[str, Adapter], grads: dict[str, Adapter]) -> dict[str
       >>> import jax.numpy as jnp, lorax_fn as lx
       >>> layout = lx.Layout(inputs=(0,), outputs=(1,))
       >>> lora = {"w": lx.LoRA(jnp.ones((2, 2)), jnp.eye(2), 2.0, 2, "lora", layout)}
-      >>> lx.sensitivity(lora, lora)["w"]
+      >>> lx.ranks.sensitivity(lora, lora)["w"]
       Array([1.5, 1.5], dtype=float32)
     """
     check_lora(lora)
@@ -72,7 +72,7 @@ def reallocate(lora: dict[str, Adapter], scores: Mapping[str, Any], budget: int)
       >>> params = {"q": {"kernel": jnp.ones((8, 6))}, "k": {"kernel": jnp.ones((8, 6))}}
       >>> _, lora = lx.split(params, rank=2)
       >>> scores = {"q/kernel": jnp.array([4.0, 3.0]), "k/kernel": jnp.array([1.0, 2.0])}
-      >>> {path: adapter.rank for path, adapter in lx.reallocate(lora, scores, budget=3).items()}
+      >>> {path: adapter.rank for path, adapter in lx.ranks.reallocate(lora, scores, budget=3).items()}
       {'k/kernel': 1, 'q/kernel': 2}
     """
     check_lora(lora)
@@ -133,5 +133,5 @@ def _check_scores(lora: Mapping[str, Adapter], scores: Mapping[str, Any]) -> Non
             path=list(wrong),
             got=[f"shape {np.shape(scores[path])}" for path in wrong],
             want=list(wrong.values()),
-            do="lx.sensitivity(lora, grads), or one score a rank of your own.",
+            do="lx.ranks.sensitivity(lora, grads), or one score a rank of your own.",
         )

@@ -44,7 +44,7 @@ def truncate(
       >>> layout = lx.Layout(inputs=(0,), outputs=(1,))
       >>> b = jnp.diag(jnp.array([4.0, 3.0]))
       >>> lora = {"w": lx.LoRA(jnp.eye(2), b, 2.0, 2, "lora", layout)}
-      >>> lx.delta(lx.truncate(lora, rank=1))["w"].round(3)
+      >>> lx.delta(lx.ranks.truncate(lora, rank=1))["w"].round(3)
       Array([[4., 0.],
              [0., 0.]], dtype=float32)
     """
@@ -90,7 +90,7 @@ def resize(lora: dict[str, Adapter], rank: int | Mapping[str, int]) -> dict[str,
     Example:
       >>> import jax.numpy as jnp, lorax_fn as lx
       >>> _, lora = lx.split({"kernel": jnp.ones((8, 6))}, rank=2)
-      >>> larger = lx.resize(lora, 4)["kernel"]
+      >>> larger = lx.ranks.resize(lora, 4)["kernel"]
       >>> larger.a.shape, larger.scale == lora["kernel"].scale
       ((8, 4), True)
     """

@@ -26,7 +26,7 @@ class Spectrum:
       >>> import jax.numpy as jnp, lorax_fn as lx
       >>> layout = lx.Layout(inputs=(0,), outputs=(1,))
       >>> eye = lx.LoRA(jnp.eye(3, 2), jnp.eye(2, 3), 2.0, 2, "lora", layout)
-      >>> float(lx.effective_rank({"w": eye})["w"].stable)
+      >>> float(lx.ranks.effective_rank({"w": eye})["w"].stable)
       2.0
     """
 
@@ -55,7 +55,7 @@ def effective_rank(lora: dict[str, Adapter]) -> dict[str, Spectrum]:
       >>> layout = lx.Layout(inputs=(0,), outputs=(1,))
       >>> b = jnp.diag(jnp.array([4.0, 3.0]))
       >>> lora = {"w": lx.LoRA(jnp.eye(2), b, 2.0, 2, "lora", layout)}
-      >>> spectrum = lx.effective_rank(lora)["w"]
+      >>> spectrum = lx.ranks.effective_rank(lora)["w"]
       >>> [round(float(x), 3) for x in spectrum.values], round(float(spectrum.stable), 3)
       ([4.0, 3.0], 1.562)
     """

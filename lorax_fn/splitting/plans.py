@@ -57,17 +57,22 @@ def make_plans(leaves: Mapping[str, Any], layouts: Mapping[str, Layout], **choic
     _check_alphas(alphas, {path: axes.shapes(leaves[path].shape)[0] for path, axes in layouts.items()})
     words: tuple[Any, ...] = (given["scaling"], given["method"], inits)
     plans = {p: Plan(layouts[p], ranks[p], alphas[p], *(word[p] for word in words)) for p in layouts}
-    _check_methods(plans, leaves)
+    _check_methods(plans, leaves, choices)
     return plans
 
 
-def _check_methods(plans: Mapping[str, Plan], leaves: Mapping[str, Any]) -> None:
+def _check_methods(plans: Mapping[str, Plan], leaves: Mapping[str, Any], choices: Mapping[str, Any]) -> None:
     """What a method cannot serve is said here, before anything is built."""
     refused = {}
+    # One value for all weights has an effect where any of their methods takes it.
+    acts = frozenset().union(*(METHODS[plan.method].takes for plan in plans.values()))
+    idle = {name for name, value in choices.items() if isinstance(value, Mapping) or name not in acts} | {
+        "init"
+    }
     for path, plan in plans.items():
         method, shape = METHODS[plan.method], tuple(leaves[path].shape)
         _, n, m = plan.layout.shapes(shape)
-        why = method.refuses(shape, plan) or _without_effect(method, plan)
+        why = method.refuses(shape, plan) or _without_effect(method, plan, idle)
         if why is None:
             why = plan.init.refuses(math.prod(n), math.prod(m), plan)
         if why is None and plan.init.moves_weight and is_stored(leaves[path]):
@@ -89,16 +94,17 @@ def _check_methods(plans: Mapping[str, Plan], leaves: Mapping[str, Any]) -> None
         )
 
 
-def _without_effect(method: Any, plan: Plan) -> str | None:
-    """Which option the method would ignore, or None; one that has its default was not asked for."""
+def _without_effect(method: Any, plan: Plan, names: Iterable[str]) -> str | None:
+    """Which of these options the method would ignore, or None; one that has its default was not asked for."""
     asked = {
         "init": plan.init != find_init(DEFAULTS["init"]),
         "alpha": not is_number(plan.alpha) or plan.alpha != DEFAULTS["alpha"],
         "scaling": plan.scaling != DEFAULTS["scaling"],
     }
     for name, was_asked in asked.items():
-        if was_asked and name not in method.takes:
-            return f"no {name}=: it has no effect on method={plan.method!r}"
+        if was_asked and name in names and name not in method.takes:
+            value = getattr(plan, name)
+            return f"no {name}=: {value!r} has no effect on method={plan.method!r}, which starts as its paper says"
     return None
 
 

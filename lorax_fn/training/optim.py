@@ -37,7 +37,7 @@ def loraplus(tx_or_lr: Any, ratio: Any = 16.0) -> optax.GradientTransformationEx
     Example:
       >>> import jax.numpy as jnp, lorax_fn as lx, optax
       >>> _, lora = lx.split({"kernel": jnp.ones((2, 2))}, rank=1)
-      >>> tx = lx.loraplus(optax.sgd(0.5), ratio=4)
+      >>> tx = lx.optim.loraplus(optax.sgd(0.5), ratio=4)
       >>> updates, _ = tx.update(lora, tx.init(lora), lora)
       >>> bool((updates["kernel"].a == -0.5 * lora["kernel"].a).all())
       True
@@ -50,7 +50,7 @@ def loraplus(tx_or_lr: Any, ratio: Any = 16.0) -> optax.GradientTransformationEx
                 "loraplus takes an optimizer or a learning rate.",
                 got=type(tx_or_lr).__name__,
                 want="an optax.GradientTransformation, a number, or a schedule",
-                do="lx.loraplus(1e-4), or lx.loraplus(optax.adamw(1e-4)).",
+                do="lx.optim.loraplus(1e-4), or lx.optim.loraplus(optax.adamw(1e-4)).",
             )
         lr: Any = tx_or_lr
         tx_or_lr = optax.adam(lr)
@@ -84,7 +84,7 @@ def lora_fa_gradient(lora: dict[str, Adapter], eps: float = 1e-8) -> optax.Gradi
     Example:
       >>> import jax, jax.numpy as jnp, lorax_fn as lx, optax
       >>> _, lora = lx.split({"kernel": jnp.ones((4, 2))}, rank=1, alpha=2.0, method="lora_fa")
-      >>> tx = optax.chain(lx.lora_fa_gradient(lora), optax.sgd(1.0))
+      >>> tx = optax.chain(lx.optim.lora_fa_gradient(lora), optax.sgd(1.0))
       >>> grads = jax.tree.map(jnp.ones_like, lora)
       >>> update = tx.update(grads, tx.init(lora))[0]["kernel"].b
       >>> bool(jnp.allclose(update, -1.0 / (4 * jnp.sum(lora["kernel"].a ** 2)), rtol=1e-5))
@@ -132,7 +132,7 @@ def riemannian(damping: float = 1e-2) -> optax.GradientTransformationExtraArgs:
       >>> import jax, jax.numpy as jnp, lorax_fn as lx
       >>> layout = lx.Layout(inputs=(0,), outputs=(1,))
       >>> lora = {"w": lx.LoRA(2 * jnp.ones((1, 1)), jnp.ones((1, 1)), 1.0, 1, "lora", layout)}
-      >>> tx = lx.riemannian(damping=0.0)
+      >>> tx = lx.optim.riemannian(damping=0.0)
       >>> tx.update(jax.tree.map(jnp.ones_like, lora), tx.init(lora), lora)[0]["w"].b
       Array([[0.25]], dtype=float32)
     """
@@ -147,7 +147,7 @@ def riemannian(damping: float = 1e-2) -> optax.GradientTransformationExtraArgs:
                 path=jax.tree_util.keystr(path, simple=True, separator="/"),
                 got="no params" if adapter is None else "LoRAFA, whose A does not train",
                 want="tx.update(grads, state, lora) of adapters whose A and B train",
-                do="pass params, or use lx.lora_fa_gradient(lora) for LoRA-FA.",
+                do="pass params, or use lx.optim.lora_fa_gradient(lora) for LoRA-FA.",
             )
         stack = len(grad.layout.stack)
         a, ga = (_matrices(x.a, stack, last=True) for x in (adapter, grad))

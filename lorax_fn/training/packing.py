@@ -34,7 +34,7 @@ def pack(
 
     Example:
       >>> import lorax_fn as lx
-      >>> rows = lx.pack([[5, 6, 7], [8, 9], [1, 2, 3, 4]], 3, prompts=[2, 0, 0])
+      >>> rows = lx.data.pack([[5, 6, 7], [8, 9], [1, 2, 3, 4]], 3, prompts=[2, 0, 0])
       >>> rows["inputs"].tolist(), rows["targets"].tolist()
       ([[5, 6, 8], [1, 2, 3]], [[6, 7, 9], [2, 3, 4]])
       >>> rows["segments"].tolist(), rows["mask"].tolist()
@@ -102,7 +102,7 @@ def prompt_mask(prompts: Any, lengths: Any, size: int) -> np.ndarray:
 
     Example:
       >>> import lorax_fn as lx
-      >>> lx.prompt_mask([2, 0], [4, 3], 4).astype(int).tolist()
+      >>> lx.data.prompt_mask([2, 0], [4, 3], 4).astype(int).tolist()
       [[0, 1, 1, 0], [1, 1, 0, 0]]
     """
     token = np.arange(1, size + 1)[None]
@@ -120,7 +120,7 @@ def attention_mask(segments: Any) -> np.ndarray:
 
     Example:
       >>> import lorax_fn as lx
-      >>> lx.attention_mask([[1, 1, 2]]).astype(int).tolist()
+      >>> lx.data.attention_mask([[1, 1, 2]]).astype(int).tolist()
       [[[[1, 0, 0], [1, 1, 0], [0, 0, 1]]]]
     """
     ids = np.asarray(segments)
