@@ -17,7 +17,7 @@ PIP := $(PY) -m pip --disable-pip-version-check install -qq --progress-bar off
 
 help:
 	@echo 'make demo [ARGS=--smoke]  fine-tune a real language model (examples/finetune_smollm2.py)'
-	@echo 'make demo-qlora [ARGS=--smoke]  the same on quantised weights, beside LoRA (examples/qlora_smollm2.py)'
+	@echo 'make demo-qlora [ARGS=--smoke]  the same on quantized weights, beside LoRA (examples/qlora_smollm2.py)'
 	@echo 'make test [ARGS=...]      the tests; ARGS go to pytest'
 	@echo 'make test-jax              the tests on the oldest and the newest JAX, each in a venv of its own'
 	@echo 'make test-peft             the methods against the real peft, in a venv of its own (about 2 GB)'

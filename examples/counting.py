@@ -1,6 +1,6 @@
 """What `fit_iterator.py` and `fit_grain.py` train: a small model of sequences that count up.
 
-The base has learnt nothing; the adapter learns that ``n + 1`` follows ``n``. It takes a second on a CPU.
+The base has learned nothing; the adapter learns that ``n + 1`` follows ``n``. It takes a second on a CPU.
 """
 
 import tempfile

@@ -9,7 +9,7 @@ How to run, from the root of the checkout (some minutes on two CPU cores, 4 GB o
     python examples/qlora_smollm2.py --smoke             # the short form for CI, under 90 s
 
 It prints what each format costs in likelihood before training. Then it trains LoRA on the float weights, and
-QLoRA on each quantised base, with the same steps, batches and first adapters. The model is small, and its
+QLoRA on each quantized base, with the same steps, batches and first adapters. The model is small, and its
 file has been through 4 bits already: `nf4` throughout costs it much; `gptq` (the same bits, chosen with
 knowledge of what the weights are used on) and `nf4+int8` (8 bits for the three kinds of weights that bear
 rounding worst) less, and blocks that are kept cost nothing. It exits with a status other than 0 where a base
@@ -48,7 +48,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--bases",
         nargs="+",
         choices=("nf4", "gptq", "nf4+int8", "loftq"),
-        help="quantise to; loftq: nf4 by that init, slow (default: the first three, with --smoke nf4)",
+        help="quantize to; loftq: nf4 by that init, slow (default: the first three, with --smoke nf4)",
     )
     parser.add_argument("--keep-gguf", action="store_true", help="QLoRA on the blocks of the file, too")
     parser.add_argument("--block", type=int, default=64, help="weights that share a scale")
@@ -70,7 +70,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 class Run(NamedTuple):
     """What one fine-tuning took and gave: bytes, and the held-out NLL before and after."""
 
-    bits: float  # of a quantised weight
+    bits: float  # of a quantized weight
     base: int
     adapters: int
     optimizer: int
@@ -89,7 +89,7 @@ def fine_tune(
     texts: dict,
     init: Any = "kaiming",
 ) -> Run:
-    """Splits, trains and evaluates; ``params`` are float or quantised, and nothing but ``init`` differs."""
+    """Splits, trains and evaluates; ``params`` are float or quantized, and nothing but ``init`` differs."""
     key = jax.random.key(args.seed)
     params, lora = lx.split(params, rank=args.rank, init=init, layout=layout, key=key)
     adapted = lx.adapt(model.apply, fallback="error")  # no weight may be built
@@ -110,17 +110,17 @@ def fine_tune(
 
 
 def bits(params: Any) -> float:
-    """Bits a weight of the quantised leaves; 32 where there are none."""
-    leaves = [x for x in jax.tree.leaves(params, is_leaf=is_quantised) if is_quantised(x)]
+    """Bits a weight of the quantized leaves; 32 where there are none."""
+    leaves = [x for x in jax.tree.leaves(params, is_leaf=is_quantized) if is_quantized(x)]
     return 8 * sum(x.nbytes for x in leaves) / sum(x.size for x in leaves) if leaves else 32.0
 
 
-def is_quantised(leaf: Any) -> bool:
+def is_quantized(leaf: Any) -> bool:
     return isinstance(leaf, lx.Quantized)
 
 
-def quantised(params: Any, base: str, block: int, layout: Any) -> Any:
-    """All linear weights in nf4 with double quantisation; under "nf4+int8" the sensitive ones in int8."""
+def quantized(params: Any, base: str, block: int, layout: Any) -> Any:
+    """All linear weights in nf4 with double quantization; under "nf4+int8" the sensitive ones in int8."""
     if base == "nf4":
         return lx.quantize(params, "nf4", block=block, layout=layout)
     rest = [path for path in layout if path.endswith("kernel") and not path.endswith(tuple(SENSITIVE))]
@@ -148,7 +148,7 @@ def print_table(title: str, rows: dict[str, list[str]]) -> None:
 
 
 def compare_formats(args: argparse.Namespace, model: Any, params: Any, layout: Any, texts: dict) -> None:
-    """The NLL of each format without any training; on the dequantised weights, by one program for all."""
+    """The NLL of each format without any training; on the dequantized weights, by one program for all."""
     evaluate = evaluation(lambda params, lora, tokens: model.apply(params, tokens))
     table = {"format": ["bits a weight", "NLL a token"]}
 
@@ -160,7 +160,7 @@ def compare_formats(args: argparse.Namespace, model: Any, params: Any, layout: A
     for name, double in FORMATS:
         label = f"{name}, double" if double else name
         add(label, lx.quantize(params, name, block=args.block, double=double, layout=layout))
-    add("nf4+int8, double", quantised(params, "nf4+int8", args.block, layout))
+    add("nf4+int8, double", quantized(params, "nf4+int8", args.block, layout))
     print_table(f"before training, blocks of {args.block}", table)
 
 
@@ -171,7 +171,7 @@ def compare_runs(runs: dict[str, Run]) -> None:
     float32 = next(iter(runs.values()))
     table = {
         "": list(runs),
-        "bits of a quantised weight": row(lambda run: run.bits, ".2f"),
+        "bits of a quantized weight": row(lambda run: run.bits, ".2f"),
         "base, MB": row(lambda run: run.base / 1e6),
         "adapters, MB": row(lambda run: run.adapters / 1e6),
         "optimizer, MB": row(lambda run: run.optimizer / 1e6),
@@ -221,8 +221,8 @@ def main(args: argparse.Namespace) -> None:
         elif base == "gptq":
             weights = calibrated(args, model, params, layout, rows)
         else:
-            given = base in ("float32", "loftq")  # LoftQ quantises by itself
-            weights = params if given else quantised(params, base, args.block, layout)
+            given = base in ("float32", "loftq")  # LoftQ quantizes by itself
+            weights = params if given else quantized(params, base, args.block, layout)
         runs[base] = fine_tune(args, model, weights, layout, rows, texts, init)
     compare_runs(runs)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -8,7 +8,7 @@ import itertools
 import os
 import zlib
 
-# Tests compile far more than they compute: code is generated without optimising it. The passes over the
+# Tests compile far more than they compute: code is generated without optimizing it. The passes over the
 # program, which decide its FLOPs and bytes, all run. JAX reads this once, so it comes first.
 FAST = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 os.environ["XLA_FLAGS"] = f"{FAST} {os.environ.get('XLA_FLAGS', '')}"

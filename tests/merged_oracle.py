@@ -26,13 +26,13 @@ def check_model(
     assert len(lora) == len(layouts)
     for path in lora:
         assert usage[path].served and usage[path].times > 0, f"{path}\n{usage}"
-    check_values(fn, randomised(params), randomised(lora), args)
+    check_values(fn, randomized(params), randomized(lora), args)
 
 
-def randomised(tree: Any) -> Any:
+def randomized(tree: Any) -> Any:
     """Every float leaf drawn anew: initial zeros (B, biases, output layers) would hide half of a gradient.
 
-    Drawn by numpy: compiling initialisers would take longer than all the rest. Keys and counts start anew.
+    Drawn by numpy: compiling initializers would take longer than all the rest. Keys and counts start anew.
     """
     rng = np.random.default_rng(0)
 

@@ -88,7 +88,7 @@ class NnxBlock(nnx.Module):
 
 
 class NnxStack(nnx.Module):
-    """Layers made by `nnx.vmap`, run by `nnx.scan` with rematerialisation."""
+    """Layers made by `nnx.vmap`, run by `nnx.scan` with rematerialization."""
 
     def __init__(self, rngs: nnx.Rngs):
         self.layers = nnx.vmap(NnxBlock, in_axes=(0,))(rngs.split(3))

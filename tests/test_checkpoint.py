@@ -220,7 +220,7 @@ def test_abstract_params_are_compared_by_shape_and_dtype(tmp_path):
         checkpoint.load(tmp_path / "ck", params={"bias": jax.ShapeDtypeStruct((2,), jnp.float32)})
 
 
-def test_a_quantised_base_has_the_fingerprint_of_its_codes(tmp_path):
+def test_a_quantized_base_has_the_fingerprint_of_its_codes(tmp_path):
     float32 = {"kernel": normal(0, (64, 8))}
     params = quantize(float32, "nf4")
     lora = {"kernel": Full(float32["kernel"])}

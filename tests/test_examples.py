@@ -134,7 +134,7 @@ def test_remat_changes_no_value_and_no_gradient():
 # --- the reader
 
 
-def test_unpermute_undoes_permute_and_pairs_neighbours():
+def test_unpermute_undoes_permute_and_pairs_neighbors():
     w = np.arange(2 * 6 * 3, dtype=np.float32).reshape(12, 3)  # two heads of six rows
     np.testing.assert_array_equal(llama.unpermute_heads(llama.permute_heads(w, 2), 2), w)
     np.testing.assert_array_equal(llama.permute_heads(llama.unpermute_heads(w, 2), 2), w)

@@ -144,7 +144,7 @@ def test_errors_name_the_weights():
         lx.quantization.gptq(straight, jax.eval_shape(lambda: params), [x])
     with pytest.raises(lx.LoraError, match=r"(?s)looks at numbers.*a/kernel"):
         jax.jit(lambda p: lx.quantization.gptq(straight, p, [x]))(params)
-    with pytest.raises(lx.LoraError, match="quantised already"):
+    with pytest.raises(lx.LoraError, match="quantized already"):
         lx.quantization.gptq(straight, lx.quantize(params), [x])
     with pytest.raises(lx.LoraError, match=r"(?s)more than once.*at_once=1 of 2"):
         lx.quantization.gptq(straight, params, iter([x]), at_once=1)

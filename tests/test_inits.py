@@ -60,7 +60,7 @@ def test_pissa_takes_the_largest_singular_values(init):
         np.testing.assert_allclose(np.square(b).sum(1), values[:4] / adapter.scale, rtol=1e-4)
 
 
-def test_randomised_pissa_of_a_large_weight_nears_the_exact_one():
+def test_randomized_pissa_of_a_large_weight_nears_the_exact_one():
     """200 x 150 with values 1 / k: after four iterations the residual norm is sigma_9 to one percent."""
     u, v = np.linalg.qr(normal(2, 200, 150))[0], np.linalg.qr(normal(3, 150, 150))[0]
     w = jnp.asarray((u / np.arange(1, 151)) @ v.T, jnp.float32)

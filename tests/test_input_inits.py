@@ -240,7 +240,7 @@ def test_targets_with_another_init_stay_out_of_the_pass():
     )
 
 
-def test_eva_starts_from_the_inputs_of_a_quantised_base_and_corda_refuses_it():
+def test_eva_starts_from_the_inputs_of_a_quantized_base_and_corda_refuses_it():
     def fn(params, x):
         return jnp.tanh(x @ params["w1"]["kernel"]) @ params["w2"]["kernel"]
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import models_linen  # noqa: F401  (fills the table)
 import models_others  # noqa: F401
 import pytest
-from merged_oracle import check_model, check_values, randomised
+from merged_oracle import check_model, check_values, randomized
 from model_table import MODELS, SAME
 
 import lorax_fn as lx
@@ -29,8 +29,8 @@ def quantized(name, draw=lambda tree: tree):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_no_quantised_weight_is_unpacked_outside_a_product(name):
-    """With adapters and without; traced only: `test_a_quantised_base_equals_merge` has the values."""
+def test_no_quantized_weight_is_unpacked_outside_a_product(name):
+    """With adapters and without; traced only: `test_a_quantized_base_equals_merge` has the values."""
     fn, params, lora, args = quantized(name)
     run = lx.adapt(fn, fallback="error")
     leaves, treedef = jax.tree.flatten(params)
@@ -47,8 +47,8 @@ def test_no_quantised_weight_is_unpacked_outside_a_product(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
-def test_a_quantised_base_equals_merge(name):
-    fn, params, lora, args = quantized(name, randomised)
+def test_a_quantized_base_equals_merge(name):
+    fn, params, lora, args = quantized(name, randomized)
     check_values(fn, params, lora, args)
 
 

@@ -226,7 +226,7 @@ def test_arguments_of_another_form_are_refused_with_the_remedy():
 
 
 @pytest.mark.parametrize("kind", ["auto", "explicit"])
-def test_a_quantised_base_trains_on_a_mesh_as_on_one_device(kind):
+def test_a_quantized_base_trains_on_a_mesh_as_on_one_device(kind):
     """Codes follow the rule of their weight; scales too few for all devices are on each."""
     loss_fn, state, params, batch = make()
     params = lx.quantize(

@@ -83,7 +83,7 @@ def test_an_entry_of_kept_blocks_stacks_again(kind):
     assert jax.tree.structure(again) == jax.tree.structure(q)
 
 
-def test_a_file_whose_blocks_are_kept_is_the_dequantised_file(tmp_path):
+def test_a_file_whose_blocks_are_kept_is_the_dequantized_file(tmp_path):
     pytest.importorskip("gguf")
     path = tmp_path / "toy.gguf"
     toy_llama.write_gguf(path, TOY, toy_llama.toy(TOY)[1], kinds)
@@ -156,14 +156,14 @@ def script():
     return qlora_smollm2
 
 
-def test_the_script_fine_tunes_a_quantised_toy_and_counts_its_bytes(script, capsys, monkeypatch):
+def test_the_script_fine_tunes_a_quantized_toy_and_counts_its_bytes(script, capsys, monkeypatch):
     model, params = toy_llama.toy(TOY)
     layout = lx.usage(model.apply, params, tokens())
     rows = np.tile(np.arange(9, dtype=np.int32), (4, 1))  # counting: the toy can learn it
     texts = {script.HAMLET: rows}
     args = script.parse_args(["--steps", "30", "--lr", "2e-2", "--rank", "2"])
     assert (args.bases, args.block, args.keep_gguf) == (["nf4", "gptq", "nf4+int8"], 64, False)
-    stored = script.quantised(params, "nf4+int8", args.block, layout)
+    stored = script.quantized(params, "nf4+int8", args.block, layout)
     formats = {name: w["kernel"].format for name, w in stored["params"]["layers"]["attn"].items()}
     assert formats == {"q": "nf4", "k": "int8", "v": "int8", "o": "nf4"}
     with jax.numpy_dtype_promotion("standard"):  # optax's own Adam and cosine mix int32 and float32
@@ -195,7 +195,7 @@ def test_the_script_calibrates_a_toy(script, monkeypatch):
     monkeypatch.setattr(script, "LENGTH", 8)
     rows = np.tile(np.arange(9, dtype=np.int32), (4, 1))
     known = script.calibrated(script.parse_args([]), model, params, layout, rows)
-    plain = script.quantised(params, "nf4", 64, layout)
+    plain = script.quantized(params, "nf4", 64, layout)
     assert jax.tree.structure(known) == jax.tree.structure(plain)
 
 
@@ -216,7 +216,7 @@ def test_the_script_says_which_base_is_over_its_limit(script):
 
 @real
 @needs_assets
-def test_the_likelihood_of_kept_blocks_is_that_of_the_dequantised_load():
+def test_the_likelihood_of_kept_blocks_is_that_of_the_dequantized_load():
     pytest.importorskip("gguf")
     import hamlet
 

@@ -120,7 +120,7 @@ def encoded(w, format):
     return jax.jit(lambda w: encode(w, IN_OUT, format, 64, False).dense())(w)
 
 
-def test_double_quantisation_errs_within_a_gap_of_its_table(getkey):
+def test_double_quantization_errs_within_a_gap_of_its_table(getkey):
     w = jax.random.normal(getkey(), (256, 700))
     once, twice = quantized(w, double=False), quantized(w)
     np.testing.assert_array_equal(once.codes, twice.codes)
@@ -293,7 +293,7 @@ def test_bad_options():
             lx.quantize(params, block=block)
     with pytest.raises(lx.LoraError, match="names no weight"):
         lx.quantize(params, targets="bias")
-    with pytest.raises(lx.LoraError, match="quantised already"):
+    with pytest.raises(lx.LoraError, match="quantized already"):
         lx.quantize(lx.quantize(params))
 
 

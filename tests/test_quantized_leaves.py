@@ -1,4 +1,4 @@
-"""Every verb on quantised leaves, against the same verb on the weights that they stand for; LoftQ."""
+"""Every verb on quantized leaves, against the same verb on the weights that they stand for; LoftQ."""
 
 import logging
 
@@ -133,7 +133,7 @@ def test_to_plain_tells_rounding_from_rank(both, getkey):
     assert lx.ranks.to_plain(copy, frozen, lora)["q/kernel"] is lora["q/kernel"]
     params = tree(getkey)
     rounded, lora = lx.split(params, rank=2, layout=LAYOUT, init="loftq:1")
-    with pytest.raises(lx.LoraError, match=r"quantised after[^$]*l/kernel\n +q/kernel"):
+    with pytest.raises(lx.LoraError, match=r"quantized after[^$]*l/kernel\n +q/kernel"):
         lx.ranks.to_plain(params, rounded, lora)
 
 
@@ -229,7 +229,7 @@ def test_loftq_is_planned_on_shapes_and_refuses_what_it_cannot(getkey):
         lx.split(params, rank=2, layout=LAYOUT, init="loftq:0")
 
 
-def test_a_quantised_weight_keeps_the_layout_that_it_was_quantised_by():
+def test_a_quantized_weight_keeps_the_layout_that_it_was_quantized_by():
     """Names that no convention knows, and an (out, in) weight: `split` needs to be told nothing again."""
     layout = {"0": lx.Layout((), (1,), (0,)), "1": lx.Layout((0,), (2,), (1,))}
     params = lx.quantize(

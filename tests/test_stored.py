@@ -1,4 +1,4 @@
-"""Quantised bases in the transform: the oracle is the same program on the dequantised tree."""
+"""Quantized bases in the transform: the oracle is the same program on the dequantized tree."""
 
 import dataclasses
 
@@ -52,7 +52,7 @@ def compare(cases, format, adapters):
 
 
 @pytest.mark.parametrize("chunk", [0, *(pytest.param(i, marks=pytest.mark.slow) for i in (1, 2))])
-def test_every_rule_on_a_quantised_weight(chunk):
+def test_every_rule_on_a_quantized_weight(chunk):
     cases = CASES[chunk::3]
     compare(cases, "int8", {c.name: c.adapter for c in cases})
 
@@ -153,7 +153,7 @@ IO_LAYOUT = {"w": lx.Layout((), (0,), (1,))}
 WEIGHT = {"w": normal(1, (8, 6), 0.3)}
 
 
-def test_usage_reads_a_quantised_tree_as_its_float_one():
+def test_usage_reads_a_quantized_tree_as_its_float_one():
     x = normal(2, (3, 8))
     stored = lx.quantize(WEIGHT, layout=IO_LAYOUT)
     use, plain = (lx.usage(lambda p, x: x @ p["w"], p, x)["w"] for p in (stored, WEIGHT))
@@ -188,8 +188,8 @@ def test_31_int4_kernels(shape, layout, scales):
 @pytest.mark.parametrize("kind, format", [
     (AxisType.Auto, "nf4"), (AxisType.Explicit, "nf4"), (AxisType.Explicit, "int4"),
 ], ids=["auto", "explicit", "explicit int4"])  # fmt: skip
-def test_15_a_sharded_quantised_base_gives_the_plain_models_sharding(kind, format):
-    """Acceptance 15, quantised: W (16, 8, 10) over ('fsdp', 'tp', None); codes and scales as the weight."""
+def test_15_a_sharded_quantized_base_gives_the_plain_models_sharding(kind, format):
+    """Acceptance 15, quantized: W (16, 8, 10) over ('fsdp', 'tp', None); codes and scales as the weight."""
     mesh = jax.make_mesh((2, 2), ("fsdp", "tp"), axis_types=(kind,) * 2)
     w, x = normal(1, (16, 8, 10)), normal(2, (4, 5, 16))
     params, lora = lx.split(

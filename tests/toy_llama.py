@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-sys.path.insert(0, str(EXAMPLES))  # the examples are scripts: they import their neighbours by name
+sys.path.insert(0, str(EXAMPLES))  # the examples are scripts: they import their neighbors by name
 
 from models import llama  # noqa: E402
 

@@ -1,6 +1,6 @@
 """Q4_1 and Q8_0 blocks of a GGUF file as `lorax_fn.Quantized`: bytes change places, no number changes.
 
-A block is 32 neighbours along a weight's input axis. Q4_1: float16 scale and minimum, then 16 bytes, of which
+A block is 32 neighbors along a weight's input axis. Q4_1: float16 scale and minimum, then 16 bytes, of which
 byte ``i`` has code ``i`` in its low and code ``i + 16`` in its high half. Q8_0: float16 scale, 32 int8 codes.
 """
 
@@ -23,7 +23,7 @@ class Parts:
     """The arrays of a `lorax_fn.Quantized`, which still change axes together: ``jax.tree.map`` each.
 
     Args:
-      codes: ``[out, in]`` int8; or ``[out, in / 2]`` uint8, two neighbours a byte, the first high.
+      codes: ``[out, in]`` int8; or ``[out, in / 2]`` uint8, two neighbors a byte, the first high.
       scales: ``[out, in / 32]`` float16.
       minimum: ``[out, in / 32]`` float16, or None.
       format: the library's name of it.

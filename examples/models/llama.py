@@ -170,7 +170,7 @@ _BLOCK = {
 
 
 def permute_heads(w: np.ndarray, heads: int) -> np.ndarray:
-    """Halves to neighbours: what llama.cpp's converter does to the rows of q and k.
+    """Halves to neighbors: what llama.cpp's converter does to the rows of q and k.
 
     Its RoPE turns the pairs ``(x[2i], x[2i + 1])``, that of Hugging Face ``(x[i], x[i + d/2])``.
 
@@ -186,13 +186,13 @@ def permute_heads(w: np.ndarray, heads: int) -> np.ndarray:
 
 
 def unpermute_heads(w: np.ndarray, heads: int) -> np.ndarray:
-    """The inverse of `permute_heads`: neighbours to halves, for `rotate`."""
+    """The inverse of `permute_heads`: neighbors to halves, for `rotate`."""
     rows, columns = w.shape
     return w.reshape(heads, rows // heads // 2, 2, columns).swapaxes(1, 2).reshape(rows, columns)
 
 
 def load_gguf(path: str | Path, keep_blocks: bool = False) -> tuple[LlamaConfig, dict[str, Any]]:
-    """Reads a Llama from a GGUF file: quantised blocks become float32, or stay as they are.
+    """Reads a Llama from a GGUF file: quantized blocks become float32, or stay as they are.
 
     Args:
       path: a ``.gguf`` file of architecture "llama" with tied embeddings.
@@ -201,7 +201,7 @@ def load_gguf(path: str | Path, keep_blocks: bool = False) -> tuple[LlamaConfig,
 
     Returns:
       The config, and the variables of ``Llama(config)``: ``{"params": {...}}``, float32 JAX arrays or
-      quantised leaves.
+      quantized leaves.
 
     Raises:
       ValueError: another architecture, or tensors that `Llama` has no place for; or, to be kept, layers of

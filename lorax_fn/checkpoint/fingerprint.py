@@ -21,7 +21,7 @@ SAMPLE = 4096  # elements a leaf that the fingerprint reads
 def fingerprint(params: PyTree) -> list[dict]:
     """What tells one base from another: path, shape, dtype and crc32 of a strided sample of every array.
 
-    It is the same on every run and for every sharding; abstract leaves have no crc32. A quantised weight
+    It is the same on every run and for every sharding; abstract leaves have no crc32. A quantized weight
     names its format, and the crc32 is that of all its arrays.
     """
     return [

@@ -38,7 +38,7 @@ def entries(w, layout: Layout) -> jax.Array:
     return jnp.transpose(jnp.asarray(w, wide), order).reshape(math.prod(stack), math.prod(n), math.prod(m))
 
 
-OVERSAMPLING = 8  # extra columns of a randomised SVD (Halko et al., https://arxiv.org/abs/0909.4061)
+OVERSAMPLING = 8  # extra columns of a randomized SVD (Halko et al., https://arxiv.org/abs/0909.4061)
 EXACT = jax.lax.Precision.HIGHEST
 
 

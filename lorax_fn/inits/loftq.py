@@ -19,9 +19,9 @@ from lorax_fn.quantization.formats import check_options
 
 
 def loftq(format: str = "nf4", *, block: int = 64, double: bool = True, iterations: int = 5) -> "LoftQ":
-    """Quantises ``W`` and starts the factors from what that rounds off, in turns: ``Q + s A @ B ~ W``.
+    """Quantizes ``W`` and starts the factors from what that rounds off, in turns: ``Q + s A @ B ~ W``.
 
-    Li et al., "LoftQ" (https://arxiv.org/abs/2310.08659), algorithm 1: ``Q <- quantise(W - s A B)``, then
+    Li et al., "LoftQ" (https://arxiv.org/abs/2310.08659), algorithm 1: ``Q <- quantize(W - s A B)``, then
     ``A B`` the best rank-r product near ``(W - Q) / s``; PEFT's does not divide, which is right for ``s = 1``
     only. `lorax_fn.split` takes *float* params for it, and returns them `Quantized` where adapters are.
 
@@ -88,7 +88,7 @@ class LoftQ(Init):
 
 @functools.partial(jax.jit, static_argnums=(0, 6))
 def _turn(init: LoftQ, w: jax.Array, a: jax.Array, b: jax.Array, scales: Any, used: Any, layout: Layout):
-    """Quantises what factors ``[s, n, r], [s, r, m]`` leave, and fits new ones to what that rounds off."""
+    """Quantizes what factors ``[s, n, r], [s, r, m]`` leave, and fits new ones to what that rounds off."""
     whole, dtype = entries(w, layout).astype(jnp.float32), a.dtype
     wide_a, wide_b = a.astype(jnp.float32), b.astype(jnp.float32)
     left = whole - scales[:, None, None] * jnp.matmul(wide_a, wide_b, precision=EXACT)

@@ -2,7 +2,7 @@
 
 w = value(code) * scale               value: NF4's table, or an integer; the largest |w| of a block gets the
                                       largest value
-scale = map(code') * group + offset   double quantisation: scales are codes, too, in groups
+scale = map(code') * group + offset   double quantization: scales are codes, too, in groups
 w = code * scale + minimum            GGUF's Q4_1; scale and minimum in float16
 
 Dettmers et al., "QLoRA" (https://arxiv.org/abs/2305.14314), section 3. `jnp.int4` would take a whole byte on
@@ -36,9 +36,9 @@ class Quantized(Stored):
     Args:
       codes: the weight's shape, int8; or uint8, half as long (rounded up) along ``block_axis``, where two
         codes of 4 bits share a byte, the first in its high half.
-      scales: one a block along ``block_axis``: float32, uint8 under double quantisation, float16 in GGUF's.
-      groups: float32, one for 256 scales along ``group_axis``; None without double quantisation.
-      offset: float32, one a stack entry: the mean scale; None without double quantisation.
+      scales: one a block along ``block_axis``: float32, uint8 under double quantization, float16 in GGUF's.
+      groups: float32, one for 256 scales along ``group_axis``; None without double quantization.
+      offset: float32, one a stack entry: the mean scale; None without double quantization.
       minimum: float16, one a block, what its code 0 stands for: in ``"q4_1"``, else None.
       format: ``"nf4"``, ``"int4"``, ``"int8"``; or ``"q4_1"``, ``"q8_0"``: blocks of a GGUF file.
       block: weights that share a scale.
@@ -161,7 +161,7 @@ def _axis(axes: tuple[int, ...], shape: tuple[int, ...], size: int) -> int:
 
 
 def _folded(x: jax.Array, axis: int, size: int) -> jax.Array:
-    """``axis`` as two: runs, and ``size`` neighbours in each; padded with zeros."""
+    """``axis`` as two: runs, and ``size`` neighbors in each; padded with zeros."""
     extra = -x.shape[axis] % size
     x = _gathered(x, axis, -(-x.shape[axis] // size))
     if extra:
@@ -181,7 +181,7 @@ def _gathered(x: jax.Array, axis: int, runs: int) -> jax.Array:
 
 
 def _largest(x: jax.Array, axis: int, size: int) -> jax.Array:
-    """The largest of each run of ``size`` neighbours along ``axis``; ``x`` is not negative."""
+    """The largest of each run of ``size`` neighbors along ``axis``; ``x`` is not negative."""
     return _folded(x, axis, size).max(axis + 1)
 
 
@@ -212,7 +212,7 @@ def _cut(x: jax.Array, axis: int, length: int) -> jax.Array:
 def _check_axes(q: Quantized) -> None:
     if np.ndim(q.codes) != len(q.shape):
         raise error(
-            "a quantised weight lost or got an axis outside lorax_fn.",
+            "a quantized weight lost or got an axis outside lorax_fn.",
             got=f"codes of shape {np.shape(q.codes)}",
             want=f"codes of {len(q.shape)} axes, as the weight {q.shape} has",
             do="in a loop or vmap over a stack axis, q.entry(axis).dense().",

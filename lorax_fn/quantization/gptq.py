@@ -43,7 +43,7 @@ def gptq(
 
     Args:
       fn: ``fn(params, batch)`` with a float output, such as ``model.apply``.
-      params: any pytree of concrete arrays; weights quantised before stay, and the inputs feel them.
+      params: any pytree of concrete arrays; weights quantized before stay, and the inputs feel them.
       batches: an iterable of what ``fn`` takes second. ``fn`` is differentiated, at the cost of a training
         step a batch, and ``[n, n]`` float32 a stack entry of a weight of ``n`` inputs is kept.
       format: as in `lorax_fn.quantize`.

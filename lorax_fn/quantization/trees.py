@@ -1,4 +1,4 @@
-"""Trees of quantised weights: `quantize` stores them in 4 or 8 bits, `dequantize` makes arrays again."""
+"""Trees of quantized weights: `quantize` stores them in 4 or 8 bits, `dequantize` makes arrays again."""
 
 import functools
 import math
@@ -28,7 +28,7 @@ def quantize(
 ) -> PyTree:
     """Stores weights in 4 or 8 bits: ``w = value(code) * scale``, one scale a block of inputs.
 
-    Dettmers et al., "QLoRA" (https://arxiv.org/abs/2305.14314): NF4 (appendix E) and double quantisation
+    Dettmers et al., "QLoRA" (https://arxiv.org/abs/2305.14314): NF4 (appendix E) and double quantization
     (section 3), in which the scales are themselves 8-bit codes. It goes leaf by leaf and waits for each, so
     that no more than one is in work.
 
@@ -46,7 +46,7 @@ def quantize(
       The same tree with a `Quantized` for each weight; all other leaves are the same objects.
 
     Raises:
-      LoraError: an unknown format or an odd block; a weight is empty, not finite, not float or quantised
+      LoraError: an unknown format or an odd block; a weight is empty, not finite, not float or quantized
         already; or ``targets`` or ``layout`` is wrong, as in `lorax_fn.split`. All such paths are listed.
 
     Example:
@@ -82,7 +82,7 @@ def rounded(
             strange.append(path)
     if strange:
         raise error(
-            "weights that are not finite cannot be quantised.",
+            "weights that are not finite cannot be quantized.",
             path=strange,
             got="NaN or infinity: it would spoil its whole block",
             want="finite numbers",
@@ -92,13 +92,13 @@ def rounded(
 
 
 def dequantize(params: PyTree) -> PyTree:
-    """Makes every quantised weight an array of its own shape and dtype again.
+    """Makes every quantized weight an array of its own shape and dtype again.
 
     Args:
-      params: any pytree; abstract quantised leaves give `jax.ShapeDtypeStruct`.
+      params: any pytree; abstract quantized leaves give `jax.ShapeDtypeStruct`.
 
     Returns:
-      The same tree of arrays; leaves that were not quantised are the same objects.
+      The same tree of arrays; leaves that were not quantized are the same objects.
 
     Example:
       >>> import jax.numpy as jnp, lorax_fn as lx
@@ -121,14 +121,14 @@ def _check_weights(leaves: Mapping[str, Any], layouts: Mapping[str, Layout]) -> 
     for path, layout in layouts.items():
         leaf = leaves[path]
         if is_stored(leaf):
-            wrong[path] = "quantised already"
+            wrong[path] = "quantized already"
         elif not math.prod(leaf.shape):
             wrong[path] = f"{tuple(leaf.shape)}: empty"
         elif not (layout.inputs and layout.outputs):
             wrong[path] = f"{layout}: no input or no output axis"
     if wrong:
         raise error(
-            "these weights cannot be quantised.",
+            "these weights cannot be quantized.",
             path=list(wrong),
             got=list(wrong.values()),
             want="float arrays with an input and an output axis",

@@ -58,7 +58,7 @@ def to_plain(params0: PyTree, params: PyTree, lora: dict[str, Adapter]) -> dict[
     rounded = [path for path in moved if is_stored(frozen[path])]
     if rounded:
         raise error(
-            "the weights of params were quantised after their adapters took a part of them.",
+            "the weights of params were quantized after their adapters took a part of them.",
             path=rounded,
             got="a difference of full rank: that part, and the rounding",
             want="one weight in params0 and params, or the float residual that split returned",

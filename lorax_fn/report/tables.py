@@ -29,7 +29,7 @@ class Row:
       alpha: numerator of the scale, or None.
       scale: factor of ``A @ B``, one number or one a stack entry, or None.
       trainable: numbers that train, pads not counted.
-      format: how a quantised weight is stored, such as ``"nf4"``; empty for an array.
+      format: how a quantized weight is stored, such as ``"nf4"``; empty for an array.
       nbytes: bytes of the weight as it is stored.
     """
 
@@ -57,8 +57,8 @@ class Skipped:
       path: its path.
       shape: its shape.
       reason: why it is not adapted.
-      format: how it is stored if it is quantised.
-      nbytes: its bytes if it is quantised.
+      format: how it is stored if it is quantized.
+      nbytes: its bytes if it is quantized.
     """
 
     path: str
@@ -77,7 +77,7 @@ class Summary:
       skipped: the leaves of two or more axes that are not adapted.
       trainable: numbers that train.
       total: numbers in the float leaves of params, adapters not counted.
-      nbytes: bytes of all leaves of params as they are stored; a column where any of them is quantised.
+      nbytes: bytes of all leaves of params as they are stored; a column where any of them is quantized.
 
     Example:
       >>> import jax.numpy as jnp, lorax_fn as lx
@@ -95,7 +95,7 @@ class Summary:
     nbytes: int = 0
 
     @property
-    def quantised(self) -> bool:
+    def quantized(self) -> bool:
         """Whether any leaf listed is stored in another form than its own array."""
         return any(x.format for x in (*self.rows, *self.skipped))
 
@@ -105,7 +105,7 @@ class Summary:
         return 100.0 * self.trainable / self.total if self.total else 0.0
 
     def __str__(self) -> str:
-        lines = _aligned(self._table(), numbers=3 + self.quantised)
+        lines = _aligned(self._table(), numbers=3 + self.quantized)
         if self.skipped:
             lines.append("not adapted:")
             cells = [(s.path, str(s.shape), _reason(s)) for s in self.skipped]
@@ -123,7 +123,7 @@ class Summary:
     def _table(self) -> list[tuple[str, ...]]:
         total = ("all of params", "", "", "", "", "", *_share(self.trainable, self.total))
         table = [_HEAD, *map(_cells, self.rows), total]
-        if not self.quantised:
+        if not self.quantized:
             return table
         last = [
             ("bytes", "stored"),

@@ -25,7 +25,7 @@ def merge(params: PyTree, lora: dict[str, Adapter], *, dtype: Any = None, requan
       params: the frozen tree that `split` returned.
       lora: its adapters, or some of them.
       dtype: dtype of the merged leaves; None keeps each leaf's own. Sums are float32 and cast once.
-      requantize: whether quantised leaves stay quantised, in their format; what rounding takes from each is
+      requantize: whether quantized leaves stay quantized, in their format; what rounding takes from each is
         logged (logger ``lorax_fn``), for it may be more than the adapter adds. Else they become arrays, those
         without an adapter too.
 
@@ -97,10 +97,10 @@ def _requantized(adapter: Adapter, stored: Any) -> tuple[Any, jax.Array]:
 
 
 def _log(lost: Mapping[str, Any]) -> None:
-    """Says what requantising took; a log line, as a warning would stop whoever makes errors of them."""
+    """Says what requantizing took; a log line, as a warning would stop whoever makes errors of them."""
     if lost and all(map(is_concrete, lost.values())):
         lines = [f"  {path}: {r:.3%}, {c:.3%}" for path, (r, c) in jax.device_get(lost).items()]
-        head = "merged and requantised: rounding, and the adapter's change, as shares of the weight's norm"
+        head = "merged and requantized: rounding, and the adapter's change, as shares of the weight's norm"
         LOG.warning("%s", "\n".join([head, *lines]))
 
 

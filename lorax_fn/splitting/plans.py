@@ -104,7 +104,7 @@ def _without_effect(method: Any, plan: Plan, names: Iterable[str]) -> str | None
     for name, was_asked in asked.items():
         if was_asked and name in names and name not in method.takes:
             value = getattr(plan, name)
-            return f"no {name}=: {value!r} has no effect on method={plan.method!r}, which starts as its paper says"
+            return f"no {name}=: {value!r} has no effect on method={plan.method!r}"
     return None
 
 

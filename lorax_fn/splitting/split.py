@@ -54,8 +54,8 @@ def split(
       method: ``"lora"``, ``"dora"``, ``"lora_fa"``, ``"vera"``, ``"loha"``, ``"lokr"`` or
         ``"lora_xs"``.
       init: ``"kaiming"``, ``"gaussian"``, ``"orthogonal"`` or ``"zero_a"``; or ``"pissa"``, ``"pissa:4"`` (by
-        a randomised SVD of four iterations) or ``"olora"``, which take a part of W into the factors;
-        or `lorax_fn.inits.loftq`, which also quantises W; or one from data, `lorax_fn.inits.eva`,
+        a randomized SVD of four iterations) or ``"olora"``, which take a part of W into the factors;
+        or `lorax_fn.inits.loftq`, which also quantizes W; or one from data, `lorax_fn.inits.eva`,
         `lorax_fn.inits.lora_ga` or `lorax_fn.inits.corda`.
       targets: patterns: a glob over whole path components, a compiled regex, or ``f(path, leaf) -> bool``;
         one or a sequence. None is every linear weight: no embedding, norm, convolution or output head.

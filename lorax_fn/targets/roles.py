@@ -28,7 +28,7 @@ from lorax_fn.targets.patterns import Pattern, components, find, label_of, union
 def classify(params: PyTree, layout: Mapping | None = None) -> dict[str, Role]:
     """Says of every array leaf whether it is a weight, and with which layout.
 
-    Without ``layout``, conventions decide; a quantised weight has the layout that it was quantised by. A
+    Without ``layout``, conventions decide; a quantized weight has the layout that it was quantized by. A
     leaf is a weight only if its name is ``kernel``, ``w``, ``weight``, ``weight_ih`` or ``weight_hh`` and
     it is 2-D, or its sibling bias fixes stack and output axes in exactly one way. ``kernel`` and ``w`` are
     (in, out), as Flax and Haiku store them; the others are (out, in), square or not. An Equinox layer's
@@ -63,7 +63,7 @@ def classify(params: PyTree, layout: Mapping | None = None) -> dict[str, Role]:
         return {path: by_use(path, leaf, layout.get(path)) for path, leaf in leaves.items()}
     nodes = equinox_layers(params)
     roles = {path: by_convention(path, leaf, leaves, nodes.get(path)) for path, leaf in leaves.items()}
-    kept = {path: leaf.layout for path, leaf in leaves.items() if is_stored(leaf)}  # known when quantised
+    kept = {path: leaf.layout for path, leaf in leaves.items() if is_stored(leaf)}  # known when quantized
     for path, stated in (kept | _stated(leaves, layout or {})).items():
         if not is_float(leaves[path]):
             roles[path] = Role("unserved", stated, f"not float ({leaves[path].dtype})")

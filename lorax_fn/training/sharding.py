@@ -28,7 +28,7 @@ def shardings(lora: PyTree, params_shardings: PyTree) -> PyTree:
         keeps of an adapter's array, in that array's shape, is sharded as the array, all else replicated.
         Abstract leaves are fine.
       params_shardings: a tree like ``params`` of ``NamedSharding``, or ``params`` themselves (arrays, or
-        ``jax.ShapeDtypeStruct`` with a sharding), whose shardings are read. All on one mesh. A quantised
+        ``jax.ShapeDtypeStruct`` with a sharding), whose shardings are read. All on one mesh. A quantized
         weight counts by its codes.
 
     Returns:

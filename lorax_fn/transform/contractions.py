@@ -189,7 +189,7 @@ def _two_products(x, first, second, stacked, scale, axes, dtype, precision, tap)
 def _tokens_merged(
     x: Any, xs: Sequence, known: set, out: Sequence
 ) -> tuple[Any, Sequence, Sequence, Callable]:
-    """``x`` with all axes that no factor has merged into one, if they are neighbours here and in ``out``.
+    """``x`` with all axes that no factor has merged into one, if they are neighbors here and in ``out``.
 
     One reshape before both products and one after them. The last value undoes it on a result.
     """

@@ -125,13 +125,13 @@ class Walk:
         problem = error(
             "an adapted weight has to be built in full: this use of it has no low-rank rule."
             if report.adapted
-            else "a quantised weight has to be unpacked in full: this use of it is no product.",
+            else "a quantized weight has to be unpacked in full: this use of it is no product.",
             path=report.path,
             shape=report.shape,
             got=f"primitive {report.primitive!r}; {report.where}{report.line}",
             do='leave the weight out (exclude=...), or accept the cost: lx.adapt(fn, fallback="allow").'
             if report.adapted
-            else 'do not quantise it, or accept the cost: lx.adapt(fn, fallback="allow").',
+            else 'do not quantize it, or accept the cost: lx.adapt(fn, fallback="allow").',
         )
         if self.fallback == "error":
             raise problem

@@ -1,4 +1,4 @@
-"""Behaviours that users of other LoRA libraries rely on, by their numbers in the list of acceptance checks.
+"""Behaviors that users of other LoRA libraries rely on, by their numbers in the list of acceptance checks.
 
 The other tests that hold one say so in their docstring, "Acceptance N"; the last test here looks for them.
 """
@@ -43,7 +43,7 @@ EINSUMS = ["BTD,DNH->BTNH", " BTD , DNH -> BTNH ", "bjir,bnmjr->bimn", "...ij,jk
 
 
 @pytest.mark.parametrize("spec", EINSUMS)
-def test_12_26_any_valid_einsum_needs_no_factorised_string(spec):
+def test_12_26_any_valid_einsum_needs_no_factorized_string(spec):
     """Acceptance 12, 26: white space, any letter (r, D), an ellipsis on either side; `usage` reads it."""
     sizes = dict(zip("BTDNHbjirnmk", (2, 3, 4, 5, 2, 2, 3, 2, 4, 3, 2, 4), strict=True))
     x, w = (part.strip() for part in spec.split("->")[0].split(","))
@@ -285,7 +285,7 @@ def test_49_openpi_einsum_on_either_pair_of_axes(layout, a, b):
 HELD = {*range(3, 9), *range(12, 21), *range(26, 33), 48, 49}
 
 
-def test_every_behaviour_has_a_test_that_says_so():
+def test_every_behavior_has_a_test_that_says_so():
     texts = [file.read_text() for file in pathlib.Path(__file__).parent.glob("test_*.py")]
     named = re.findall(r'"""Acceptance ([\d, and()]+)', "\n".join(texts))
     found = {int(number) for text in named for number in re.findall(r"\d+", text)}
