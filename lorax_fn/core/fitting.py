@@ -79,6 +79,20 @@ def _misfit(
     return None
 
 
+def check_unstacked(lora: Mapping[str, Any]) -> None:
+    """Raises a `LoraError` where ``lora`` is not a dict of adapters, or any has an axis for `jax.vmap`."""
+    check_lora(lora)
+    stacked = [path for path, adapter in lora.items() if adapter.is_stacked]
+    if stacked:
+        raise error(
+            "these adapters are stacked along axis 0.",
+            path=stacked,
+            got=[repr(lora[path]) for path in stacked],
+            want="one adapter per path",
+            do="map over the axis, jax.vmap(f)(lora), or take them apart: for one in lx.unstack(lora).",
+        )
+
+
 def check_adapters(lora: Any) -> None:
     """Refuses what can be neither trained nor saved: anything but a dict of adapters without dropout."""
     check_lora(lora)

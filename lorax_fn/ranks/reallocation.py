@@ -10,7 +10,7 @@ import numpy as np
 
 from lorax_fn.core.adapters import Adapter
 from lorax_fn.core.errors import error
-from lorax_fn.core.fitting import check_lora
+from lorax_fn.core.fitting import check_unstacked
 from lorax_fn.core.matrices import factor_entries
 from lorax_fn.methods.lora import LoRA
 
@@ -38,7 +38,7 @@ def sensitivity(lora: dict[str, Adapter], grads: dict[str, Adapter]) -> dict[str
       >>> lx.ranks.sensitivity(lora, lora)["w"]
       Array([1.5, 1.5], dtype=float32)
     """
-    check_lora(lora)
+    check_unstacked(lora)
     scores = {}
     adapter: Any
     for path, adapter in lora.items():
@@ -75,7 +75,7 @@ def reallocate(lora: dict[str, Adapter], scores: Mapping[str, Any], budget: int)
       >>> {path: adapter.rank for path, adapter in lx.ranks.reallocate(lora, scores, budget=3).items()}
       {'k/kernel': 1, 'q/kernel': 2}
     """
-    check_lora(lora)
+    check_unstacked(lora)
     _check_scores(lora, scores)
     if isinstance(budget, bool) or not isinstance(budget, int) or budget < len(scores):
         raise error(

@@ -13,7 +13,7 @@ import numpy as np
 
 from lorax_fn.core.adapters import Adapter
 from lorax_fn.core.errors import error
-from lorax_fn.core.fitting import check_lora
+from lorax_fn.core.fitting import check_unstacked
 from lorax_fn.core.matrices import factor_entries, used_ranks
 from lorax_fn.methods.lora import LoRA
 from lorax_fn.ranks.spectra import product_svd, spectrum
@@ -48,7 +48,7 @@ def truncate(
       Array([[4., 0.],
              [0., 0.]], dtype=float32)
     """
-    check_lora(lora)
+    check_unstacked(lora)
     if (rank is None) == (energy is None):
         raise error(
             "truncate takes one measure.",
@@ -94,7 +94,7 @@ def resize(lora: dict[str, Adapter], rank: int | Mapping[str, int]) -> dict[str,
       >>> larger.a.shape, larger.scale == lora["kernel"].scale
       ((8, 4), True)
     """
-    check_lora(lora)
+    check_unstacked(lora)
     ranks = _asked_ranks(lora, rank)
     had = {path: adapter.numbers()["rank"] for path, adapter in lora.items() if adapter.owns_factors}
     uneven = [p for p, r in ranks.items() if isinstance(had[p], tuple) and r > _width(lora[p])]

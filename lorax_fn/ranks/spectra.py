@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from lorax_fn.core.adapters import Adapter
-from lorax_fn.core.fitting import check_lora
+from lorax_fn.core.fitting import check_unstacked
 from lorax_fn.core.matrices import EXACT, factor_entries
 
 
@@ -59,7 +59,7 @@ def effective_rank(lora: dict[str, Adapter]) -> dict[str, Spectrum]:
       >>> [round(float(x), 3) for x in spectrum.values], round(float(spectrum.stable), 3)
       ([4.0, 3.0], 1.562)
     """
-    check_lora(lora)
+    check_unstacked(lora)
     return {path: spectrum(adapter) for path, adapter in lora.items() if adapter.pair() is not None}
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from lorax_fn.core.adapters import Adapter
 from lorax_fn.core.errors import error
-from lorax_fn.core.fitting import check_fits, check_lora
+from lorax_fn.core.fitting import check_fits, check_unstacked
 from lorax_fn.core.stored import dense, is_stored
 from lorax_fn.core.trees import PyTree, flatten_with_paths, is_concrete, replace_leaves, run
 
@@ -76,7 +76,7 @@ def delta(lora: dict[str, Adapter]) -> dict[str, jax.Array]:
       >>> lx.delta(lora)["q/kernel"].shape
       (8, 6)
     """
-    check_lora(lora)
+    check_unstacked(lora)
     dropped = [path for path, adapter in lora.items() if adapter.under_dropout]
     if dropped:
         raise error(

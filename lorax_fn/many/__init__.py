@@ -1,0 +1,1 @@
+"""Several adapters of one base: side by side, in a bank, combined."""
