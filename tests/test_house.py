@@ -12,6 +12,7 @@ import sys
 import textwrap
 import tomllib
 
+import house_map
 import pytest
 
 import lorax_fn
@@ -112,6 +113,10 @@ def test_files_stay_short():
     assert lengths and not too_long, too_long
 
 
+def test_the_map_in_contributing_is_that_of_the_code():
+    assert house_map.PAGE.read_text() == house_map.page_with(house_map.table()), "python tests/house_map.py"
+
+
 def wanted_sections(value):
     """The parts that a public name's docstring must have, as its code tells them."""
     if inspect.isclass(value):
@@ -137,6 +142,13 @@ def test_public_name_is_documented(name):
     assert ">>>" in text, f"the example of {name} does not run"
     first = text.splitlines()[0]
     assert first.endswith("."), f"{name}: the first line is a sentence of its own: {first!r}"
+
+
+@pytest.mark.parametrize("name", sorted(n for n, value in all_public().items() if inspect.isroutine(value)))
+def test_every_argument_is_annotated(name):
+    parameters = inspect.signature(all_public()[name]).parameters.values()
+    bare = [p.name for p in parameters if p.annotation is inspect.Parameter.empty]
+    assert not bare, f"{name} does not say the types of {bare}"
 
 
 @pytest.mark.parametrize("name", sorted(n for n, value in all_public().items() if inspect.isroutine(value)))

@@ -40,6 +40,7 @@ class LoHa(LowRank):
     """
 
     up: ClassVar[tuple[str, ...]] = ("b1", "b2")
+    takes: ClassVar[frozenset[str]] = frozenset({"alpha", "scaling"})
     a1: Any
     b1: Any
     a2: Any

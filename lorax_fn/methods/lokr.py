@@ -44,6 +44,7 @@ class LoKr(LowRank):
     """
 
     up: ClassVar[tuple[str, ...]] = ("b",)
+    takes: ClassVar[frozenset[str]] = frozenset({"alpha", "scaling"})
     w1: Any
     a: Any
     b: Any

@@ -46,7 +46,6 @@ class LoRA(LowRank):
 
     up: ClassVar[tuple[str, ...]] = ("b",)
     owns_factors: ClassVar[bool] = True
-    takes: ClassVar[frozenset[str]] = frozenset({"alpha", "scaling", "init"})
     a: Any
     b: Any
     alpha: Any = number()

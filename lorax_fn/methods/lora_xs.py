@@ -40,6 +40,7 @@ class LoRAXS(LowRank):
     """
 
     frozen: ClassVar[tuple[str, ...]] = ("a", "b")
+    takes: ClassVar[frozenset[str]] = frozenset({"alpha", "scaling"})
     a: Any
     b: Any
     core: Any

@@ -16,6 +16,7 @@ from lorax_fn.core.trees import PyTree, is_concrete, replace_leaves
 from lorax_fn.quantization.blocks import Quantized, read_scales, with_codes
 from lorax_fn.quantization.formats import READ
 from lorax_fn.quantization.trees import chosen, rounded
+from lorax_fn.targets.patterns import Patterns
 
 LAZY = 64  # inputs whose errors reach all later inputs in one product
 
@@ -28,7 +29,7 @@ def gptq(
     *,
     block: int = 64,
     double: bool = True,
-    targets=None,
+    targets: Patterns = None,
     layout: Mapping | None = None,
     damping: float = 0.01,
     at_once: int | None = None,

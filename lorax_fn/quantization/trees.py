@@ -14,6 +14,7 @@ from lorax_fn.core.stored import dense, is_stored
 from lorax_fn.core.trees import PyTree, arrays, flatten_with_paths, is_concrete, replace_leaves, run
 from lorax_fn.quantization.blocks import Quantized, encode
 from lorax_fn.quantization.formats import check_options
+from lorax_fn.targets.patterns import Patterns
 from lorax_fn.targets.roles import choose, classify
 
 
@@ -23,7 +24,7 @@ def quantize(
     *,
     block: int = 64,
     double: bool = True,
-    targets=None,
+    targets: Patterns = None,
     layout: Mapping | None = None,
 ) -> PyTree:
     """Stores weights in 4 or 8 bits: ``w = value(code) * scale``, one scale a block of inputs.

@@ -20,6 +20,7 @@ from lorax_fn.methods.low_rank import Start
 from lorax_fn.methods.table import METHODS
 from lorax_fn.methods.whole import Full, Rows
 from lorax_fn.splitting.plans import Plan, make_plans, make_row_plans
+from lorax_fn.targets.patterns import Pattern, Patterns
 from lorax_fn.targets.roles import choose, classify
 
 
@@ -31,10 +32,10 @@ def split(
     scaling: str | Mapping = "lora",
     method: str | Mapping = "lora",
     init: Any = "kaiming",
-    targets=None,
-    exclude=None,
-    full=None,
-    rows=None,
+    targets: Patterns = None,
+    exclude: Patterns = None,
+    full: Patterns = None,
+    rows: Mapping[Pattern, Sequence[int]] | None = None,
     layout: Mapping | None = None,
     key: jax.Array | None = None,
     dtype: Any = jnp.float32,

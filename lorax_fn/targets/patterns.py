@@ -8,6 +8,7 @@ from typing import Any
 from lorax_fn.core.errors import error, nearest
 
 Pattern = str | re.Pattern | Callable[[str, Any], bool]
+Patterns = Pattern | Sequence[Pattern] | set[Pattern] | frozenset[Pattern] | None
 
 
 def matches(pattern: Pattern, path: str, leaf: Any = None) -> bool:
