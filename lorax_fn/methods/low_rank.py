@@ -78,9 +78,7 @@ class LowRank(Adapter):
     """
 
     adds: ClassVar[bool] = True
-    takes: ClassVar[frozenset[str]] = frozenset(
-        {"alpha", "scaling"}
-    )  # options of `split` that it is made from
+    takes: ClassVar[frozenset[str]] = frozenset({"alpha", "scaling", "init"})  # what of `split` acts on it
     layout: Layout  # these three are fields of every subclass, in their own places
     key: Any
     rate: Any
