@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lorax_fn.core.adapters import Adapter, Factors
+from lorax_fn.core.adapters import Adapter, Factors, register
 from lorax_fn.core.errors import error
 from lorax_fn.core.fitting import check_fits
 from lorax_fn.core.stored import dense, is_stored
@@ -65,7 +65,7 @@ def merge_aware(params: PyTree, lora: dict[str, Adapter]) -> tuple[PyTree, dict[
             want="params of lx.quantize, and adapters of them",
             do="params, lora = lx.split(lx.quantize(params), ...), or leave lx.quantization.merge_aware out.",
         )
-    strange = [path for path, adapter in stored.items() if not getattr(adapter, "adds", False)]
+    strange = [path for path, adapter in stored.items() if not adapter.adds]
     if strange:
         raise error(
             "no gradient goes straight through the rounding of these weights.",
@@ -97,8 +97,7 @@ def requantized_unbiased(adapter: Adapter, stored: Quantized) -> Quantized:
     return nudged(stored, adapter.weight(w) - w)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@register
 class _Straight(Adapter):
     """Adds nothing to a weight that its adapter was merged into; gradients are those of the adapter."""
 

@@ -66,7 +66,9 @@ def merge(
             codes = run(again, lora[path], leaf)
             merged[path] = dataclasses.replace(codes, dtype=np.dtype(dtype or leaf.dtype))
         elif path in lora:
-            merged[path] = run(functools.partial(_merged, dtype=np.dtype(dtype or leaf.dtype)), lora[path], leaf)
+            merged[path] = run(
+                functools.partial(_merged, dtype=np.dtype(dtype or leaf.dtype)), lora[path], leaf
+            )
         elif is_stored(leaf) and not requantize:
             merged[path] = run(lambda leaf: dense(leaf).astype(dtype or leaf.dtype), leaf)
     report(named, lora, merged)
@@ -103,7 +105,9 @@ def delta(lora: dict[str, Adapter]) -> dict[str, jax.Array]:
     return {path: run(lambda adapter: adapter.delta(), adapter) for path, adapter in able.items()}
 
 
-@functools.partial(jax.jit, static_argnames="dtype")  # one program per structure, and no unpacked copy beside it
+@functools.partial(
+    jax.jit, static_argnames="dtype"
+)  # one program per structure, and no unpacked copy beside it
 def _merged(adapter: Adapter, w: Any, dtype: Any) -> jax.Array:
     w = jnp.asarray(dense(w))
     wide = w.astype(accumulation_dtype(w.dtype, dtype))

@@ -99,13 +99,17 @@ def report(before: Mapping[str, Any], lora: Mapping[str, Adapter], merged: Mappi
     plain = {path: numbers for path, numbers in found.items() if path not in packed}
     if packed:
         # A log line of the level of a warning in any case: that rounding takes something is nothing to stop for.
-        lines = [f"  {p}: {rounded:.3%}, {changed:.3%}; {share:.1%} of the change survives"
-                 for p, (share, rounded, changed, _) in packed.items()]
+        lines = [
+            f"  {p}: {rounded:.3%}, {changed:.3%}; {share:.1%} of the change survives"
+            for p, (share, rounded, changed, _) in packed.items()
+        ]
         head = "merged and requantized: rounding, and the adapter's change, as shares of the weight's norm"
         LOG.warning("%s", "\n".join([head, *lines]))
     if plain:
         lines = [f"  {path}: {numbers[0]:.1%}" for path, numbers in plain.items()]
-        LOG.info("%s", "\n".join(["merged: the share of each adapter's change that survives rounding", *lines]))
+        LOG.info(
+            "%s", "\n".join(["merged: the share of each adapter's change that survives rounding", *lines])
+        )
     _warn(found, merged)
 
 
@@ -123,5 +127,7 @@ def _warn(found: Mapping[str, Any], merged: Mapping[str, Any]) -> None:
     if told:
         more = [f"  and {len(told) - LISTED} more"] if len(told) > LISTED else []
         head = "this merge loses what adapters add, as rounding is coarser than their change."
-        text = "\n".join([head, *told[:LISTED], *more, *(f"  do: lx.merge(params, lora, {x})" for x in cures)])
+        text = "\n".join(
+            [head, *told[:LISTED], *more, *(f"  do: lx.merge(params, lora, {x})" for x in cures)]
+        )
         warnings.warn(text, LoraMergeWarning, stacklevel=4)
