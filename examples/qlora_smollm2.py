@@ -208,16 +208,19 @@ def compare_merges(
 
     for name in args.merge:
         stored = lx.quantize(params, name, block=args.block, layout=layout)
-        _, lora = lx.split(stored, rank=args.rank, key=jax.random.key(args.seed))
+
+        def trained_with(function):
+            _, lora = lx.split(stored, rank=args.rank, key=jax.random.key(args.seed))  # the step consumes it
+            return train(args, function, stored, lora, rows)[0].lora
 
         def nll(params, lora):
             return measure(evaluate, params, lora, texts)[HAMLET]
 
         start = nll(stored, {})
         table = {name: ["NLL", "gain kept"], "before training": [f"{start:.3f}", ""]}
-        trained = {"plain": train(args, apply, stored, lora, rows)[0].lora}
+        trained = {"plain": trained_with(apply)}
         whole = start - nll(stored, trained["plain"])
-        trained["merge-aware"] = train(args, aware, stored, lora, rows)[0].lora
+        trained["merge-aware"] = trained_with(aware)
         for way, found in trained.items():
             rows_of = {"unmerged": (stored, found)}
             rows_of["merged, nearest codes"] = (lx.merge(stored, found, requantize=True), {})

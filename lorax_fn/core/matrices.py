@@ -13,7 +13,7 @@ from lorax_fn.core.stored import dense
 
 
 def accumulation_dtype(*dtypes: Any) -> Any:
-    """The float dtype to add up numbers of these dtypes in: float32, or the widest of them where that is wider."""
+    """The float dtype in which to add numbers of these: float32, or the widest where that is wider."""
     return max((jnp.dtype(jnp.float32), *map(jnp.dtype, dtypes)), key=lambda dtype: dtype.itemsize)
 
 

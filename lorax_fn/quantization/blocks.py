@@ -153,10 +153,10 @@ def nudged(q: Quantized, change: jax.Array) -> Quantized:
     """``q`` with ``change`` added, on the scales that it has, without a bias.
 
     A number between two codes becomes one of them, the nearer one the more likely, so that the mean over many
-    weights is the number itself (stochastic rounding, Gupta et al., https://arxiv.org/abs/1502.02551). Chance is a
-    hash of the place: the same change gives the same codes. Codes whose number does not change stay. Scales are
-    made anew, with each number rounded to the nearest, only where the change is so large that their range cuts off
-    more than rounding takes.
+    weights is the number itself (stochastic rounding, Gupta et al., https://arxiv.org/abs/1502.02551). Chance
+    is a hash of the place: the same change gives the same codes. Codes whose number does not change stay.
+    Scales are made anew, with each number rounded to the nearest, only where the change is so large that
+    their range cuts off more than rounding takes.
 
     Args:
       q: the weight.

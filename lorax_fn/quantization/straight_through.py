@@ -4,7 +4,7 @@ forward    x Q(W + dW)              Q: the codes that `lorax_fn.merge(..., requa
 backward   that of x (W + dW)       straight through Q, by the factors: no cotangent of a weight is built
 
 Bengio et al., "Estimating or Propagating Gradients Through Stochastic Neurons"
-(https://arxiv.org/abs/1308.3432), section 4, is the straight-through estimator.
+(https://arxiv.org/abs/1308.3432), calls that the straight-through estimator.
 """
 
 import dataclasses
@@ -24,25 +24,26 @@ from lorax_fn.quantization.blocks import Quantized, nudged
 def merge_aware(params: PyTree, lora: dict[str, Adapter]) -> tuple[PyTree, dict[str, Adapter]]:
     """Rounds adapters into their quantized weights, and lets gradients pass straight through the rounding.
 
-    The forward pass of the pair that comes back is that of ``merge(params, lora, requantize="unbiased")``, its
-    gradient by ``lora`` that of ``W + dW``. Like `lorax_fn.dropout` it is data and not a mode: call it inside the
-    loss, on the adapters that train. So the loss sees the rounding that the merge will do, and training makes up
-    for it.
+    The forward pass of the pair that comes back is that of ``merge(params, lora, requantize="unbiased")``,
+    its gradient by ``lora`` that of ``W + dW``. Like `lorax_fn.dropout` it is data and not a mode: call it
+    inside the loss, on the adapters that train. So the loss sees the rounding that the merge will do, and
+    training makes up for it.
 
-    Use it where the model has to be served from quantized weights alone. Otherwise keep the adapters beside the
-    weights, or merge to floats: neither rounds. A step costs one rounding of every adapted weight more, and for
-    the time of it one float32 copy of a weight.
+    Use it where the model has to be served from quantized weights alone. Otherwise keep the adapters beside
+    the weights, or merge to floats: neither rounds. A step costs one rounding of every adapted weight more,
+    and for the time of it one float32 copy of a weight.
 
     Args:
       params: the tree that `lorax_fn.split` returned, with `Quantized` leaves.
       lora: its adapters; those of leaves that are not quantized stay as they are.
 
     Returns:
-      ``(params, lora)`` for a function of `lorax_fn.adapt`; to save or to merge, use the ``lora`` that went in.
+      ``(params, lora)`` for a function of `lorax_fn.adapt`; to save or to merge, use the ``lora`` that went
+      in.
 
     Raises:
-      LoraError: ``lora`` does not fit or is under dropout; no adapted leaf is quantized; or a quantized leaf has
-        an adapter whose change is not a product of factors alone (DoRA, `Full`, `Rows`).
+      LoraError: ``lora`` does not fit or is under dropout; no adapted leaf is quantized; or a quantized leaf
+        has an adapter whose change is not a product of factors alone (DoRA, `Full`, `Rows`).
 
     Example:
       >>> import jax, jax.numpy as jnp, lorax_fn as lx
@@ -84,9 +85,7 @@ def requantized(adapter: Adapter, stored: Any) -> Any:
     """The merged weight rounded to its nearest codes; stack entries that do not change keep theirs."""
     w = dense(stored).astype(jnp.float32)
     changed = adapter.weight(w)
-    inner = [i for i in range(w.ndim) if i not in stored.layout.stack]
-    same = jnp.all(changed == w, inner, keepdims=True)
-    return jax.tree.map(lambda new, old: jnp.where(same, old, new), stored.store(changed), stored)
+    return _where_changed(changed != w, stored.store(changed), stored)
 
 
 @jax.jit
@@ -94,7 +93,15 @@ def requantized_unbiased(adapter: Adapter, stored: Quantized) -> Quantized:
     """The merged weight rounded without a bias; constant to any gradient."""
     adapter = jax.lax.stop_gradient(adapter)
     w = dense(stored).astype(jnp.float32)
-    return nudged(stored, adapter.weight(w) - w)
+    change = adapter.weight(w) - w
+    return _where_changed(change != 0, nudged(stored, change), stored)
+
+
+def _where_changed(which: jax.Array, new: Any, old: Any) -> Any:
+    """``new``, but ``old`` for stack entries of which no number changes: their scales stay, too."""
+    inner = [i for i in range(which.ndim) if i not in old.layout.stack]
+    some = jnp.any(which, inner, keepdims=True)
+    return jax.tree.map(lambda x, y: jnp.where(some, x, y), new, old)
 
 
 @register

@@ -25,20 +25,21 @@ def merge(
 ) -> PyTree:
     """Folds adapters into the base weights: ``W' = W + scale * A @ B``, plain params for the untouched model.
 
-    Sums are taken in float32, or in the dtype of the weight where that is wider, and are rounded once. A number
-    that the adapter does not change keeps its bits. Rounding may take more than an adapter adds: `surviving` says
-    how much of each change is left; it is logged (logger ``lorax_fn``), and a `LoraMergeWarning` names the weights
-    that keep less than half, and what helps. Under a transformation, such as `jax.jit`, nothing is reported.
+    Sums are taken in float32, or in the dtype of the weight where that is wider, and are rounded once. A
+    number that the adapter does not change keeps its bits. Rounding may take more than an adapter adds:
+    `surviving` says how much of each change is left; it is logged (logger ``lorax_fn``), and a
+    `LoraMergeWarning` names the weights that keep less than half, and what helps. Under a transformation,
+    such as `jax.jit`, nothing is reported.
 
     Args:
       params: the frozen tree that `split` returned.
       lora: its adapters, or some of them.
-      dtype: dtype of the merged leaves; None keeps each leaf's own. A sum beyond its range becomes the largest number
-        of it, with a warning.
+      dtype: dtype of the merged leaves; None keeps each leaf's own. A sum beyond its range becomes the
+        largest number of it, with a warning.
       requantize: False makes an array of every quantized leaf, of those without an adapter too. True rounds
         merged leaves to the nearest codes of their format, which takes most of a small change. ``"unbiased"``
-        rounds each number up or down so that the mean over many is right, on the scales that are there: a small
-        change survives, with some noise; see `lorax_fn.quantization.merge_aware`, which trains for it.
+        rounds each number up or down so that the mean over many is right, on the scales that are there: a
+        small change survives, with some noise; see `lorax_fn.quantization.merge_aware`, which trains for it.
 
     Returns:
       A tree like ``params``. Float leaves without an adapter are the same objects.

@@ -33,7 +33,7 @@ class LoraMergeWarning(UserWarning):
 
 
 def narrowed(x: jax.Array, dtype: Any) -> jax.Array:
-    """``x`` in ``dtype``; finite numbers beyond its range become its largest, and neither infinity nor NaN."""
+    """``x`` in ``dtype``; finite numbers beyond its range become its largest, not infinity or NaN."""
     largest = float(jnp.finfo(dtype).max)
     if largest >= float(jnp.finfo(x.dtype).max):
         return x.astype(dtype)
@@ -42,7 +42,7 @@ def narrowed(x: jax.Array, dtype: Any) -> jax.Array:
 
 @jax.jit
 def survival(adapter: Adapter, w: Any, merged: Any) -> jax.Array:
-    """``[4]``: the share of the change that survived; rounding and change against the weight; numbers cut off.
+    """``[4]``: the share of the change that survives; rounding, and change, in norms of W; numbers cut off.
 
     A program of its own, after that of the merge: within one, a compiler may keep what rounding takes.
     """
@@ -64,11 +64,11 @@ def survival(adapter: Adapter, w: Any, merged: Any) -> jax.Array:
 def surviving(params: PyTree, lora: Mapping[str, Adapter], merged: PyTree) -> dict[str, float]:
     """How much of each adapter's change is in the merged weights: ``<W' - W, dW> / <dW, dW>``.
 
-    With ``dW`` what the adapter changes in ``W`` without rounding. 1 says that the change is there (beside noise
-    of rounding, which is not along ``dW``), 0 that rounding took all of it. It is 1 where ``dW`` is 0.
+    With ``dW`` what the adapter changes in ``W`` without rounding. 1 says that the change is there (beside
+    noise of rounding, which is not along ``dW``), 0 that rounding took all of it. It is 1 where ``dW`` is 0.
 
-    `merge` measures it and warns below one half. Use this to see the numbers, also of a merge that went through a
-    file, or another program.
+    `merge` measures it and warns below one half. Use this to see the numbers, also of a merge that went
+    through a file, or another program.
 
     Args:
       params: what was merged into.
@@ -98,7 +98,7 @@ def report(before: Mapping[str, Any], lora: Mapping[str, Adapter], merged: Mappi
     packed = {path: numbers for path, numbers in found.items() if is_stored(merged[path])}
     plain = {path: numbers for path, numbers in found.items() if path not in packed}
     if packed:
-        # A log line of the level of a warning in any case: that rounding takes something is nothing to stop for.
+        # Logged in any case, as rounding always takes something; no warning, which may stop a program.
         lines = [
             f"  {p}: {rounded:.3%}, {changed:.3%}; {share:.1%} of the change survives"
             for p, (share, rounded, changed, _) in packed.items()
@@ -114,7 +114,7 @@ def report(before: Mapping[str, Any], lora: Mapping[str, Adapter], merged: Mappi
 
 
 def _warn(found: Mapping[str, Any], merged: Mapping[str, Any]) -> None:
-    """One warning for all weights that lost more than half of their change, or numbers at the end of the range."""
+    """One warning for all weights that keep less than half of their change, or have numbers cut off."""
     told, cures = [], {}
     for path, (share, _, _, cut) in found.items():
         if share >= HALF and not cut:
