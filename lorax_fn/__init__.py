@@ -27,6 +27,8 @@ from lorax_fn.quantization.trees import quantize as quantize
 from lorax_fn.report.tables import summary as summary
 from lorax_fn.splitting.merge import delta as delta
 from lorax_fn.splitting.merge import merge as merge
+from lorax_fn.splitting.rounding import LoraMergeWarning as LoraMergeWarning
+from lorax_fn.splitting.rounding import surviving as surviving
 from lorax_fn.splitting.split import split as split
 from lorax_fn.training import optim as optim
 from lorax_fn.training import packing as data  # noqa: F401

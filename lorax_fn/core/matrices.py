@@ -12,14 +12,20 @@ from lorax_fn.core.layouts import Layout
 from lorax_fn.core.stored import dense
 
 
-def product(factors: Factors, shape: tuple[int, ...]) -> jax.Array:
-    """``scale * A @ B`` in float32 on the axes of a weight of ``shape``."""
+def accumulation_dtype(*dtypes: Any) -> Any:
+    """The float dtype in which to add numbers of these: float32, or the widest where that is wider."""
+    return max((jnp.dtype(jnp.float32), *map(jnp.dtype, dtypes)), key=lambda dtype: dtype.itemsize)
+
+
+def product(factors: Factors, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+    """``scale * A @ B`` on the axes of a weight of ``shape``, in ``dtype``, or in that of wider factors."""
+    wide = accumulation_dtype(dtype, factors.a.dtype, factors.b.dtype)
     layout = factors.layout
     stack, n, m = layout.shapes(shape)
     s, i, o = math.prod(stack), math.prod(n), math.prod(m)
-    a = factors.a.astype(jnp.float32).reshape(-1, i, factors.a.shape[-1])
-    b = factors.b.astype(jnp.float32).reshape(-1, a.shape[-1], o)
-    scale = jnp.asarray(factors.scale, jnp.float32)
+    a = factors.a.astype(wide).reshape(-1, i, factors.a.shape[-1])
+    b = factors.b.astype(wide).reshape(-1, a.shape[-1], o)
+    scale = jnp.asarray(factors.scale, wide)
     if scale.ndim > len(stack):  # one number a rank
         b = b * scale.reshape(s, -1, 1)
     else:

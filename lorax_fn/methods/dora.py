@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from lorax_fn.core.adapters import Factors, register
+from lorax_fn.core.matrices import accumulation_dtype, product
 from lorax_fn.core.stored import by_entry, dense
 from lorax_fn.methods.lora import LoRA
 from lorax_fn.methods.low_rank import Start
@@ -58,7 +59,8 @@ class DoRA(LoRA):
         return super().axes() | {"magnitude": (*self.layout.stack, *self.layout.outputs)}
 
     def weight(self, w: jax.Array) -> jax.Array:
-        direction = dense(w).astype(jnp.float32) + self.delta()
+        wide = accumulation_dtype(w.dtype)
+        direction = dense(w).astype(wide) + product(self.pair(), self.shape, wide)
         norm = jnp.sqrt(_sum_over_inputs(jnp.square(direction), self.layout))
         gain = self._gain(jax.lax.stop_gradient(norm))
         return (direction * _on_weight_axes(gain, self.layout)).astype(w.dtype)
@@ -68,13 +70,15 @@ class DoRA(LoRA):
 
     def norm(self, w: jax.Array) -> jax.Array:
         """``||W + scale * A @ B||`` over inputs, ``[*s, *m]`` float32, constant in backward."""
-        w, a, b, scale = jax.lax.stop_gradient((w, self.a, self.b, jnp.asarray(self.scale, jnp.float32)))
+        w, a, b, scale = jax.lax.stop_gradient(
+            (w, self.a, self.b, jnp.asarray(self.scale, accumulation_dtype(w.dtype)))
+        )
         scale = jnp.broadcast_to(scale, self.layout.shapes(self.shape)[0])
         return by_entry(_norm_of_sum, w, self.layout, a, b, scale)
 
     def _gain(self, norm: jax.Array) -> jax.Array:
         zero = norm == 0
-        magnitude = self.magnitude.astype(jnp.float32)
+        magnitude = self.magnitude.astype(norm.dtype)
         ones = jnp.ones_like(norm)
         return jnp.where(zero, ones, magnitude / jnp.where(zero, ones, norm))
 
@@ -102,26 +106,26 @@ def _on_weight_axes(x: jax.Array, layout: Any) -> jax.Array:
 
 
 def _norm(w: jax.Array, layout: Any) -> jax.Array:
-    return jnp.sqrt(_sum_over_inputs(jnp.square(w.astype(jnp.float32)), layout))
+    return jnp.sqrt(_sum_over_inputs(jnp.square(w.astype(accumulation_dtype(w.dtype))), layout))
 
 
 def _norm_of_sum(w: jax.Array, layout: Any, a: jax.Array, b: jax.Array, scale: jax.Array) -> jax.Array:
     """``||W + scale * A @ B||`` over inputs, without the sum; ``scale`` is ``[*s]``."""
     letters = "abcdefghijklmnopq"[: layout.ndim]
     s, n, m = ("".join(letters[i] for i in axes) for axes in (layout.stack, layout.inputs, layout.outputs))
-    exact = jax.lax.Precision.HIGHEST
+    exact, wide = jax.lax.Precision.HIGHEST, accumulation_dtype(w.dtype)
     # W keeps its dtype: a float32 copy of a bfloat16 base would be as large as the base twice over.
     wa = jnp.einsum(
         f"{letters},{s}{n}y->{s}y{m}",
         w,
         a.astype(w.dtype),
         precision=exact,
-        preferred_element_type=jnp.float32,
+        preferred_element_type=wide,
     )
-    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+    a, b = a.astype(wide), b.astype(wide)
     aab = jnp.einsum(f"{s}{n}y,{s}{n}z->{s}yz", a, a, precision=exact)
     aab = jnp.einsum(f"{s}yz,{s}z{m}->{s}y{m}", aab, b, precision=exact)
     scale = scale.reshape(scale.shape + (1,) * (wa.ndim - scale.ndim))
     change = ((2.0 * scale * wa + scale * scale * aab) * b).sum(len(layout.stack))
-    square = _sum_over_inputs(jnp.square(w.astype(jnp.float32)), layout)
+    square = _sum_over_inputs(jnp.square(w.astype(wide)), layout)
     return jnp.sqrt(jnp.maximum(square + change, jnp.zeros_like(square)))

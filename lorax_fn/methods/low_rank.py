@@ -11,7 +11,7 @@ import numpy as np
 
 from lorax_fn.core.adapters import Adapter, Factors, is_number
 from lorax_fn.core.layouts import Layout
-from lorax_fn.core.matrices import product
+from lorax_fn.core.matrices import accumulation_dtype, product
 from lorax_fn.core.stored import dense
 from lorax_fn.core.trees import is_concrete, run
 
@@ -129,7 +129,8 @@ class LowRank(Adapter):
         return product(self.pair(), self.shape)
 
     def weight(self, w: jax.Array) -> jax.Array:
-        return (dense(w).astype(jnp.float32) + self.delta()).astype(w.dtype)
+        wide = accumulation_dtype(w.dtype)
+        return (dense(w).astype(wide) + product(self.pair(), self.shape, wide)).astype(w.dtype)
 
     def factors(self, w: jax.Array) -> Factors:
         del w

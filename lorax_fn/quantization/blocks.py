@@ -138,18 +138,69 @@ def read_scales(q: Quantized) -> jax.Array:
     return _spread(code_as_float(scales), q.block_axis, q.block, q.shape[q.block_axis])
 
 
+def _codes(q: Quantized) -> jax.Array:
+    """One code per weight, on the weight's axes."""
+    axis = q.block_axis
+    return _unpacked(q.codes, axis, q.shape[axis]) if READ[q.format].bits == 4 else q.codes
+
+
 def with_codes(q: Quantized, codes: jax.Array) -> Quantized:
     """The same scales with other codes, which come one a weight, on the weight's axes."""
     return dataclasses.replace(q, codes=_packed(codes, q.block_axis) if READ[q.format].bits == 4 else codes)
 
 
+def nudged(q: Quantized, change: jax.Array) -> Quantized:
+    """``q`` with ``change`` added, on the scales that it has, without a bias.
+
+    A number between two codes becomes one of them, the nearer one the more likely, so that the mean over many
+    weights is the number itself (stochastic rounding, Gupta et al., https://arxiv.org/abs/1502.02551). Chance
+    is a hash of the place: the same change gives the same codes. Codes whose number does not change stay.
+    Scales are made anew, with each number rounded to the nearest, only where the change is so large that
+    their range cuts off more than rounding takes.
+
+    Args:
+      q: the weight.
+      change: float32 on the weight's axes.
+
+    Returns:
+      A weight of the same structure.
+    """
+    _check_axes(q)
+    form, scales = READ[q.format], read_scales(q)
+    # in units of a scale; a block of zeros has no unit, and all that is added to it is cut off
+    some = scales != 0
+    value = form.decode(_codes(q)) + jnp.where(some, change / jnp.where(some, scales, 1.0), change)
+    bottom = 0.0 if form.minimum else -form.top
+    inside = jnp.where(some, jnp.clip(value, bottom, form.top), 0.0)
+    code = form.encode(inside)
+    near = form.decode(code)
+    towards = jnp.sign(inside - near).astype(jnp.int32)
+    other = (code.astype(jnp.int32) + towards).astype(code.dtype)
+    gap = jnp.abs(form.decode(other) - near)
+    codes = jnp.where(_chance(q.shape) * gap < jnp.abs(inside - near), other, code)
+    beyond = (value - inside) * jnp.where(some, scales, 1.0)
+    cut, rounded = jnp.sum(jnp.square(beyond)), jnp.sum(jnp.square(gap * scales)) / 12.0
+    return jax.lax.cond(
+        cut > rounded, lambda: q.store(_dense(q).astype(jnp.float32) + change), lambda: with_codes(q, codes)
+    )
+
+
+def _chance(shape: tuple[int, ...]) -> jax.Array:
+    """Numbers in (0, 1), even and without a pattern, by the place alone: the finalizer of MurmurHash3."""
+    place = jnp.zeros(shape, jnp.uint32)
+    for axis in range(len(shape)):
+        place = place * np.uint32(0x9E3779B1) + jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
+        place = (place ^ (place >> np.uint32(16))) * np.uint32(0x85EBCA6B)
+        place = (place ^ (place >> np.uint32(13))) * np.uint32(0xC2B2AE35)
+        place = place ^ (place >> np.uint32(16))
+    return ((place >> np.uint32(8)).astype(jnp.float32) + 0.5) * np.float32(2**-24)
+
+
 @functools.partial(jax.jit, inline=True)  # one program also where all else runs operation by operation
 def _dense(q: Quantized) -> jax.Array:
-    axis, form = q.block_axis, READ[q.format]
-    codes = _unpacked(q.codes, axis, q.shape[axis]) if form.bits == 4 else q.codes
-    w = form.decode(codes) * read_scales(q)
+    w = READ[q.format].decode(_codes(q)) * read_scales(q)
     if q.minimum is not None:
-        w = w + _spread(code_as_float(q.minimum), axis, q.block, q.shape[axis])
+        w = w + _spread(code_as_float(q.minimum), q.block_axis, q.block, q.shape[q.block_axis])
     # said twice, as XLA drops a cast to bfloat16 and back: the same weight for every use of it
     kind = jnp.finfo(q.dtype)
     return jax.lax.reduce_precision(w, kind.nexp, kind.nmant).astype(q.dtype)

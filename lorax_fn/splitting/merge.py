@@ -1,8 +1,7 @@
 """`merge` folds adapters back into plain weights; `delta` says what each of them adds."""
 
 import dataclasses
-import logging
-from collections.abc import Mapping
+import functools
 from typing import Any
 
 import jax
@@ -12,28 +11,42 @@ import numpy as np
 from lorax_fn.core.adapters import Adapter
 from lorax_fn.core.errors import error
 from lorax_fn.core.fitting import check_fits, check_unstacked
+from lorax_fn.core.matrices import accumulation_dtype
 from lorax_fn.core.stored import dense, is_stored
-from lorax_fn.core.trees import PyTree, flatten_with_paths, is_concrete, replace_leaves, run
+from lorax_fn.core.trees import PyTree, flatten_with_paths, replace_leaves, run
+from lorax_fn.quantization.straight_through import requantized, requantized_unbiased
+from lorax_fn.splitting.rounding import narrowed, report
 
-LOG = logging.getLogger("lorax_fn")
+ROUNDINGS = (False, True, "unbiased")
 
 
-def merge(params: PyTree, lora: dict[str, Adapter], *, dtype: Any = None, requantize: bool = False) -> PyTree:
+def merge(
+    params: PyTree, lora: dict[str, Adapter], *, dtype: Any = None, requantize: bool | str = False
+) -> PyTree:
     """Folds adapters into the base weights: ``W' = W + scale * A @ B``, plain params for the untouched model.
+
+    Sums are taken in float32, or in the dtype of the weight where that is wider, and are rounded once. A
+    number that the adapter does not change keeps its bits. Rounding may take more than an adapter adds:
+    `surviving` says how much of each change is left; it is logged (logger ``lorax_fn``), and a
+    `LoraMergeWarning` names the weights that keep less than half, and what helps. Under a transformation,
+    such as `jax.jit`, nothing is reported.
 
     Args:
       params: the frozen tree that `split` returned.
       lora: its adapters, or some of them.
-      dtype: dtype of the merged leaves; None keeps each leaf's own. Sums are float32 and cast once.
-      requantize: whether quantized leaves stay quantized, in their format; what rounding takes from each is
-        logged (logger ``lorax_fn``), for it may be more than the adapter adds. Else they become arrays, those
-        without an adapter too.
+      dtype: dtype of the merged leaves; None keeps each leaf's own. A sum beyond its range becomes the
+        largest number of it, with a warning.
+      requantize: False makes an array of every quantized leaf, of those without an adapter too. True rounds
+        merged leaves to the nearest codes of their format, which takes most of a small change. ``"unbiased"``
+        rounds each number up or down so that the mean over many is right, on the scales that are there: a
+        small change survives, with some noise; see `lorax_fn.quantization.merge_aware`, which trains for it.
 
     Returns:
       A tree like ``params``. Float leaves without an adapter are the same objects.
 
     Raises:
-      LoraError: an adapter has no leaf, another shape, or dropout; all are listed, and nothing is merged.
+      LoraError: an adapter has no leaf, another shape, or dropout; all are listed, and nothing is merged. Or
+        ``requantize`` is none of these values.
 
     Example:
       >>> import jax.numpy as jnp, lorax_fn as lx
@@ -41,18 +54,25 @@ def merge(params: PyTree, lora: dict[str, Adapter], *, dtype: Any = None, requan
       >>> bool((lx.merge(params, lora)["q"]["kernel"] == params["q"]["kernel"]).all())
       True
     """
+    if requantize not in ROUNDINGS:
+        raise error(
+            "requantize= is not valid.", got=repr(requantize), want=ROUNDINGS, do='requantize="unbiased".'
+        )
     named = dict(flatten_with_paths(params)[0])
     check_fits(named, lora, allow_dropped=False)
-    merged, lost = {}, {}
+    again = requantized_unbiased if requantize == "unbiased" else requantized
+    merged = {}
     for path, leaf in named.items():
         if path in lora and requantize and is_stored(leaf):
-            again, lost[path] = run(jax.jit(_requantized), lora[path], leaf)
-            merged[path] = dataclasses.replace(again, dtype=np.dtype(dtype or leaf.dtype))
+            codes = run(again, lora[path], leaf)
+            merged[path] = dataclasses.replace(codes, dtype=np.dtype(dtype or leaf.dtype))
         elif path in lora:
-            merged[path] = _merged(lora[path], leaf, dtype)
+            merged[path] = run(
+                functools.partial(_merged, dtype=np.dtype(dtype or leaf.dtype)), lora[path], leaf
+            )
         elif is_stored(leaf) and not requantize:
             merged[path] = run(lambda leaf: dense(leaf).astype(dtype or leaf.dtype), leaf)
-    _log(lost)
+    report(named, lora, merged)
     return replace_leaves(params, merged)
 
 
@@ -86,27 +106,11 @@ def delta(lora: dict[str, Adapter]) -> dict[str, jax.Array]:
     return {path: run(lambda adapter: adapter.delta(), adapter) for path, adapter in able.items()}
 
 
-def _requantized(adapter: Adapter, stored: Any) -> tuple[Any, jax.Array]:
-    """The merged weight stored as before; what that rounds off, and the adapter's change, as shares of it."""
-    w = dense(stored).astype(jnp.float32)
-    merged = adapter.weight(w)
-    again = stored.store(merged)
-    parts = dense(again) - merged, merged - w, merged
-    rounded, changed, whole = (jnp.sqrt(jnp.sum(jnp.square(part))) for part in parts)
-    return again, jnp.stack([rounded, changed]) / jnp.maximum(whole, jnp.finfo(jnp.float32).tiny)
-
-
-def _log(lost: Mapping[str, Any]) -> None:
-    """Says what requantizing took; a log line, as a warning would stop whoever makes errors of them."""
-    if lost and all(map(is_concrete, lost.values())):
-        lines = [f"  {path}: {r:.3%}, {c:.3%}" for path, (r, c) in jax.device_get(lost).items()]
-        head = "merged and requantized: rounding, and the adapter's change, as shares of the weight's norm"
-        LOG.warning("%s", "\n".join([head, *lines]))
-
-
-def _merged(adapter: Adapter, w: Any, dtype: Any) -> Any:
-    def weight(adapter, w):
-        w = jnp.asarray(dense(w))
-        return adapter.weight(w) if dtype is None else adapter.weight(w.astype(jnp.float32)).astype(dtype)
-
-    return run(jax.jit(weight) if is_stored(w) else weight, adapter, w)  # jit: no unpacked copy beside it
+@functools.partial(
+    jax.jit, static_argnames="dtype"
+)  # one program per structure, and no unpacked copy beside it
+def _merged(adapter: Adapter, w: Any, dtype: Any) -> jax.Array:
+    w = jnp.asarray(dense(w))
+    wide = w.astype(accumulation_dtype(w.dtype, dtype))
+    changed = adapter.weight(wide)
+    return jnp.where(changed == wide, w.astype(dtype), narrowed(changed, dtype))

@@ -1,0 +1,133 @@
+"""What rounding leaves of a merge: narrow dtypes and codes of 4 bits may not hold a small change."""
+
+import logging
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lorax_fn.core.adapters import Adapter
+from lorax_fn.core.matrices import accumulation_dtype
+from lorax_fn.core.stored import dense, is_stored
+from lorax_fn.core.trees import PyTree, flatten_with_paths, is_concrete
+
+LOG = logging.getLogger("lorax_fn")
+HALF = 0.5  # a smaller share that survives is warned of
+LISTED = 5  # weights that a warning names
+# What helps, by what the merged weight is kept in.
+CODES = 'requantize="unbiased", best after training by lx.quantization.merge_aware; or requantize=False.'
+FLOAT8 = "dtype=jnp.bfloat16 for weights that are served; or keep the adapters beside the float8 weights."
+NARROW = "dtype=jnp.float32."
+
+
+class LoraMergeWarning(UserWarning):
+    """Rounding took more than half of what an adapter adds from a merged weight.
+
+    Example:
+      >>> import lorax_fn as lx
+      >>> issubclass(lx.LoraMergeWarning, UserWarning)
+      True
+    """
+
+
+def narrowed(x: jax.Array, dtype: Any) -> jax.Array:
+    """``x`` in ``dtype``; finite numbers beyond its range become its largest, not infinity or NaN."""
+    largest = float(jnp.finfo(dtype).max)
+    if largest >= float(jnp.finfo(x.dtype).max):
+        return x.astype(dtype)
+    return jnp.where(jnp.isfinite(x), jnp.clip(x, -largest, largest), x).astype(dtype)
+
+
+@jax.jit
+def survival(adapter: Adapter, w: Any, merged: Any) -> jax.Array:
+    """``[4]``: the share of the change that survives; rounding, and change, in norms of W; numbers cut off.
+
+    A program of its own, after that of the merge: within one, a compiler may keep what rounding takes.
+    """
+    wide = accumulation_dtype(w.dtype, merged.dtype)
+    before, after = (dense(x).astype(wide) for x in (w, merged))
+    meant = adapter.weight(before)
+    largest = float(jnp.finfo(merged.dtype).max)
+    cut = jnp.sum(jnp.isfinite(meant) & (jnp.abs(meant) > largest), dtype=jnp.int32).astype(wide)
+    change, done = meant - before, after - before
+    peak = jnp.max(jnp.abs(change))  # squares of small changes would underflow
+    unit = jnp.where(peak > 0, peak, jnp.ones_like(peak))
+    square = jnp.sum(jnp.square(change / unit))
+    share = jnp.where(peak > 0, jnp.sum(done / unit * (change / unit)) / jnp.maximum(square, 1.0), 1.0)
+    rounded, changed, whole = (jnp.linalg.norm(jnp.ravel(x)) for x in (done - change, change, meant))
+    whole = jnp.maximum(whole, jnp.finfo(wide).tiny)
+    return jnp.stack([share, rounded / whole, changed / whole, cut])
+
+
+def surviving(params: PyTree, lora: Mapping[str, Adapter], merged: PyTree) -> dict[str, float]:
+    """How much of each adapter's change is in the merged weights: ``<W' - W, dW> / <dW, dW>``.
+
+    With ``dW`` what the adapter changes in ``W`` without rounding. 1 says that the change is there (beside
+    noise of rounding, which is not along ``dW``), 0 that rounding took all of it. It is 1 where ``dW`` is 0.
+
+    `merge` measures it and warns below one half. Use this to see the numbers, also of a merge that went
+    through a file, or another program.
+
+    Args:
+      params: what was merged into.
+      lora: adapters by path.
+      merged: the result, arrays or `Quantized`, of the same paths.
+
+    Returns:
+      ``{path: share}``.
+
+    Example:
+      >>> import jax.numpy as jnp, lorax_fn as lx
+      >>> params, lora = lx.split({"kernel": jnp.ones((8, 6), jnp.bfloat16)}, full="kernel", targets=())
+      >>> lora = {"kernel": lx.Full(jnp.full((8, 6), 1.001))}
+      >>> lx.surviving(params, lora, lx.merge(params, lora, dtype=jnp.float32))
+      {'kernel': 1.0}
+    """
+    before, after = (dict(flatten_with_paths(tree)[0]) for tree in (params, merged))
+    found = jax.device_get({path: survival(lora[path], before[path], after[path]) for path in lora})
+    return {path: float(numbers[0]) for path, numbers in found.items()}
+
+
+def report(before: Mapping[str, Any], lora: Mapping[str, Adapter], merged: Mapping[str, Any]) -> None:
+    """Logs what survived, and warns of what did not; silent under a transformation, where no numbers are."""
+    if not lora or not is_concrete([lora, [(before[path], merged[path]) for path in lora]]):
+        return
+    found = jax.device_get({path: survival(lora[path], before[path], merged[path]) for path in lora})
+    packed = {path: numbers for path, numbers in found.items() if is_stored(merged[path])}
+    plain = {path: numbers for path, numbers in found.items() if path not in packed}
+    if packed:
+        # Logged in any case, as rounding always takes something; no warning, which may stop a program.
+        lines = [
+            f"  {p}: {rounded:.3%}, {changed:.3%}; {share:.1%} of the change survives"
+            for p, (share, rounded, changed, _) in packed.items()
+        ]
+        head = "merged and requantized: rounding, and the adapter's change, as shares of the weight's norm"
+        LOG.warning("%s", "\n".join([head, *lines]))
+    if plain:
+        lines = [f"  {path}: {numbers[0]:.1%}" for path, numbers in plain.items()]
+        LOG.info(
+            "%s", "\n".join(["merged: the share of each adapter's change that survives rounding", *lines])
+        )
+    _warn(found, merged)
+
+
+def _warn(found: Mapping[str, Any], merged: Mapping[str, Any]) -> None:
+    """One warning for all weights that keep less than half of their change, or have numbers cut off."""
+    told, cures = [], {}
+    for path, (share, _, _, cut) in found.items():
+        if share >= HALF and not cut:
+            continue
+        kind = merged[path].format if is_stored(merged[path]) else str(merged[path].dtype)
+        beyond = f"; {int(cut)} numbers are cut off at the largest {kind}" if cut else ""
+        told.append(f"  {path} ({kind}): {share:.1%} of the change survives{beyond}")
+        codes, float8 = is_stored(merged[path]), kind.startswith("float8")
+        cures[CODES if codes else FLOAT8 if float8 else NARROW] = None
+    if told:
+        more = [f"  and {len(told) - LISTED} more"] if len(told) > LISTED else []
+        head = "this merge loses what adapters add, as rounding is coarser than their change."
+        text = "\n".join(
+            [head, *told[:LISTED], *more, *(f"  do: lx.merge(params, lora, {x})" for x in cures)]
+        )
+        warnings.warn(text, LoraMergeWarning, stacklevel=4)
