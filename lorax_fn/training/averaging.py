@@ -25,11 +25,7 @@ def weight_of(weight: Callable | None, batch: PyTree) -> jax.Array | None:
         return None
     found = weight(batch)
     number = is_array(found) or isinstance(found, bool | int | float)
-    if (
-        not number
-        or np.shape(found) != ()
-        or not jnp.issubdtype(jnp.result_type(found), np.number | np.bool_)
-    ):
+    if not number or np.shape(found) != ():
         raise error(
             "weight(batch) is not a number.",
             got=f"shape {np.shape(found)}" if number else f"a {type(found).__name__}",
@@ -76,7 +72,10 @@ def over_micro_batches(
         return (sums, new), (metrics, weighs)
 
     inputs = (micro_batches(batch, count), jnp.arange(count, dtype=jnp.int32))
-    (sums, new), (metrics, weights) = jax.lax.scan(body, (zeros, extra), inputs)
+    carry, stacked = jax.lax.scan(body, (zeros, extra), inputs)
+    sums, new = carry
+    metrics: Any = stacked[0]
+    weights: Any = stacked[1]
     if weight is None:
         grads = jax.tree.map(lambda total: total / count, sums[0])
         return (grads, new, jax.tree.map(lambda m: jnp.mean(m, 0) if is_float(m) else m[-1], metrics)), None

@@ -75,9 +75,10 @@ class TrainState:
         check_alive(lora, "lora")
         _check_trains(lora)
         checked_key(key)
+        trained: Any = trainable(lora)
         return cls(
             lora=lora,
-            opt_state=_unaliased(train_only(tx).init(trainable(lora)), lora),
+            opt_state=_unaliased(train_only(tx).init(trained), lora),
             step=jnp.zeros((), jnp.int32),
             key=_copy(key),
             extra=jax.tree.map(_copy, extra),

@@ -95,7 +95,8 @@ def apply_gradients(
         grads = of_trained(grads, flags)
     check_trained(grads, trained, "grads")
     given = {} if value is None else {"value": value}
-    updates, opt_state = train_only(tx).update(grads, state.opt_state, trained, **given)
+    update: Any = train_only(tx).update
+    updates, opt_state = update(grads, state.opt_state, trained, **given)
     trained = jax.tree.map(lambda w, u: w + u.astype(w.dtype), trained, updates)
     return dataclasses.replace(
         state, lora=with_trainable(state.lora, trained), opt_state=opt_state, step=state.step + 1
