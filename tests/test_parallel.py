@@ -241,3 +241,46 @@ def test_a_quantized_base_trains_on_a_mesh_as_on_one_device(kind):
     got, metrics = step(state, params, batch)
     np.testing.assert_allclose(metrics["loss"], wanted["loss"], rtol=1e-5)
     close(jax.device_get(got.lora), want.lora)
+
+
+def test_the_order_of_old_shows_the_new_call():
+    loss_fn, state, params, batch = make()
+    mesh = mesh_of((8,), "auto")
+    for call in (
+        lambda: lx.mesh_train_step(mesh, {}, loss_fn, TX),
+        lambda: lx.mesh_train_step(mesh, {}),
+        lambda: lx.mesh_train_step(loss_fn, TX, mesh, {}),
+        lambda: lx.mesh_train_step(loss_fn, TX, rules={}),
+    ):
+        with pytest.raises(lx.LoraError, match=r"first(.|\n)*mesh_train_step\(loss_fn, tx, mesh=mesh, rules"):
+            call()
+
+
+def test_rules_without_effect_are_refused():
+    loss_fn, state, params, _ = make()
+    mesh = mesh_of((2, 2, 2), "auto")
+
+    def place(rules):
+        return lx.mesh_train_step(loss_fn, TX, mesh=mesh, rules=rules).place(state, params)
+
+    text = r"without effect(.|\n)*path: +up: up/kernel\n +down: down/bias, and 1 more\n(.|\n)*'\*' last"
+    with pytest.raises(lx.LoraError, match=text):
+        place({"*": P(), "up": P("data", None), "down": P()})
+    placed = place({"up": P("data", None), "down": P(), "layers": P(), "*": P()})[1]  # a last "*" may be idle
+    assert placed["up"]["kernel"].sharding.spec == P("data", None)
+
+
+def test_a_mesh_step_is_not_jitted_and_takes_no_consumed_state():
+    loss_fn, state, params, batch = make()
+    step = lx.mesh_train_step(loss_fn, TX, mesh=mesh_of((8,), "auto"), rules={})
+    with pytest.raises(lx.LoraError, match=r"inside jax.jit(.|\n)*compiled already"):
+        jax.jit(step)(state, params, batch)
+    state, params = step.place(state, params)
+    step(state, params, batch)
+    with pytest.raises(lx.LoraError, match=r"consumed this state(.|\n)*lora"):
+        step(state, params, batch)
+    pmapped, state = lx.pmap_train_step(loss_fn, TX), lx.replicate(make()[1])
+    given = lx.replicate(make()[2]), lx.shard(batch)
+    pmapped(state, *given)
+    with pytest.raises(lx.LoraError, match=r"consumed this state(.|\n)*lora"):
+        pmapped(state, *given)

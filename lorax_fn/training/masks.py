@@ -52,9 +52,10 @@ def _mask_node(node: object) -> PyTree:
 def trainable(lora: dict[str, Adapter]) -> dict[str, Adapter]:
     """The leaves of ``lora`` that train, with None in place of every other.
 
-    This is what an optimizer of your own loop should see. Handed the whole ``lora``, `optax.adamw` would
-    decay the frozen factors of LoRA-FA, VeRA and LoRA-XS too, whose gradient is zero. `value_and_grad` gives
-    gradients of this structure, so that they fit no state that was made of the whole ``lora``.
+    This is what the optimizer of a loop of your own should see. Handed the whole ``lora``, `optax.adamw`
+    decays the frozen factors of LoRA-FA, VeRA and LoRA-XS too, although their gradient is zero. Take the
+    gradients from `value_and_grad`: they have this structure, so `optax.apply_updates` of the whole ``lora``
+    fails instead.
 
     Args:
       lora: ``dict[str, Adapter]``, of arrays or of ``jax.ShapeDtypeStruct``.

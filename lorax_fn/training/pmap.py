@@ -173,10 +173,10 @@ def pmap_train_step(
 
     @functools.wraps(inner)
     def step(state: TrainState, params: PyTree, batch: PyTree) -> tuple[TrainState, dict]:
+        check_alive(state, "state")  # pmap itself crashes on deleted arrays, as of JAX 0.10
         try:
             return mapped(state, params, batch)
-        except (TypeError, ValueError, IndexError, RuntimeError):
-            check_alive(state, "state")
+        except (TypeError, ValueError, IndexError):
             _check_replicated({"state": state, "params": params, "batch": batch}, count)
             raise
 

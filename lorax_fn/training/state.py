@@ -97,19 +97,20 @@ def _check_trains(lora: dict) -> None:
 
 def check_alive(tree: PyTree, name: str) -> None:
     """Raises a `LoraError` where a step that donates its state has consumed an array of ``tree``."""
-    gone = [path for path, x in named_leaves(tree, name) if isinstance(x, jax.Array) and _is_deleted(x)]
-    if gone:
-        raise error(
-            f"a step that donates its state has consumed this {name}.",
-            path=gone,
-            got="deleted arrays",
-            want=f"the {name} that the last step returned",
-            do="state, metrics = step(state, ...); an older one is kept by jax.tree.map(jnp.copy, state).",
-        )
+    if not any(map(_is_deleted, jax.tree.leaves(tree))):  # asked at each step: no paths are made for it
+        return
+    gone = [path for path, x in named_leaves(tree, name) if _is_deleted(x)]
+    raise error(
+        f"a step that donates its state has consumed this {name}.",
+        path=gone,
+        got="deleted arrays",
+        want=f"the {name} that the last step returned",
+        do="state, metrics = step(state, ...); an older one is kept by jax.tree.map(jnp.copy, state).",
+    )
 
 
-def _is_deleted(x: jax.Array) -> bool:
-    return not is_tracer(x) and x.is_deleted()
+def _is_deleted(x: Any) -> bool:
+    return isinstance(x, jax.Array) and not is_tracer(x) and x.is_deleted()
 
 
 def _copy(x: Any) -> Any:
