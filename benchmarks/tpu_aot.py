@@ -196,7 +196,7 @@ def lowered(case: Case, c: Llama) -> Any:
 
     state = jax.eval_shape(lambda x: lx.TrainState.create(lora=x, tx=tx, key=jax.random.key(0)), lora)
     rules = RULES if mesh.size > 1 else {}
-    return lx.mesh_train_step(mesh, rules, loss_fn, tx).lower(state, params, batch)
+    return lx.mesh_train_step(loss_fn, tx, mesh=mesh, rules=rules).lower(state, params, batch)
 
 
 def lowered_full(loss: Callable, tx: Any, mesh: Any, params: dict, batch: Any) -> Any:

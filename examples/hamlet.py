@@ -1,14 +1,12 @@
 """Fine-tuning on Hamlet: the texts, the loss, the loop and the evaluation that the scripts share."""
 
 import argparse
-import time
 from typing import Any
 
 import data
 import jax
 import numpy as np
 import optax
-from tqdm import tqdm
 
 import lorax_fn as lx
 
@@ -34,7 +32,7 @@ def read_texts(tokenizer, smoke: bool) -> tuple[np.ndarray, dict[str, np.ndarray
 
 
 def train(args: argparse.Namespace, adapted, params, lora, rows) -> tuple[lx.TrainState, Any]:
-    """Adam with warm-up and cosine decay.
+    """Adam with warm-up and cosine decay, run by `lx.fit`.
 
     Args:
       args: ``steps``, ``lr`` (at its peak) and ``seed``.
@@ -59,13 +57,11 @@ def train(args: argparse.Namespace, adapted, params, lora, rows) -> tuple[lx.Tra
     state = lx.TrainState.create(lora=lora, tx=tx, key=jax.random.key(args.seed))
     stream = data.batches(rows, BATCH, args.seed)
     compiled = step.lower(state, params, rows[:BATCH]).compile()
-    with tqdm(range(args.steps), desc="train", unit="step") as bar:
-        for _ in bar:
-            start = time.perf_counter()
-            state, metrics = compiled(state, params, next(stream))
-            loss = float(metrics["loss"])  # waits for the step
-            speed = BATCH * LENGTH / (time.perf_counter() - start)
-            bar.set_postfix_str(f"loss {loss:.3f}, {speed:.0f} tokens/s")
+
+    def tokens(batch):
+        return batch[:, 1:].size
+
+    state = lx.fit(compiled, state, params, stream, steps=args.steps, count=tokens, unit="tokens")
     return state, compiled
 
 

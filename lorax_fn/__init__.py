@@ -32,18 +32,22 @@ from lorax_fn.splitting.rounding import surviving as surviving
 from lorax_fn.splitting.split import split as split
 from lorax_fn.training import optim as optim
 from lorax_fn.training import packing as data  # noqa: F401
-from lorax_fn.training.loop import FitError as FitError
 from lorax_fn.training.loop import fit as fit
 from lorax_fn.training.masks import mask as mask
 from lorax_fn.training.masks import train_only as train_only
+from lorax_fn.training.masks import trainable as trainable
+from lorax_fn.training.masks import with_trainable as with_trainable
 from lorax_fn.training.mesh import mesh_train_step as mesh_train_step
 from lorax_fn.training.pmap import pmap_train_step as pmap_train_step
 from lorax_fn.training.pmap import replicate as replicate
 from lorax_fn.training.pmap import shard as shard
 from lorax_fn.training.pmap import unreplicate as unreplicate
 from lorax_fn.training.sharding import shardings as shardings
-from lorax_fn.training.step import TrainState as TrainState
+from lorax_fn.training.state import TrainState as TrainState
+from lorax_fn.training.step import apply_gradients as apply_gradients
 from lorax_fn.training.step import make_train_step as make_train_step
+from lorax_fn.training.step import value_and_grad as value_and_grad
+from lorax_fn.training.stopping import FitError as FitError
 from lorax_fn.transform.adapt import adapt as adapt
 from lorax_fn.transform.usage import Usage as Usage
 from lorax_fn.transform.usage import usage as usage

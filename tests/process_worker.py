@@ -31,7 +31,7 @@ def main(processes, index, port, folder, result):
         """From the checkpoint, if there is one; nothing of an earlier call is left in the state."""
         nonlocal step
         loss_fn, state, params, batch = make(accumulate=1)
-        step = step or lx.mesh_train_step(mesh_of((2, 2, 2), "auto"), RULES, loss_fn, TX)
+        step = step or lx.mesh_train_step(loss_fn, TX, mesh=mesh_of((2, 2, 2), "auto"), rules=RULES)
         state, params = step.place(state, params)
         # each process has its own part of the batch
         size = len(batch["x"]) // processes

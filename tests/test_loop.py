@@ -174,7 +174,8 @@ def test_without_tqdm_there_are_plain_lines_unless_a_bar_is_asked_for(capsys, mo
 
 
 def test_arguments_that_are_no_counts():
-    with pytest.raises(lx.LoraError, match=r"steps=-1\n +every=0\n +patience=0\n +want: +an int of 0"):
+    text = r"steps=-1\n +every=0\n +save_every=0\n +patience=0\n +want: +an int of 0"
+    with pytest.raises(lx.LoraError, match=text):
         fit(STEP, new_state(), PARAMS, batches(), steps=-1, every=0, patience=0)
     with pytest.raises(lx.LoraError, match=r"max_to_keep=True"):
         fit(STEP, new_state(), PARAMS, batches(), steps=1, max_to_keep=True)

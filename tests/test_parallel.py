@@ -63,7 +63,7 @@ def engine(name, form):
         step = lx.pmap_train_step(loss_fn, TX, accumulate=accumulate)
         return step, lx.replicate(state), lx.replicate(params), lx.shard(batch), lx.unreplicate
     mesh = mesh_of((8,) if name.endswith("8") else (2, 2, 2), name.rstrip("82"))
-    step = lx.mesh_train_step(mesh, rules_of(mesh), loss_fn, TX, accumulate=accumulate)
+    step = lx.mesh_train_step(loss_fn, TX, mesh=mesh, rules=rules_of(mesh), accumulate=accumulate)
     return step, *step.place(state, params), batch, lambda x: x
 
 
@@ -105,7 +105,8 @@ def test_every_method_trains_on_a_mesh_as_on_one_device(methods):
     """Each weight has another method, so that one program holds several."""
     loss_fn, state, params, batch = make(method=methods)
     want, wanted = jax.device_get(jax.jit(lx.make_train_step(loss_fn, TX))(state, params, batch))
-    got, metrics = lx.mesh_train_step(mesh_of((2, 2, 2), "auto"), RULES, loss_fn, TX)(state, params, batch)
+    step = lx.mesh_train_step(loss_fn, TX, mesh=mesh_of((2, 2, 2), "auto"), rules=RULES)
+    got, metrics = step(state, params, batch)
     np.testing.assert_allclose(metrics["grad_norm"], wanted["grad_norm"], rtol=1e-5)
     close(jax.device_get(got.lora), want.lora)
 
@@ -119,7 +120,7 @@ def test_a_lora_step_gathers_no_weight_that_the_base_does_not():
     mesh = mesh_of((2, 2, 2), "auto")
     loss_fn, state, params, _ = make()
     batch = {"x": np.ones((32, 8), np.float32), "y": np.ones((32, 8), np.float32)}
-    step = lx.mesh_train_step(mesh, RULES, loss_fn, TX)
+    step = lx.mesh_train_step(loss_fn, TX, mesh=mesh, rules=RULES)
     state, params = step.place(state, params)
 
     def base_loss(params, batch):
@@ -156,7 +157,7 @@ def test_each_device_and_step_of_pmap_has_a_key_of_its_own_and_a_mesh_one_key_a_
         seen = [tuple(row) for row in metrics["aux"].tolist()]
         assert seen == [key_data(i, device) for device in range(8)]
         assert len(set(seen)) == 8
-    step = lx.mesh_train_step(mesh_of((8,), "auto"), {}, loss_fn, tx)
+    step = lx.mesh_train_step(loss_fn, tx, mesh=mesh_of((8,), "auto"), rules={})
     assert tuple(step(state, {"b": jnp.zeros(4)}, batch)[1]["aux"].tolist()) == key_data(0)
 
 
@@ -164,7 +165,7 @@ def test_what_is_not_in_its_place_is_put_there_and_some_devices_are_enough():
     loss_fn, state, params, batch = make()
     four = jax.devices()[:4]
     mesh = jax.sharding.Mesh(np.array(four).reshape(2, 2), ("fsdp", "tensor"))
-    step = lx.mesh_train_step(mesh, RULES, loss_fn, TX, batch=P("fsdp"))
+    step = lx.mesh_train_step(loss_fn, TX, mesh=mesh, rules=RULES, batch=P("fsdp"))
     copy = jax.tree.map(jnp.copy, state)
     first = step(*step.place(*jax.tree.map(jnp.copy, (state, params))), batch)
     direct = step(copy, params, batch)
@@ -196,18 +197,18 @@ def test_arguments_of_another_form_are_refused_with_the_remedy():
         step(state, params, lx.shard(batch))
     mesh = mesh_of((2, 2, 2), "auto")
     for bad, text in [
-        ([("up", P())], r"no mapping(.|\n)*\{pattern: jax.P"),
+        ([("up", P())], r"not a mapping(.|\n)*\{pattern: jax.P"),
         (
             {"up": P("fsdp", "model"), "down": "fsdp"},
             r"path: +up\n +down\n(.|\n)*axes \('data', 'fsdp', 'tensor'\)",
         ),
     ]:
         with pytest.raises(lx.LoraError, match=text):
-            lx.mesh_train_step(mesh, bad, loss_fn, TX)
-    with pytest.raises(lx.LoraError, match=r"batch= holds no specs(.|\n)*path: +\['x'\]"):
-        lx.mesh_train_step(mesh, {}, loss_fn, TX, batch={"x": P("rows")})
+            lx.mesh_train_step(loss_fn, TX, mesh=mesh, rules=bad)
+    with pytest.raises(lx.LoraError, match=r"batch= holds what are not specs(.|\n)*path: +\['x'\]"):
+        lx.mesh_train_step(loss_fn, TX, mesh=mesh, rules={}, batch={"x": P("rows")})
     with pytest.raises(lx.LoraError, match=r"one of data(.|\n)*batch=jax.P\('rows'\)"):
-        lx.mesh_train_step(jax.make_mesh((8,), ("rows",)), {}, loss_fn, TX)
+        lx.mesh_train_step(loss_fn, TX, mesh=jax.make_mesh((8,), ("rows",)), rules={})
     for rules, text in [
         ({"upp": P()}, r"rules= matches nothing(.|\n)*up/kernel"),
         (
@@ -216,13 +217,13 @@ def test_arguments_of_another_form_are_refused_with_the_remedy():
         ),
     ]:
         with pytest.raises(lx.LoraError, match=text):
-            lx.mesh_train_step(mesh, rules, loss_fn, TX).place(state, params)
+            lx.mesh_train_step(loss_fn, TX, mesh=mesh, rules=rules).place(state, params)
     odd = {"x": batch["x"][:12], "y": batch["y"][:12]}
     text = r"path: +x\n +y\n(.|\n)*size 12, over data=2 \* fsdp=2, each cut into 2(.|\n)*a multiple of 8"
     with pytest.raises(lx.LoraError, match=text):
-        lx.mesh_train_step(mesh, RULES, loss_fn, TX, accumulate=2)(state, params, odd)
+        lx.mesh_train_step(loss_fn, TX, mesh=mesh, rules=RULES, accumulate=2)(state, params, odd)
     with pytest.raises(lx.LoraError, match=r"arrays only(.|\n)*name\n"):
-        lx.mesh_train_step(mesh, {}, loss_fn, TX)(state, params | {"name": "mlp"}, batch)
+        lx.mesh_train_step(loss_fn, TX, mesh=mesh, rules={})(state, params | {"name": "mlp"}, batch)
 
 
 @pytest.mark.parametrize("kind", ["auto", "explicit"])
@@ -233,10 +234,53 @@ def test_a_quantized_base_trains_on_a_mesh_as_on_one_device(kind):
         params, "nf4", block=4, double=False, targets=("up", "down", "layers"), layout=LAYOUT
     )
     want, wanted = jax.device_get(jax.jit(lx.make_train_step(loss_fn, TX))(state, params, batch))
-    step = lx.mesh_train_step(mesh_of((2, 2, 2), kind), RULES)(loss_fn, TX)
+    step = lx.mesh_train_step(loss_fn, TX, mesh=mesh_of((2, 2, 2), kind), rules=RULES)
     state, params = step.place(state, params)
     assert params["up"]["kernel"].codes.sharding.spec == P("fsdp", "tensor")
     assert state.lora["up/kernel"].a.sharding.spec == P("fsdp", None)
     got, metrics = step(state, params, batch)
     np.testing.assert_allclose(metrics["loss"], wanted["loss"], rtol=1e-5)
     close(jax.device_get(got.lora), want.lora)
+
+
+def test_the_order_of_old_shows_the_new_call():
+    loss_fn, state, params, batch = make()
+    mesh = mesh_of((8,), "auto")
+    for call in (
+        lambda: lx.mesh_train_step(mesh, {}, loss_fn, TX),
+        lambda: lx.mesh_train_step(mesh, {}),
+        lambda: lx.mesh_train_step(loss_fn, TX, mesh, {}),
+        lambda: lx.mesh_train_step(loss_fn, TX, rules={}),
+    ):
+        with pytest.raises(lx.LoraError, match=r"first(.|\n)*mesh_train_step\(loss_fn, tx, mesh=mesh, rules"):
+            call()
+
+
+def test_rules_without_effect_are_refused():
+    loss_fn, state, params, _ = make()
+    mesh = mesh_of((2, 2, 2), "auto")
+
+    def place(rules):
+        return lx.mesh_train_step(loss_fn, TX, mesh=mesh, rules=rules).place(state, params)
+
+    text = r"without effect(.|\n)*path: +up: up/kernel\n +down: down/bias, and 1 more\n(.|\n)*'\*' last"
+    with pytest.raises(lx.LoraError, match=text):
+        place({"*": P(), "up": P("data", None), "down": P()})
+    placed = place({"up": P("data", None), "down": P(), "layers": P(), "*": P()})[1]  # a last "*" may be idle
+    assert placed["up"]["kernel"].sharding.spec == P("data", None)
+
+
+def test_a_mesh_step_is_not_jitted_and_takes_no_consumed_state():
+    loss_fn, state, params, batch = make()
+    step = lx.mesh_train_step(loss_fn, TX, mesh=mesh_of((8,), "auto"), rules={})
+    with pytest.raises(lx.LoraError, match=r"inside jax.jit(.|\n)*compiled already"):
+        jax.jit(step)(state, params, batch)
+    state, params = step.place(state, params)
+    step(state, params, batch)
+    with pytest.raises(lx.LoraError, match=r"consumed this state(.|\n)*lora"):
+        step(state, params, batch)
+    pmapped, state = lx.pmap_train_step(loss_fn, TX), lx.replicate(make()[1])
+    given = lx.replicate(make()[2]), lx.shard(batch)
+    pmapped(state, *given)
+    with pytest.raises(lx.LoraError, match=r"consumed this state(.|\n)*lora"):
+        pmapped(state, *given)

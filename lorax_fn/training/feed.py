@@ -2,10 +2,11 @@
 
 import base64
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from lorax_fn.core.errors import error
+from lorax_fn.core.trees import is_array
 
 
 class Feed:
@@ -18,13 +19,7 @@ class Feed:
     """
 
     def __init__(self, batches: Any):
-        if not callable(batches) and not hasattr(batches, "__iter__") and not hasattr(batches, "__next__"):
-            raise error(
-                "batches are not a source of batches.",
-                got=f"a {type(batches).__name__}",
-                want="an iterable, an iterator, or batches(start) -> iterator",
-                do="fit(step, state, params, [batch], steps=10).",
-            )
+        _check_source(batches, called=callable(batches))
         self.batches: Any = batches
         self.taken = 0
         self.fresh = True  # no batch taken from the current pass
@@ -41,7 +36,9 @@ class Feed:
         """
         if self.calls:
             self.taken = done if position is None else position["taken"]
-            self.iterator = iter(self.batches(self.taken))
+            found = self.batches(self.taken)
+            _check_source(found, called=False)
+            self.iterator = iter(found)
             return 0
         self.iterator = iter(self.batches)
         if position is None:
@@ -88,6 +85,18 @@ class Feed:
         """Where the next batch is, as JSON."""
         get: Callable | None = getattr(self.iterator, "get_state", None)
         return {"taken": self.taken, "state": None if get is None else _encode(get())}
+
+
+def _check_source(batches: Any, *, called: bool) -> None:
+    """Raises a `LoraError` where ``batches`` can't be iterated over, or would be, but are one batch."""
+    one = isinstance(batches, Mapping | str | bytes) or is_array(batches)
+    if one or not (called or hasattr(batches, "__iter__") or hasattr(batches, "__next__")):
+        raise error(
+            "batches are not a source of batches.",
+            got=f"a {type(batches).__name__}" + (", which is one batch at most" if one else ""),
+            want="an iterable, an iterator, or batches(start) -> iterator",
+            do="fit(step, state, params, [batch], steps=10).",
+        )
 
 
 def _encode(state: Any) -> Any:

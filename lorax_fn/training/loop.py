@@ -1,8 +1,7 @@
 """The training loop: `fit` runs a step until it is done, and survives what stops it.
 
 Metrics are read one step late, while the next step runs, so that the device never waits for the host. That is
-also when a loss that is not finite is found; the state before that step is still there, because a step that
-donates its state is given a copy.
+also when a loss that is not finite is found; `guard` then has the way back to the last good state.
 """
 
 import contextlib
@@ -10,79 +9,32 @@ import dataclasses
 import math
 import os
 import signal
-import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 
 from lorax_fn.checkpoint.runs import Snapshots
-from lorax_fn.core.errors import LoraError, error
+from lorax_fn.core.errors import error
 from lorax_fn.core.trees import PyTree, is_float, named_leaves
 from lorax_fn.training.feed import Feed
-from lorax_fn.training.metrics import Log, scalars
-from lorax_fn.training.step import TrainState
-
-
-class FitError(LoraError):
-    """`fit` can't go on; what it had is kept here.
-
-    Args:
-      message: the whole text.
-      state: the last good state.
-      step: steps taken up to that state.
-      batch: the batch of the step that went wrong, or None.
-
-    Example:
-      >>> import lorax_fn as lx
-      >>> lx.FitError("the loss is nan.", state=None, step=6, batch=None).step
-      6
-    """
-
-    def __init__(self, message: str, *, state: Any, step: int, batch: Any = None):
-        super().__init__(message)
-        self.state, self.step, self.batch = state, step, batch
-
-
-@dataclasses.dataclass
-class _Pending:
-    """A step that runs, or ran, and whose metrics nobody has read."""
-
-    number: int
-    batch: Any
-    before: Any  # the state that it started from
-    position: Any  # of the batch
-    metrics: dict
-
-
-@dataclasses.dataclass
-class _Best:
-    """Evaluations so far: which were the best, and how many came since."""
-
-    best: list  # [score, step] of the best ones, the best first
-    since: int = 0
-    stopped: bool = False
-
-    def add(self, score: float, step: int, keep: int, patience: int | None) -> None:
-        better = not self.best or score < self.best[0][0]
-        self.since = 0 if better else self.since + 1
-        if math.isfinite(score):
-            self.best = sorted([*self.best, [score, step]])[: max(keep, 1)]
-        self.stopped = patience is not None and self.since >= patience
+from lorax_fn.training.guard import WATCHED, Guard, Taken, finite_metrics
+from lorax_fn.training.metrics import Log, scalars, scores
+from lorax_fn.training.state import TrainState, check_alive
+from lorax_fn.training.stopping import Best, FitError, Terminated, Termination, termination
 
 
 def fit(
-    step: Callable,
+    step: Callable[..., Any],
     state: TrainState,
     params: PyTree,
     batches: Any,
     *,
     steps: int,
-    eval_fn: Callable | None = None,
+    eval_fn: Callable[..., Any] | None = None,
     every: int = 100,
+    save_every: int | None = None,
     best: str = "loss",
     keep_best: int = 1,
     patience: int | None = None,
@@ -101,8 +53,9 @@ def fit(
     program, run again, ends with the same adapters, bit for bit, as if it had never been interrupted.
 
     On SIGTERM (in the main thread, with a ``checkpoint_dir``) it finishes the step, saves, and raises
-    ``SystemExit(143)``: what follows in the program does not run as if training were done. The handler that
-    was there before comes back afterwards. Where several processes run, JAX tells all of them.
+    ``SystemExit(143)``, also where the signal came during the last evaluation or save: what follows in the
+    program does not run as if training were done. A wait for a batch is broken off. The handler that was
+    there before comes back afterwards. Where several processes run, JAX tells all of them.
 
     Args:
       step: ``step(state, params, batch) -> (state, metrics)``, jitted, of `make_train_step` and its like.
@@ -117,31 +70,37 @@ def fit(
       steps: the step count to end at, those before a restart included.
       eval_fn: ``eval_fn(state, params) -> score`` or a dict of scores, called every ``every`` steps and at
         the end; a lone score is called ``loss``.
-      every: steps between evaluations, and between checkpoints.
+      every: steps between evaluations.
+      save_every: steps between checkpoints; None is ``every``. One is written at the end, too, and at each
+        evaluation that is among the ``keep_best`` best.
       best: the score by which evaluations are compared, lower is better; ``"-accuracy"``: higher is.
       keep_best: how many checkpoints of the best evaluations are kept, whatever ``max_to_keep`` is.
-      patience: stop after so many evaluations in a row without a new best; None never does.
+      patience: stop after so many evaluations in a row without a new best; None never does. A score that is
+        not finite is no new best.
       checkpoint_dir: where checkpoints go: adapters, optimizer state, step, key, ``extra`` and the position
         in the batches, written while training goes on. None writes none.
       max_to_keep: how many of the newest are kept; None keeps all.
       metrics_file: a file of JSON lines, one a step and one an evaluation. Lines of later steps than the
         state's (after a restart: the checkpoint's) are cut off. NaN is written as a string; leaves of ``aux``
         that have axes are not written.
-      callbacks: each is called with each of these rows, a dict, as soon as it is known, one step late.
+      callbacks: each is called with a copy of each of these rows, a dict, as soon as it is known, one step
+        late.
       progress: a bar by tqdm; None shows one if tqdm is installed, and plain lines if not.
       count: ``count(batch)``, how many ``unit`` a batch holds; None takes axis 0 of its first leaf.
       unit: what is counted, for example ``"tokens"``.
-      nan_guard: stop where ``loss`` or ``grad_norm`` is not finite. For that the state before a step is kept
-        until its metrics are read: two spare copies of adapters and optimizer state.
+      nan_guard: stop where ``loss``, ``grad_norm`` or a number in the state is not finite (but was at the
+        start). For that a state is kept every few steps, with the batches since: a spare copy of adapters and
+        optimizer state. The last good state is found by taking these steps again.
 
     Returns:
       The last state; after an early stop the one that it stopped at (the best is in its checkpoint).
 
     Raises:
-      FitError: a loss or gradient is not finite, or the batches ended; it holds the last good state, which is
-        saved as a checkpoint too.
-      LoraError: an argument is wrong; a checkpoint can't be written, belongs to another base or state, holds
-        adapters alone, or none is whole.
+      FitError: a loss, a gradient or the state after a step is not finite, or the batches ended; it holds the
+        last good state, which is saved as a checkpoint too.
+      LoraError: an argument is wrong; the state was consumed by a step, or is past ``steps``; ``step`` does
+        not return a state that counts its steps; a checkpoint can't be written, belongs to another base or
+        state, holds adapters alone, or none is whole.
 
     Example:
       >>> import jax, jax.numpy as jnp, lorax_fn as lx, optax
@@ -155,32 +114,44 @@ def fit(
       >>> state.lora["b"].value, [row["loss"] for row in rows]
       (Array([2.625, 3.5  ], dtype=float32), [12.5, 3.125, 0.78125])
     """
-    _check_counts(steps=steps, every=every, keep_best=keep_best, max_to_keep=max_to_keep, patience=patience)
-    run = _Run(step, state, params, Feed(batches), _number(state.step), copies=nan_guard, count=count)
+    save_every = every if save_every is None else save_every
+    _check_counts(
+        steps=steps,
+        every=every,
+        save_every=save_every,
+        keep_best=keep_best,
+        max_to_keep=max_to_keep,
+        patience=patience,
+    )
+    check_alive(state, "state")
+    run = _Run(step, state, params, Feed(batches), count)
     with contextlib.ExitStack() as stack:
         if checkpoint_dir is not None:
             run.snapshots = Snapshots(checkpoint_dir, params, max_to_keep, keep_best)
             stack.callback(run.snapshots.close)
-        notes = run.resume()
+        notes = run.resume(steps)
+        run.guard = Guard(step, run.state, params, run.done) if nan_guard else None
         run.log = Log(run.done, steps, metrics_file, callbacks, progress, unit)
         stack.callback(run.log.close)
         for note in notes:
             run.log.note(note)
-        stopping = stack.enter_context(_termination(checkpoint_dir is not None))
-        while run.done < steps and not run.tracker.stopped:
-            run.advance(steps)
-            stop, due = stopping(run.done), run.done % every == 0 or run.done == steps
-            if stop or due:
+        stopping = stack.enter_context(termination(checkpoint_dir is not None))
+        while not stopping(run.done) and run.done < steps and not run.tracker.stopped:
+            if not run.advance(steps, stopping):
+                continue  # SIGTERM came in place of a batch
+            last = run.done == steps
+            if eval_fn is not None and (last or run.done % every == 0):
                 run.settle()
-            if due and eval_fn is not None:
-                scores = _scores(eval_fn(run.state, params))
-                run.judge(scores, best, keep_best, patience)
-            if stop or due or run.tracker.stopped:
-                run.save(wait=stop)
-            if stop:
-                run.log.note(f"SIGTERM: saved step {run.done} in {checkpoint_dir}")
-                raise SystemExit(128 + signal.SIGTERM)
-        run.save(wait=True)
+                run.judge(scores(eval_fn(run.state, params)), best, keep_best, patience)
+            if last or run.done % save_every == 0 or run.tracker.stopped or run.is_best(keep_best):
+                run.save()
+        run.settle()
+        run.save()
+        run.finish()
+        if stopping.came:
+            run.log.note(f"SIGTERM: saved step {run.done} in {checkpoint_dir}")
+    if stopping.came:  # asked when the former handler is back: until then it may come
+        raise SystemExit(128 + signal.SIGTERM)
     return run.state
 
 
@@ -188,24 +159,24 @@ class _Run:
     """One call of `fit`: the state, how far it is, and the step whose metrics nobody has read yet."""
 
     log: Log
+    guard: Guard | None = None
+    snapshots: Snapshots | None = None
 
-    def __init__(self, step, state, params, feed, done, *, copies: bool, count: Callable | None):
+    def __init__(self, step, state, params, feed: Feed, count: Callable | None):
         self.step, self.state, self.params, self.feed, self.count = step, state, params, feed, count
-        self.done = self.saved = done
-        self.snapshots: Snapshots | None = None
-        self.tracker = _Best([])
-        self.pending: _Pending | None = None
-        self.guards = self.copies = copies
-        self.copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
+        self.done = self.saved = self.begun = _number(state.step)
+        self.tracker = Best([])
+        self.pending: Taken | None = None
+        self.position: Any = None  # where the batches are, if their source was broken off
 
-    def resume(self) -> list[str]:
+    def resume(self, steps: int) -> list[str]:
         """Goes to the newest checkpoint, if there is one; returns what there is to say about it."""
         given, position, notes = self.done, None, []
         found = self.snapshots and self.snapshots.restore(self.state)
         if self.snapshots and found:
             self.state, loop, position = found
-            self.done = self.saved = _number(self.state.step)
-            self.tracker = _Best(**loop)
+            self.done = self.saved = self.begun = _number(self.state.step)
+            self.tracker = Best(**loop)
             if given > self.done:
                 raise error(
                     "the state is ahead of the checkpoints.",
@@ -215,88 +186,131 @@ class _Run:
                     do="give another checkpoint_dir to go on from this state.",
                 )
             notes.append(f"resumed at step {self.done} from {self.snapshots.folder}")
+        if self.done > steps:
+            raise error(
+                "more steps were taken than are asked for.",
+                got=f"step {self.done}" + (f" in {self.snapshots.folder}" if self.snapshots else ""),
+                want=f"steps={steps}, which counts from step 0",
+                do=f"steps={self.done} or more; or start from a new state"
+                + (", with another checkpoint_dir." if self.snapshots else "."),
+            )
         skipped = self.feed.start(position, self.done, skip=given != self.done)
         return notes + ([f"read and dropped the {skipped} batches of those steps"] if skipped else [])
 
-    def advance(self, steps: int) -> None:
-        """Starts one step, and reads the metrics of the one before while it runs."""
-        keeps_place = self.guards and self.snapshots is not None
-        place = self.feed.position() if keeps_place else None
+    def advance(self, steps: int, stopping: Termination) -> bool:
+        """Starts one step, and reads the metrics of the one before while it runs; False where none came."""
+        place = self.feed.position() if self.snapshots is not None else None
         try:
-            batch = next(self.feed)
+            with stopping.breakable():
+                batch = next(self.feed)
         except StopIteration:
             self.settle()
-            self.save(wait=True)
+            self.save()
+            self.finish()
             raise _ended(self, steps) from None
-        before = self.state
-        given = self.copy(before) if self.copies else before
-        self.state, metrics = self.step(given, self.params, batch)
-        if self.copies:  # once is enough to see whether the step donates what it is given
-            self.copies = any(x.is_deleted() for x in jax.tree.leaves(given))
+        except Terminated:
+            self.position = place
+            return False
+        given = self.state if self.guard is None else self.guard.hand_out(self.state, self.done)
+        self.state, metrics = _checked(self.step(given, self.params, batch))
         self.done += 1
+        taken = Taken(self.done, batch, place, metrics)
+        if self.guard is not None:
+            self.guard.took(given, taken)
+        if self.done == self.begun + 1:
+            self.check_count()
         self.settle()
-        self.pending = _Pending(self.done, batch, before if self.guards else None, place, metrics)
+        self.pending = taken
         if self.snapshots is not None:
             self.snapshots.check()
+        return True
 
     def settle(self) -> None:
-        """Waits for the metrics of the pending step, tells them, and stops where they are not finite."""
+        """Waits for the metrics of the pending step and reports them; stops where they are not finite."""
         last, self.pending = self.pending, None
         if last is None:
             return
-        values = scalars(last.metrics)
-        self.log.step(last.number, values, _amount(last, self.count))
-        bad = {name: values[name] for name in ("loss", "grad_norm") if name in values}
-        if self.guards and not all(map(math.isfinite, bad.values())):
-            self.state, self.done = last.before, last.number - 1
-            self.save(wait=True, position=last.position)
-            raise _not_finite(last, bad, self)
+        last.values = scalars(last.metrics)
+        self.log.step(last.number, last.values, _amount(last, self.count))
+        if self.guard is not None and not self.guard.accepts(last):
+            self.go_back()
 
-    def judge(self, scores: dict, best: str, keep: int, patience: int | None) -> None:
+    def judge(self, found: dict, best: str, keep: int, patience: int | None) -> None:
         """Compares one evaluation with those before."""
         name, sign = (best[1:], -1.0) if best.startswith("-") else (best, 1.0)
-        if name not in scores:
+        if name not in found:
             raise error(
                 "eval_fn gives no score of this name.",
-                got=f"best={best!r}, scores {sorted(scores)}",
-                do=f"best={sorted(scores)[0]!r}, or '-' before it where higher is better.",
+                got=f"best={best!r}, scores {sorted(found)}",
+                do=f"best={sorted(found)[0]!r}, or '-' before it where higher is better.",
             )
-        self.tracker.add(sign * scores[name], self.done, keep, patience)
-        self.log.row({"step": self.done, "eval": scores})
-        self.log.note(f"step {self.done}: " + ", ".join(f"{key} {x:.4g}" for key, x in scores.items()))
+        self.tracker.add(sign * found[name], self.done, keep, patience)
+        self.log.row({"step": self.done, "eval": found})
+        self.log.note(f"step {self.done}: " + ", ".join(f"{key} {x:.4g}" for key, x in found.items()))
         if self.tracker.stopped:
             why = f"no better {name} in {patience} evaluations"
             self.log.row({"step": self.done, "stopped": why})
             self.log.note(f"stopped at step {self.done}: {why}")
-        self.log.clock.clear()  # the speed is that of training
+        self.log.clock.clear()  # evaluating takes time, and the speed that is shown is that of training
 
-    def save(self, *, wait: bool, position: Any = None) -> None:
-        """Saves the state, unless that step is saved; failures of the thread that writes come out here."""
-        if self.snapshots is None:
+    def is_best(self, keep: int) -> bool:
+        """Whether this step is one of the best that are kept."""
+        return any(step == self.done for _, step in self.tracker.best[:keep])
+
+    def check_count(self) -> None:
+        """Raises a `LoraError` where the state does not count the steps that it went through."""
+        if _number(self.state.step) != self.done:
+            raise error(
+                "the step does not count.",
+                got=f"state.step {_number(self.state.step)} after step {self.done}",
+                want=f"state.step {self.done}",
+                do="return dataclasses.replace(state, step=state.step + 1, ...), "
+                "or what lx.apply_gradients gives.",
+            )
+
+    def save(self) -> None:
+        """Checks the state and begins to save it, unless that was done at this step."""
+        if self.done in (self.saved, self.begun):
             return
-        if self.saved != self.done:
-            place = self.feed.position() if position is None else position
-            self.snapshots.save(self.state, self.done, dataclasses.asdict(self.tracker), place)
-            self.saved = self.done
-        if wait:
+        self.settle()
+        if self.guard is not None and not bool(self.guard.finite(self.state)):
+            self.go_back()
+        self.check_count()
+        self._write(self.feed.position() if self.position is None else self.position)
+
+    def finish(self) -> None:
+        """Waits until what was saved is on disk; failures of the thread that writes come out here."""
+        if self.snapshots is not None:
             self.snapshots.finish()
 
+    def go_back(self) -> None:
+        """Saves the last good state and raises a `FitError` that holds it."""
+        assert self.guard is not None
+        after = self.state
+        self.state, self.done = self.guard.last_good()
+        bad = next(taken for taken in self.guard.steps if taken.number == self.done + 1)
+        if self.done > self.saved:
+            self._write(bad.position)
+        self.finish()
+        raise _not_finite(bad, after, self)
 
-@contextlib.contextmanager
-def _termination(wanted: bool) -> Iterator[Callable[[int], bool]]:
-    """Gives ``stopping(step)``: whether SIGTERM came, which does not end the process meanwhile."""
-    if not wanted or threading.current_thread() is not threading.main_thread():
-        yield lambda step: False  # only the main thread may handle signals
-        return
-    if jax.process_count() > 1:  # JAX's own handler; it agrees with all processes on one step
-        yield multihost_utils.reached_preemption_sync_point
-        return
-    came = threading.Event()
-    former = signal.signal(signal.SIGTERM, lambda number, frame: came.set()) or signal.SIG_DFL
-    try:
-        yield lambda step: came.is_set()
-    finally:
-        signal.signal(signal.SIGTERM, former)
+    def _write(self, position: Any) -> None:
+        self.log.flush()  # what the checkpoint counts on is in the file
+        if self.snapshots is not None:
+            self.snapshots.save(self.state, self.done, dataclasses.asdict(self.tracker), position)
+        self.saved = self.done
+
+
+def _checked(out: Any) -> tuple[Any, Any]:
+    """What a step returned, a state and metrics."""
+    if isinstance(out, tuple) and len(out) == 2 and hasattr(out[0], "step"):
+        return out
+    raise error(
+        "the step returned something else.",
+        got=f"a tuple of {len(out)}" if isinstance(out, tuple) else f"a {type(out).__name__}",
+        want='(state, {"loss": loss, ...}), as the steps of make_train_step return',
+        do='return state, {"loss": loss}.',
+    )
 
 
 def _number(count: Any) -> int:
@@ -305,25 +319,12 @@ def _number(count: Any) -> int:
     return int(np.asarray(local).reshape(-1)[0])
 
 
-def _amount(last: _Pending, count: Callable | None) -> int:
+def _amount(last: Taken, count: Callable | None) -> int:
     """How much one batch holds: ``count``, or axis 0 of its first leaf (two axes under pmap)."""
     if count is not None:
         return count(last.batch)
     shape = next((np.shape(x) for x in jax.tree.leaves(last.batch)), ())
     return math.prod(shape[: 1 + np.ndim(last.metrics["loss"])])
-
-
-def _scores(found: Any) -> dict[str, float]:
-    scores = found if isinstance(found, dict) else {"loss": found}
-    strange = [f"{name}: shape {np.shape(x)}" for name, x in scores.items() if np.shape(x) != ()]
-    if strange or not scores:
-        raise error(
-            "eval_fn returned something else.",
-            got=strange or "an empty dict",
-            want="a scalar, or a dict of scalars",
-            do="return jnp.mean(...) of it.",
-        )
-    return {str(name): float(x) for name, x in scores.items()}
 
 
 def _check_counts(**counts: int | None) -> None:
@@ -355,21 +356,28 @@ def _ended(run: _Run, steps: int) -> FitError:
     return FitError(str(text), state=run.state, step=run.done)
 
 
-def _not_finite(last: _Pending, bad: dict, run: _Run) -> FitError:
-    broken = [
+def _not_finite(bad: Taken, after: Any, run: _Run) -> FitError:
+    assert run.guard is not None
+    batch = [
         path
-        for path, x in named_leaves(last.batch, "batch")
+        for path, x in named_leaves(bad.batch, "batch")
         if is_float(x) and getattr(x, "is_fully_addressable", True) and not np.isfinite(np.asarray(x)).all()
     ]
     saved = f", and in {run.snapshots.folder}" if run.snapshots else ""
+    values = bad.values or {}
+    told = ", ".join(f"{name} {values[name]}" for name in WATCHED if name in values)
+    by_update = finite_metrics(values)
+    state = {"path": run.guard.bad_leaves(after)} if by_update else {}
     text = error(
-        "a step's metrics are not finite.",
-        got=f"step {last.number}: " + ", ".join(f"{name} {value}" for name, value in bad.items()),
-        batch=f"number {last.number} (counted from 1), "
-        + (f"itself not finite in {broken}" if broken else "itself finite")
+        "the state after a step is not finite." if by_update else "a step's metrics are not finite.",
+        **state,
+        got=f"step {bad.number}: {told}",
+        batch=f"number {bad.number} (counted from 1), "
+        + (f"itself not finite in {batch}" if batch else "itself finite")
         + "; it is in this error's .batch",
-        want="finite loss and grad_norm",
-        do="look at the batch, lower the learning rate or clip gradients; "
+        want="finite numbers in the state" if by_update else "finite loss and grad_norm",
+        do=("look at the optimizer's settings and at extra; " if by_update else "look at the batch, ")
+        + "lower the learning rate or clip gradients; "
         f"the state before that step is in this error's .state{saved}.",
     )
-    return FitError(str(text), state=last.before, step=run.done, batch=last.batch)
+    return FitError(str(text), state=run.state, step=run.done, batch=bad.batch)

@@ -1,5 +1,6 @@
-"""Which leaves train, and an optimizer that touches no other."""
+"""Which leaves train, a tree of these alone, and an optimizer that touches no other."""
 
+import inspect
 import operator
 from typing import Any
 
@@ -8,7 +9,8 @@ import optax
 
 from lorax_fn.core.adapters import Adapter, is_adapter
 from lorax_fn.core.errors import error
-from lorax_fn.core.trees import PyTree, is_float
+from lorax_fn.core.fitting import check_lora
+from lorax_fn.core.trees import PyTree, is_float, named_leaves
 
 
 def mask(tree: PyTree) -> PyTree:
@@ -45,6 +47,88 @@ def _mask_node(node: object) -> PyTree:
         return getattr(path[0], "name", None) in names and is_float(leaf)
 
     return jax.tree_util.tree_map_with_path(trains, node)
+
+
+def trainable(lora: dict[str, Adapter]) -> dict[str, Adapter]:
+    """The leaves of ``lora`` that train, with None in place of every other.
+
+    This is what the optimizer of a loop of your own should see. Handed the whole ``lora``, `optax.adamw`
+    decays the frozen factors of LoRA-FA, VeRA and LoRA-XS too, although their gradient is zero. Take the
+    gradients from `value_and_grad`: they have this structure, so `optax.apply_updates` of the whole ``lora``
+    fails instead.
+
+    Args:
+      lora: ``dict[str, Adapter]``, of arrays or of ``jax.ShapeDtypeStruct``.
+
+    Returns:
+      The same dict of adapters, None where `mask` is False. It is an ordinary pytree, and not for `adapt`:
+      `with_trainable` makes it whole again.
+
+    Raises:
+      LoraError: ``lora`` is not a dict of adapters.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lorax_fn as lx, optax
+      >>> params, lora = lx.split({"kernel": jnp.ones((8, 4))}, rank=2, method="lora_fa")
+      >>> trained, tx = lx.trainable(lora), optax.chain(optax.add_decayed_weights(0.1), optax.sgd(0.1))
+      >>> opt_state = tx.init(trained)
+      >>> grads = jax.tree.map(jnp.ones_like, trained)
+      >>> updates, opt_state = tx.update(grads, opt_state, trained)
+      >>> lora = lx.with_trainable(lora, optax.apply_updates(trained, updates))
+      >>> trained["kernel"].a, lora["kernel"].a.shape
+      (None, (8, 2))
+    """
+    check_lora(lora)
+    return of_trained(lora, mask(lora))
+
+
+def with_trainable(lora: dict[str, Adapter], trained: dict[str, Adapter]) -> dict[str, Adapter]:
+    """``lora`` with the leaves of ``trained``, which `trainable` gave and an optimizer changed.
+
+    Args:
+      lora: ``dict[str, Adapter]``; what does not train is taken from here.
+      trained: a tree of the structure of ``trainable(lora)``.
+
+    Returns:
+      The whole ``dict[str, Adapter]``, as `adapt`, `merge` and `checkpoint.save` take it.
+
+    Raises:
+      LoraError: ``trained`` has leaves where ``lora`` has none that trains, or lacks some.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lorax_fn as lx
+      >>> _, lora = lx.split({"kernel": jnp.ones((8, 4))}, rank=2, method="lora_fa")
+      >>> half = jax.tree.map(lambda x: x / 2, lx.trainable(lora))
+      >>> lx.with_trainable(lora, half)["kernel"].a is lora["kernel"].a
+      True
+    """
+    check_trained(trained, trainable(lora), "trained")
+    return jax.tree.map(lambda new, old: old if new is None else new, trained, lora, is_leaf=_is_none)
+
+
+def of_trained(tree: PyTree, flags: PyTree) -> PyTree:
+    """``tree`` with None where ``flags`` are False."""
+    return jax.tree.map(lambda train, leaf: leaf if train else None, flags, tree)
+
+
+def check_trained(tree: PyTree, want: PyTree, name: str) -> None:
+    """Raises a `LoraError` where ``tree`` has not the structure of ``want``, a result of `trainable`."""
+    if jax.tree.structure(tree) == jax.tree.structure(want):
+        return
+    got, wanted = ({path for path, _ in named_leaves(x)} for x in (tree, want))
+    more, less = sorted(got - wanted), sorted(wanted - got)
+    raise error(
+        f"{name} are not the leaves of lora that train.",
+        path=[*more, *less] or "(the containers differ)",
+        got=[*("a leaf that does not train" for _ in more), *("nothing" for _ in less)]
+        or type(tree).__name__,
+        want="the structure of lx.trainable(lora)",
+        do="start from lx.trainable(lora), or take the gradients that lx.value_and_grad gives.",
+    )
+
+
+def _is_none(x: object) -> bool:
+    return x is None
 
 
 def _unmask(tree: PyTree) -> PyTree:
@@ -93,16 +177,22 @@ def train_only(
 
 
 def own_promotion(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """Runs an optimizer under JAX's standard promotion: ``0.9**count`` in optax's Adam fails under strict."""
+    """Runs an optimizer under JAX's standard promotion: ``0.9**count`` in optax's Adam fails under strict.
+
+    It is handed those extra arguments alone that its update names: `optax.contrib.sam` takes no ``value``.
+    """
     tx = optax.with_extra_args_support(tx)
+    known = inspect.signature(tx.update).parameters
+    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
 
     def init(params):
-        with jax.numpy_dtype_promotion("standard"):
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
             return tx.init(params)
 
     def update(updates, state, params=None, **extra_args):
-        with jax.numpy_dtype_promotion("standard"):
-            return tx.update(updates, state, params, **extra_args)
+        taken = {name: value for name, value in extra_args.items() if takes_all or name in known}
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            return tx.update(updates, state, params, **taken)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -1,9 +1,9 @@
-"""The train step on many devices: one program a device (pmap), or one program over a mesh."""
+"""The train step as one program over a mesh of devices."""
 
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -12,22 +12,46 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lorax_fn.core.errors import error
-from lorax_fn.core.trees import PyTree, is_array, named_leaves
+from lorax_fn.core.trees import PyTree, is_array, is_tracer, named_leaves
 from lorax_fn.training import sharding
-from lorax_fn.training.step import TrainState, check_arrays_only, make_train_step
+from lorax_fn.training.state import TrainState, check_alive
+from lorax_fn.training.step import check_arrays_only, make_train_step
 
 BATCH_AXES = ("data", "fsdp")
+Arguments = ParamSpec("Arguments")
+Step = TypeVar("Step")
 
 
+def _loss_first(make: Callable[Arguments, Step]) -> Callable[Arguments, Step]:
+    """Refuses the order of arguments of 0.1, in which the mesh came first, with the call to write instead."""
+
+    @functools.wraps(make)
+    def checked(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Step:
+        meshes = jax.sharding.Mesh | jax.sharding.AbstractMesh
+        if len(args) > 2 or any(isinstance(arg, meshes) for arg in args) or {"mesh", "rules"} - kwargs.keys():
+            raise error(
+                "mesh_train_step takes the loss and the optimizer first.",
+                got=[f"{type(arg).__name__} as argument {i}" for i, arg in enumerate(args, 1)]
+                + [f"{name}=" for name in kwargs],
+                want="the order of make_train_step, mesh= and rules= by name",
+                do="lx.mesh_train_step(loss_fn, tx, mesh=mesh, rules=rules).",
+            )
+        return make(*args, **kwargs)
+
+    return checked
+
+
+@_loss_first
 def mesh_train_step(
+    loss_fn: Callable[..., Any],
+    tx: optax.GradientTransformation,
+    *,
     mesh: jax.sharding.Mesh,
     rules: Mapping[Any, PartitionSpec],
-    loss_fn: Callable | None = None,
-    tx: optax.GradientTransformation | None = None,
-    *,
     accumulate: int = 1,
-    batch: Any = None,
-) -> Any:
+    weight: Callable[[Any], Any] | None = None,
+    batch: PyTree = None,
+) -> "MeshStep":
     """Builds the step of `make_train_step` on a mesh: weights by rules, adapters after them, batch over data.
 
     Weights are laid out by the first rule that matches them and replicated where none does; adapters and what
@@ -40,13 +64,15 @@ def mesh_train_step(
     left to it and the batch is sharded over an axis (``"fsdp"``) that shards weights, too.
 
     Args:
+      loss_fn: as in `make_train_step`; it sees the whole batch.
+      tx: the optimizer that `TrainState.create` got.
       mesh: for instance ``jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"))``.
       rules: ``{pattern: jax.P(...)}``, patterns as the targets of `split`, an entry for each axis of the
-        weight. ``{"bias": jax.P(), "attn/*": jax.P("fsdp", "tensor")}``: the first match wins.
-      loss_fn: as in `make_train_step`. Without ``loss_fn`` and ``tx`` the result is a function that takes
-        them, for several steps on one mesh: ``on_mesh = mesh_train_step(mesh, rules); on_mesh(loss_fn, tx)``.
-      tx: the optimizer that `TrainState.create` got.
+        weight. ``{"bias": jax.P(), "attn/*": jax.P("fsdp", "tensor")}``: the first match wins. A rule that
+        earlier ones leave nothing to is refused, but for ``"*"`` at the end.
       accumulate: how many micro-batches each batch is split into.
+      weight: ``weight(batch) -> number``, as in `make_train_step`. The devices of a mesh compute one mean
+        over the whole batch anyway; this is for micro-batches.
       batch: ``jax.P`` of every leaf of the batch, or a tree of them with the structure of the batch or of its
         upper part. None puts axis 0 over the mesh's axes named ``"data"`` and ``"fsdp"``.
 
@@ -54,9 +80,10 @@ def mesh_train_step(
       A `MeshStep`, called as ``step(state, params, batch)`` and compiled once; it donates the state.
 
     Raises:
-      LoraError: a spec names no axis of the mesh; ``batch=None`` on a mesh without a data axis. When the step
-        runs: a pattern of ``rules`` matches nothing, an axis does not divide by its mesh axes (all of them
-        are listed), and what `make_train_step` refuses.
+      LoraError: the mesh comes first, as it did in 0.1; a spec names no axis of the mesh; ``batch=None`` on a
+        mesh without a data axis. When the step runs: a pattern of ``rules`` matches nothing, or only what an
+        earlier one took; an axis does not divide by its mesh axes (all of them are listed); the state was
+        consumed by a step; the call is inside ``jax.jit``; and what `make_train_step` refuses.
 
     Example:
       >>> import jax, jax.numpy as jnp, lorax_fn as lx, optax
@@ -66,7 +93,7 @@ def mesh_train_step(
       ...     return jnp.mean(apply(params, lora, x) ** 2)
       >>> tx = optax.adam(1e-2)
       >>> mesh = jax.make_mesh((2, 2), ("data", "tensor"))
-      >>> step = lx.mesh_train_step(mesh, {"kernel": jax.P(None, "tensor")}, loss_fn, tx)
+      >>> step = lx.mesh_train_step(loss_fn, tx, mesh=mesh, rules={"kernel": jax.P(None, "tensor")})
       >>> state = lx.TrainState.create(lora=lora, tx=tx, key=jax.random.key(0))
       >>> state, params = step.place(state, params)
       >>> state, metrics = step(state, params, jnp.ones((6, 8)))
@@ -75,7 +102,7 @@ def mesh_train_step(
     """
     if not isinstance(rules, Mapping):
         raise error(
-            "rules= is no mapping.",
+            "rules= is not a mapping.",
             got=repr(rules),
             want="{pattern: jax.P(...)}",
             do="rules={'kernel': jax.P('fsdp', 'tensor')}, or {} to replicate all weights.",
@@ -93,18 +120,12 @@ def mesh_train_step(
         batch = PartitionSpec(axes)
     leaves = jax.tree_util.tree_flatten_with_path(batch)[0]
     sharding.check_specs({jax.tree_util.keystr(path) or "batch": x for path, x in leaves}, mesh, "batch")
-    if loss_fn is None and tx is None:
-        return functools.partial(mesh_train_step, mesh, rules, accumulate=accumulate, batch=batch)
-    if loss_fn is None or tx is None:
-        raise error(
-            "a step needs a loss and an optimizer.",
-            got=f"loss_fn={loss_fn!r}, tx={tx!r}",
-            do="lx.mesh_train_step(mesh, rules, loss_fn, tx).",
-        )
-    return MeshStep(mesh, dict(rules), batch, accumulate, make_train_step(loss_fn, tx, accumulate=accumulate))
+    step = make_train_step(loss_fn, tx, accumulate=accumulate, weight=weight)
+    return MeshStep(mesh, dict(rules), batch, accumulate, step)
 
 
-@dataclasses.dataclass(frozen=True)
+# eq=False: a step is itself alone, so that it has a hash although it holds dicts
+@dataclasses.dataclass(frozen=True, eq=False)
 class MeshStep:
     """A train step on a mesh, as `mesh_train_step` makes it: ``step(state, params, batch)``.
 
@@ -124,7 +145,9 @@ class MeshStep:
       >>> params, lora = lx.split({"kernel": jnp.ones((8, 4))}, rank=2)
       >>> apply, tx = lx.adapt(lambda params, x: x @ params["kernel"]), optax.sgd(0.1)
       >>> mesh = jax.make_mesh((4,), ("data",))
-      >>> step = lx.mesh_train_step(mesh, {}, lambda p, lora, x, key: jnp.mean(apply(p, lora, x)), tx)
+      >>> def loss_fn(params, lora, x, key):
+      ...     return jnp.mean(apply(params, lora, x))
+      >>> step = lx.mesh_train_step(loss_fn, tx, mesh=mesh, rules={})
       >>> state = lx.TrainState.create(lora=lora, tx=tx, key=jax.random.key(0))
       >>> step.lower(state, params, jnp.ones((8, 8))).compile().memory_analysis().argument_size_in_bytes > 0
       True
@@ -138,6 +161,15 @@ class MeshStep:
     programs: dict = dataclasses.field(default_factory=dict, repr=False)
 
     def __call__(self, state: TrainState, params: PyTree, batch: PyTree) -> tuple[TrainState, dict]:
+        if any(is_tracer(x) for x in jax.tree.leaves((state, params, batch))):
+            raise error(
+                "a mesh step is inside jax.jit, or another transformation of JAX.",
+                got="traced arguments",
+                want="arrays: the step is compiled already, and donates its state",
+                do="call it as it is: state, metrics = step(state, params, batch); "
+                "step.lower(state, params, batch) gives the program.",
+            )
+        check_alive(state, "state")
         batch = self._put_batch(batch)
         run, (at_state, at_params, _) = self._program(state, params, batch)
         state, params = _put(state, at_state), _put(params, at_params)

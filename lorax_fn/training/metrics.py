@@ -14,9 +14,10 @@ import jax
 import numpy as np
 
 from lorax_fn.core.errors import error
-from lorax_fn.core.trees import PyTree, named_leaves
+from lorax_fn.core.trees import PyTree, is_array, named_leaves
 
 WINDOW = 20  # steps over which the speed is taken
+FLUSH = 0.5  # seconds between two writes to the file of metrics; a write per row costs more than the row
 
 
 def scalars(metrics: PyTree) -> dict:
@@ -43,6 +44,30 @@ def scalars(metrics: PyTree) -> dict:
     return _without_none(jax.tree.map(read, metrics))
 
 
+def scores(found: Any) -> dict[str, float]:
+    """What ``eval_fn`` returned, as numbers by name; a lone score is called ``loss``."""
+    named = found if isinstance(found, dict) else {"loss": found}
+    strange = [f"{name}: {_kind(x)}" for name, x in named.items() if not _is_number(x)]
+    if strange or not named:
+        raise error(
+            "eval_fn returned something else.",
+            got=strange or "an empty dict",
+            want="a scalar, or a dict of scalars",
+            do="return jnp.mean(...) of it.",
+        )
+    return {str(name): float(x) for name, x in named.items()}
+
+
+def _is_number(x: Any) -> bool:
+    if is_array(x):
+        return np.shape(x) == () and (x.dtype == bool or jax.numpy.issubdtype(x.dtype, np.number))
+    return isinstance(x, bool | int | float)
+
+
+def _kind(x: Any) -> str:
+    return f"shape {np.shape(x)}" if is_array(x) else f"a {type(x).__name__}"
+
+
 def _without_none(tree: Any) -> Any:
     """Named leaves of nested dicts; other containers become dicts of their paths."""
     if isinstance(tree, dict):
@@ -51,6 +76,11 @@ def _without_none(tree: Any) -> Any:
     if tree is None or isinstance(tree, bool | int | float | complex):
         return tree
     return dict(named_leaves(tree))
+
+
+def _copied(row: dict) -> dict:
+    """A row of its own: a callback may change it."""
+    return {name: _copied(part) if isinstance(part, dict) else part for name, part in row.items()}
 
 
 def _json(value: Any) -> Any:
@@ -84,7 +114,7 @@ class Log:
         self.callbacks = tuple(callbacks) if first else ()
         self.file = self.bar = None
         self.begin, self.clock = time.perf_counter(), collections.deque(maxlen=WINDOW + 1)
-        self.plain = False
+        self.plain, self.flushed = False, 0.0
         if not first:
             return
         self.bar = None if progress is False else _bar(done, steps, needed=progress is True)
@@ -125,12 +155,19 @@ class Log:
             self.bar.update(1)
 
     def row(self, row: dict) -> None:
-        """One row to the file and the callbacks."""
+        """One row to the file and, a copy each, to the callbacks."""
         if self.file is not None:
             self.file.write(json.dumps(_json(row)) + "\n")
-            self.file.flush()
+            if time.perf_counter() - self.flushed > FLUSH:
+                self.flush()
         for callback in self.callbacks:
-            callback(row)
+            callback(_copied(row))
+
+    def flush(self) -> None:
+        """Hands to the system what was written to the file."""
+        self.flushed = time.perf_counter()
+        if self.file is not None:
+            self.file.flush()
 
     def note(self, text: str) -> None:
         """A line above the bar, or to stderr where there is no tqdm."""

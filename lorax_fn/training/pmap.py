@@ -12,7 +12,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from lorax_fn.core.errors import error
 from lorax_fn.core.trees import PyTree, named_leaves
-from lorax_fn.training.step import TrainState, check_arrays_only, make_train_step
+from lorax_fn.training.state import TrainState, check_alive
+from lorax_fn.training.step import check_arrays_only, make_train_step
 
 
 def replicate(tree: PyTree, devices: Sequence[Any] | None = None) -> PyTree:
@@ -31,7 +32,6 @@ def replicate(tree: PyTree, devices: Sequence[Any] | None = None) -> PyTree:
       (4, 2, 3)
     """
     devices = list(jax.local_devices() if devices is None else devices)
-
     whole = _along_devices(devices)
 
     def copies(x):
@@ -122,13 +122,14 @@ def _along_devices(devices: list) -> NamedSharding:
 
 
 def pmap_train_step(
-    loss_fn: Callable,
+    loss_fn: Callable[..., Any],
     tx: optax.GradientTransformation,
     *,
     accumulate: int = 1,
     axis_name: Hashable = "devices",
+    weight: Callable[[Any], Any] | None = None,
     devices: Sequence[Any] | None = None,
-) -> Callable:
+) -> Callable[[TrainState, PyTree, PyTree], tuple[TrainState, dict]]:
     """Builds the step of `make_train_step` under ``jax.pmap``: every device holds the whole base.
 
     ``step(state, params, batch)`` takes ``replicate(state)``, ``replicate(params)`` and ``shard(batch)``.
@@ -140,6 +141,8 @@ def pmap_train_step(
       tx: the optimizer that `TrainState.create` got.
       accumulate: how many micro-batches each device splits its examples into.
       axis_name: the name of the mapped axis, for collectives inside ``loss_fn``.
+      weight: ``weight(batch) -> number``, as in `make_train_step`: what the part of one device, or a
+        micro-batch of it, weighs in the means.
       devices: the devices, those that `replicate` and `shard` got; None is all.
 
     Returns:
@@ -148,7 +151,8 @@ def pmap_train_step(
       one. (Leaves of ``aux`` and ``extra`` that are not float are each device's own.)
 
     Raises:
-      LoraError: as `make_train_step`; when the step runs, a leaf lacks the leading axis of devices.
+      LoraError: as `make_train_step`; when the step runs, a leaf lacks the leading axis of devices, or the
+        state was consumed by a step.
 
     Example:
       >>> import jax, jax.numpy as jnp, lorax_fn as lx, optax
@@ -163,12 +167,13 @@ def pmap_train_step(
       >>> float(lx.unreplicate(state).lora["b"].value) == count - 0.5
       True
     """
-    inner = make_train_step(loss_fn, tx, accumulate=accumulate, axis_name=axis_name)
+    inner = make_train_step(loss_fn, tx, accumulate=accumulate, axis_name=axis_name, weight=weight)
     mapped = jax.pmap(inner, axis_name=axis_name, donate_argnums=0, devices=devices)
     count = jax.local_device_count() if devices is None else len(devices)
 
     @functools.wraps(inner)
     def step(state: TrainState, params: PyTree, batch: PyTree) -> tuple[TrainState, dict]:
+        check_alive(state, "state")  # pmap itself crashes on deleted arrays, as of JAX 0.10
         try:
             return mapped(state, params, batch)
         except (TypeError, ValueError, IndexError):

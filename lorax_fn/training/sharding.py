@@ -1,4 +1,4 @@
-"""Where arrays live: copies and shares for pmap, and adapters laid out as the weights that they change."""
+"""Where arrays live on a mesh: weights by rules, and adapters laid out as the weights that they change."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ from lorax_fn.core.adapters import Adapter, is_adapter
 from lorax_fn.core.errors import error, nearest
 from lorax_fn.core.stored import is_stored
 from lorax_fn.core.trees import PyTree, arrays, flatten_with_paths, is_array
-from lorax_fn.targets.patterns import find
+from lorax_fn.targets.patterns import find, label_of
 
 
 def shardings(lora: PyTree, params_shardings: PyTree) -> PyTree:
@@ -51,7 +51,8 @@ def shardings(lora: PyTree, params_shardings: PyTree) -> PyTree:
     nodes, treedef = jax.tree_util.tree_flatten_with_path(lora, is_leaf=is_adapter)
     named = [(str(getattr(path[-1], "key", "")) if path else "", node) for path, node in nodes]
     adapters: dict[str, Adapter] = {}
-    for path, node in named:  # the first of each path: in a TrainState that is lora's
+    for path, node in named:
+        # In a TrainState the optimizer keeps adapters of the same paths; those of lora come first, and count.
         if is_adapter(node):
             adapters.setdefault(path, node)
     _check_known(adapters, given, bool(named))
@@ -91,7 +92,7 @@ def _weight_shardings(tree: PyTree) -> tuple[dict[str, NamedSharding], Any]:
 
 
 def _sharding_of(leaf: Any) -> Any:
-    """A leaf's sharding; of a stored weight that of its codes, which come first."""
+    """The sharding of a leaf, or of the codes of a stored weight, which are its first array."""
     leaf = jax.tree.leaves(leaf)[0] if is_stored(leaf) else leaf
     return getattr(leaf, "sharding", leaf)
 
@@ -122,7 +123,7 @@ def _adapter_shardings(path: str, adapter: Adapter, weight: NamedSharding, misfi
     last = max((i for run in axes.values() for i in run if i is not None), default=len(spec) - 1)
     known = last + 1 if layout is None else layout.ndim
     if any(entry is not None for entry in spec[known:]):
-        misfits.append((path, f"{weight.spec} for {known} axes", "at most an entry an axis"))
+        misfits.append((path, f"{weight.spec} for {known} axes", "at most one entry per axis"))
     spec += (None,) * (known - len(spec))
     placed = {}
     for at, leaf in jax.tree_util.tree_flatten_with_path(adapter)[0]:
@@ -145,7 +146,7 @@ def misfits_of(
     ``times`` is how many parts each share of axis 0 is cut into.
     """
     if len(spec) > len(shape):
-        return [(path, f"{label}{spec} for shape {tuple(shape)}", "at most an entry an axis")]
+        return [(path, f"{label}{spec} for shape {tuple(shape)}", "at most one entry per axis")]
     wrong = []
     for axis, (size, entry) in enumerate(zip(shape, spec, strict=False)):
         names = mesh_axes(entry)
@@ -180,7 +181,7 @@ def mesh_axes(entry: Any) -> tuple[str, ...]:
 
 
 def check_specs(specs: Mapping[Any, Any], mesh: Any, argument: str) -> None:
-    """Refuses what is no PartitionSpec of this mesh's axes."""
+    """Raises a `LoraError` where a spec is not a PartitionSpec of this mesh's axes."""
     wrong = {
         label: spec
         for label, spec in specs.items()
@@ -189,7 +190,7 @@ def check_specs(specs: Mapping[Any, Any], mesh: Any, argument: str) -> None:
     }
     if wrong:
         raise error(
-            f"{argument}= holds no specs of this mesh.",
+            f"{argument}= holds what are not specs of this mesh.",
             path=[str(label) for label in wrong],
             got=[repr(spec) for spec in wrong.values()],
             want=f"jax.P(...) of the mesh axes {tuple(mesh.shape)}",
@@ -201,9 +202,20 @@ def rule_shardings(mesh: Any, rules: Mapping[Any, PartitionSpec], params: PyTree
     """A tree like ``params`` of ``NamedSharding``: the first rule that matches a leaf, else replicated."""
     leaves = arrays(params)
     specs: dict[str, PartitionSpec] = {}
-    for pattern, spec in rules.items():
-        for _, hits in find([pattern], leaves, "rules"):
-            specs.update((path, spec) for path in hits if path not in specs)
+    idle: dict[str, str] = {}  # rules whose leaves earlier ones all took: the pattern, and what it names
+    for number, (pattern, spec) in enumerate(rules.items(), 1):
+        for label, hits in find([pattern], leaves, "rules"):
+            left = [path for path in hits if path not in specs]
+            if not left and not (pattern == "*" and number == len(rules)):
+                idle[label] = f"{hits[0]}, and {len(hits) - 1} more" if len(hits) > 1 else hits[0]
+            specs.update((path, spec) for path in left)
+    if idle:
+        raise error(
+            "rules without effect: an earlier rule has each leaf that they name, and the first match wins.",
+            path=[f"{label}: {named}" for label, named in idle.items()],
+            got=f"rules={{{', '.join(label_of(pattern) for pattern in rules)}}}, in this order",
+            do="put the narrow patterns first, '*' last.",
+        )
     misfits = []
     for path, spec in specs.items():
         misfits += misfits_of(path, leaves[path].shape, spec, mesh)

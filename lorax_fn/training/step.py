@@ -1,6 +1,7 @@
-"""One training step: gradients of the adapters alone, and the state that carries them."""
+"""One training step, and its two halves: gradients by what trains, and the update of the adapters."""
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -9,99 +10,117 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from lorax_fn.core.adapters import Adapter
 from lorax_fn.core.errors import error
-from lorax_fn.core.fitting import check_adapters
-from lorax_fn.core.keys import checked_key
+from lorax_fn.core.fitting import check_lora
 from lorax_fn.core.trees import PyTree, flatten_with_paths, is_array, is_float, named_leaves
-from lorax_fn.training.masks import mask, train_only
+from lorax_fn.training import averaging
+from lorax_fn.training.masks import check_trained, mask, of_trained, train_only, trainable, with_trainable
+from lorax_fn.training.state import TrainState
 
 ARRAYS_ONLY = "arrays, static = eqx.partition(model, eqx.is_array), or graphdef, arrays = nnx.split(model)"
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class TrainState:
-    """What a train step carries: adapters, optimizer state, step count, key and anything mutable.
+def value_and_grad(loss_fn: Callable[..., Any]) -> Callable[..., tuple[Any, dict[str, Adapter]]]:
+    """Builds ``f(params, lora, ...) -> (value, grads)``: gradients by what trains of ``lora``, and no other.
 
-    It is an ordinary pytree. A step that donates it (``jax.jit(step, donate_argnums=0)``) consumes the
-    ``lora`` that `create` was given: keep a copy of that one if it is needed later.
+    The first half of `make_train_step`, for loops of your own: several losses, preferences, rollouts,
+    accumulation. `apply_gradients` is the second half.
 
     Args:
-      lora: ``dict[str, Adapter]`` that trains.
-      opt_state: state of ``train_only(tx)``; it holds nothing for leaves that don't train.
-      step: int32 scalar, how many steps were taken.
-      key: PRNG key; step ``i`` uses ``fold_in(key, i)`` and the key itself never changes.
-      extra: any tree that the model rewrites (batch statistics, Haiku state, NNX rngs), or None.
+      loss_fn: ``loss_fn(params, lora, ...) -> loss`` or a tuple that begins with the loss, a float scalar.
+
+    Returns:
+      A function of the arguments of ``loss_fn``. ``value`` is all that ``loss_fn`` returned; ``grads`` has
+      the structure of ``trainable(lora)``: None for what does not train.
+
+    Raises:
+      LoraError: when it runs, if ``lora`` is not a dict of adapters or the loss is not a float scalar.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lorax_fn as lx
+      >>> def loss_fn(params, lora, x):
+      ...     return jnp.sum(lora["b"].weight(params["b"]) * x), {"batch": x.size}
+      >>> lora = {"b": lx.Full(jnp.ones(2))}
+      >>> (loss, aux), grads = lx.value_and_grad(loss_fn)({"b": jnp.zeros(2)}, lora, jnp.array([1.0, 2.0]))
+      >>> loss, aux, grads["b"].value
+      (Array(3., dtype=float32), {'batch': 2}, Array([1., 2.], dtype=float32))
+    """
+
+    def graded(params: PyTree, lora: dict[str, Adapter], *args: Any, **kwargs: Any):
+        check_lora(lora)
+
+        def objective(trained):
+            value = loss_fn(params, with_trainable(lora, trained), *args, **kwargs)
+            return _checked_loss(value[0] if isinstance(value, tuple) and value else value), value
+
+        (_, value), grads = jax.value_and_grad(objective, has_aux=True)(trainable(lora))
+        return value, grads
+
+    return graded
+
+
+def apply_gradients(
+    state: TrainState,
+    grads: dict[str, Adapter],
+    tx: optax.GradientTransformation,
+    *,
+    value: jax.Array | None = None,
+) -> TrainState:
+    """One step of the optimizer: the second half of `make_train_step`.
+
+    Args:
+      state: as `TrainState.create` made it, with the same ``tx``.
+      grads: as `value_and_grad` gives them. Those of ``jax.grad`` by the whole ``lora`` will do; what does
+        not train is left out.
+      tx: the optimizer; it is wrapped in `train_only`.
+      value: the loss, for optimizers that ask for it (``optax.contrib.reduce_on_plateau``), or None.
+
+    Returns:
+      The state after the step: new ``lora``, ``opt_state`` and ``step``; ``key`` and ``extra`` as they were.
+
+    Raises:
+      LoraError: ``grads`` have another structure, or ``tx`` is not an optimizer.
 
     Example:
       >>> import jax, jax.numpy as jnp, lorax_fn as lx, optax
-      >>> lora = {"b": lx.Full(jnp.ones(2))}
-      >>> lx.TrainState.create(lora=lora, tx=optax.adam(1e-3), key=jax.random.key(0)).step
-      Array(0, dtype=int32)
+      >>> tx, lora = optax.sgd(0.5), {"b": lx.Full(jnp.ones(2))}
+      >>> state = lx.TrainState.create(lora=lora, tx=tx, key=jax.random.key(0))
+      >>> state = lx.apply_gradients(state, {"b": lx.Full(jnp.ones(2))}, tx)
+      >>> state.lora["b"].value, int(state.step)
+      (Array([0.5, 0.5], dtype=float32), 1)
     """
-
-    lora: Any
-    opt_state: Any
-    step: Any
-    key: Any
-    extra: Any = None
-
-    @classmethod
-    def create(
-        cls, *, lora: dict, tx: optax.GradientTransformation, key: jax.Array, extra: PyTree = None
-    ) -> "TrainState":
-        """A state at step 0, with the optimizer state of ``train_only(tx)``.
-
-        ``key`` and ``extra`` are copied, so that a donating step leaves the caller's arrays alive; ``lora``
-        is not.
-
-        Args:
-          lora: ``dict[str, Adapter]`` as `split` makes it.
-          tx: the optimizer that `make_train_step` gets too.
-          key: a PRNG key.
-          extra: what the model rewrites, or None.
-
-        Returns:
-          The state.
-
-        Raises:
-          LoraError: ``lora`` is not a dict of adapters, came out of `dropout`, or has no leaf that trains;
-            ``key`` is not a PRNG key.
-
-        Example:
-          >>> import jax, jax.numpy as jnp, lorax_fn as lx, optax
-          >>> lora = {"b": lx.Full(jnp.ones(2))}
-          >>> lx.TrainState.create(lora=lora, tx=optax.sgd(0.1), key=jax.random.key(0), extra={"n": 1}).extra
-          {'n': 1}
-        """
-        check_adapters(lora)
-        _check_trains(lora)
-        checked_key(key)
-        return cls(
-            lora=lora,
-            opt_state=_unaliased(train_only(tx).init(lora), lora),
-            step=jnp.zeros((), jnp.int32),
-            key=_copy(key),
-            extra=jax.tree.map(_copy, extra),
-        )
+    flags, trained = mask(state.lora), trainable(state.lora)
+    if jax.tree.structure(grads) == jax.tree.structure(state.lora):
+        grads = of_trained(grads, flags)
+    check_trained(grads, trained, "grads")
+    given = {} if value is None else {"value": value}
+    update: Any = train_only(tx).update
+    updates, opt_state = update(grads, state.opt_state, trained, **given)
+    trained = jax.tree.map(lambda w, u: w + u.astype(w.dtype), trained, updates)
+    return dataclasses.replace(
+        state, lora=with_trainable(state.lora, trained), opt_state=opt_state, step=state.step + 1
+    )
 
 
 def make_train_step(
-    loss_fn: Callable,
+    loss_fn: Callable[..., Any],
     tx: optax.GradientTransformation,
     *,
     accumulate: int = 1,
     axis_name: Hashable | None = None,
-) -> Callable:
+    weight: Callable[[Any], Any] | None = None,
+) -> Callable[[TrainState, PyTree, PyTree], tuple[TrainState, dict]]:
     """Builds ``step(state, params, batch) -> (state, metrics)``, which trains the adapters and nothing else.
 
-    The step is an ordinary function: ``jax.jit(step, donate_argnums=0)`` it. Only leaves that `mask` calls
-    True are differentiated, and ``tx`` is wrapped in `train_only` (wrapping twice does no harm), so frozen
-    weights cost neither gradient nor optimizer state.
+    The step is an ordinary function: ``jax.jit(step, donate_argnums=0)`` it. It is `value_and_grad`, a mean
+    over micro-batches and devices, and `apply_gradients`: frozen weights cost neither gradient nor optimizer
+    state. Under ``jax.jit`` JAX itself refuses params that hold anything but arrays, before this code runs;
+    its TypeError names the leaf, and ``eqx.partition`` or ``nnx.split`` take such leaves out.
 
     Args:
       loss_fn: ``loss_fn(params, lora, batch, key) -> loss | (loss, aux)``; if the state holds ``extra``,
-        ``loss_fn(params, lora, batch, key, extra) -> (loss, (extra, aux))``. ``loss`` is a float scalar, the
+        ``loss_fn(params, lora, batch, key, extra) -> (loss, (extra, aux))``. ``loss`` is a float scalar, a
         mean over the batch.
       tx: the optimizer that `TrainState.create` got; it is passed ``value=loss``.
       accumulate: how many micro-batches each batch is split into along axis 0 of every leaf, ``[B, ...]``.
@@ -110,6 +129,11 @@ def make_train_step(
         last micro-batch's; ``extra`` goes from one to the next.
       axis_name: the mapped axis (of ``pmap``, ``vmap`` or ``shard_map``) over which gradients, loss and the
         float leaves of ``aux`` and ``extra`` are averaged. Each index along it then has a key of its own.
+      weight: ``weight(batch) -> number``, how much of what the loss is a mean over a batch holds, such as
+        ``lambda batch: batch["mask"].sum()`` for a mean over the tokens of a mask. Micro-batches and devices
+        then combine to the mean over the whole batch: gradients, loss, the float leaves of ``aux``, and those
+        of ``extra``, which all micro-batches get as the step did. What weighs 0 counts nothing, also where
+        its loss is NaN; a batch that weighs 0 has loss and gradients 0. None: every part weighs the same.
 
     Returns:
       The step. ``metrics`` is a dict: ``loss``; ``grad_norm``, float32, of the leaves that train; and ``aux``
@@ -117,10 +141,10 @@ def make_train_step(
       the index along ``axis_name`` and the index of the micro-batch, where there are any.
 
     Raises:
-      LoraError: ``accumulate`` is not a positive int. When the step runs: the loss is not a float scalar or
-        comes with anything but the above, ``extra`` changes its structure, a batch can't be split, or
-        ``params`` hold anything but arrays. (Under ``jax.jit`` JAX refuses such params with its own TypeError
-        before the step runs; that message carries the remedy too.)
+      LoraError: ``accumulate`` is not a positive int. When the step runs: ``loss_fn`` does not take ``extra``
+        where the state holds it, or takes it where it does not; the loss is not a float scalar or comes with
+        anything but the above; ``extra`` changes its structure; a batch can't be split; ``weight`` gives no
+        number; or ``params`` hold anything but arrays.
 
     Example:
       >>> import jax, jax.numpy as jnp, lorax_fn as lx, optax
@@ -137,45 +161,42 @@ def make_train_step(
         raise error(
             "accumulate is not a count.", got=repr(accumulate), want="an int of 1 or more", do="accumulate=1."
         )
-    tx = train_only(tx)
+    train_only(tx)  # says now what `apply_gradients` would say in the first step
 
     def step(state: TrainState, params: PyTree, batch: PyTree) -> tuple[TrainState, dict]:
         check_arrays_only(params)
-        lora, flags = state.lora, mask(state.lora)
-        trained = jax.tree.map(lambda train, leaf: leaf if train else None, flags, lora)
+        given = () if state.extra is None else (state.extra,)
+        _check_takes(loss_fn, (params, state.lora, batch, state.key, *given))
 
-        def gradient(trained, batch, key, extra):
-            def objective(trained):
-                given = () if extra is None else (extra,)
-                return _read_loss(loss_fn(params, _fill(trained, lora), batch, key, *given), extra)
+        def gradient(batch, key, extra):
+            def objective(*args):
+                return _read_loss(loss_fn(*args), extra)
 
-            (loss, (new_extra, aux)), grads = jax.value_and_grad(objective, has_aux=True)(trained)
+            args = (params, lora, batch, key, *(() if extra is None else (extra,)))
+            (loss, (new_extra, aux)), grads = value_and_grad(objective)(*args)
             return grads, new_extra, {"loss": loss, **aux}
 
-        trained, extra = _per_device((trained, state.extra), axis_name)
+        trained, extra = _per_device((trainable(state.lora), state.extra), axis_name)
+        lora = with_trainable(state.lora, trained)
         key = jax.random.fold_in(state.key, state.step)
         if axis_name is not None:
             key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
         if accumulate == 1:
-            result = gradient(trained, batch, key, extra)
+            part, weighs = gradient(batch, key, extra), averaging.weight_of(weight, batch)
         else:
-            result = _accumulated(gradient, trained, batch, key, extra, accumulate, axis_name)
-        grads, extra, metrics = _averaged(result, axis_name)
+            zeros = _per_device(averaging.zeros_to_sum(trained, extra, weight), axis_name)
+            part, weighs = averaging.over_micro_batches(
+                gradient, batch, key, extra, zeros, count=accumulate, weight=weight
+            )
+        grads, extra, metrics = averaging.over_devices(part, extra, weighs, axis_name)
+        grads = jax.tree.map(lambda g, w: g.astype(w.dtype), grads, trained)
 
         norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
-        updates, opt_state = tx.update(_fill(grads, lora), state.opt_state, lora, value=metrics["loss"])
-        lora = jax.tree.map(lambda train, w, u: w + u.astype(w.dtype) if train else w, flags, lora, updates)
-        new = TrainState(lora=lora, opt_state=opt_state, step=state.step + 1, key=state.key, extra=extra)
+        new = apply_gradients(state, grads, tx, value=metrics["loss"])
+        new = dataclasses.replace(new, extra=extra)
         return new, {"loss": metrics.pop("loss"), "grad_norm": norm, **metrics}
 
-    # jit looks at its arguments before any code of ours runs, and its TypeError quotes this name
-    step.__qualname__ = f"step(state, params, batch), whose params hold arrays only: {ARRAYS_ONLY},"
     return step
-
-
-def _fill(partial: PyTree, whole: PyTree) -> PyTree:
-    """``partial``, its None leaves taken from ``whole``."""
-    return jax.tree.map(lambda p, w: w if p is None else p, partial, whole, is_leaf=lambda x: x is None)
 
 
 def _read_loss(out: Any, extra: PyTree) -> tuple[jax.Array, tuple[PyTree, dict]]:
@@ -200,6 +221,10 @@ def _read_loss(out: Any, extra: PyTree) -> tuple[jax.Array, tuple[PyTree, dict]]
         loss, (new_extra, aux) = out
         _check_extra(extra, new_extra)
         extra, aux = new_extra, {"aux": aux}
+    return loss, (extra, aux)
+
+
+def _checked_loss(loss: Any) -> jax.Array:
     if not is_float(loss) or np.shape(loss) != ():
         raise error(
             "the loss is not a float scalar.",
@@ -207,49 +232,29 @@ def _read_loss(out: Any, extra: PyTree) -> tuple[jax.Array, tuple[PyTree, dict]]
             want="a scalar: shape (), float",
             do="return jnp.mean(...) of it.",
         )
-    return loss, (extra, aux)
+    return loss
 
 
-def _accumulated(gradient, trained, batch, key, extra, count, axis_name):
-    """Means of ``gradient`` over ``count`` micro-batches, one after the other."""
-    batch = _micro_batches(batch, count)
-
-    def wide(x):  # sums of many 16-bit gradients lose the small ones
-        return jnp.zeros_like(x, jnp.float32 if x.dtype.itemsize < 4 else x.dtype)
-
-    def body(carry, inputs):
-        total, extra = carry
-        micro, index = inputs
-        grads, extra, metrics = gradient(trained, micro, jax.random.fold_in(key, index), extra)
-        return (jax.tree.map(lambda t, g: t + g.astype(t.dtype), total, grads), extra), metrics
-
-    zeros = _per_device(jax.tree.map(wide, trained), axis_name)
-    inputs = (batch, jnp.arange(count, dtype=jnp.int32))
-    (total, extra), metrics = jax.lax.scan(body, (zeros, extra), inputs)
-    grads = jax.tree.map(lambda t, x: (t / count).astype(x.dtype), total, trained)
-    return grads, extra, jax.tree.map(lambda m: jnp.mean(m, axis=0) if is_float(m) else m[-1], metrics)
-
-
-def _micro_batches(batch: PyTree, count: int) -> PyTree:
-    """``[B, ...]`` leaves as ``[count, B / count, ...]``."""
-    named = [(path, np.shape(leaf)) for path, leaf in named_leaves(batch, "batch")]
-    wrong = [(path, shape) for path, shape in named if not shape or shape[0] % count]
-    if wrong:
+def _check_takes(loss_fn: Callable, args: tuple) -> None:
+    """Raises a `LoraError` where ``loss_fn`` does not take as many arguments as the state has for it."""
+    try:
+        signature = inspect.signature(loss_fn)
+    except (TypeError, ValueError):  # some callables tell no signature; Python then says what is wrong
+        return
+    try:
+        signature.bind(*args)
+    except TypeError as failure:
+        holds = len(args) == 5
         raise error(
-            "the batch can't be split.",
-            path=[path for path, _ in wrong],
-            got=[f"shape {shape}" for _, shape in wrong],
-            want=f"axis 0 a multiple of accumulate={count}",
-            do="change the batch size or accumulate; keep what is not a batch out of it.",
-        )
-
-    def split(x):
-        # examples i, i + count, ...: axis 0 keeps its sharding (explicit mesh axes allow no other split), and
-        # the devices of one mesh together take the same examples as a single device does
-        x = jnp.asarray(x)
-        return jnp.swapaxes(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 0, 1)
-
-    return jax.tree.map(split, batch)
+            "loss_fn does not take the arguments of a step.",
+            got=f"loss_fn{signature}: {failure}",
+            want="loss_fn(params, lora, batch, key, extra), as the state holds extra"
+            if holds
+            else "loss_fn(params, lora, batch, key), as the state holds no extra",
+            do="take extra and return (loss, (extra, aux)), or create the state without extra=."
+            if holds
+            else "if the model has statistics or other state, TrainState.create(..., extra=...).",
+        ) from None
 
 
 def _per_device(tree: PyTree, axis_name: Hashable | None) -> PyTree:
@@ -264,29 +269,6 @@ def _per_device(tree: PyTree, axis_name: Hashable | None) -> PyTree:
     return jax.tree.map(lambda x: jnp.where(always, x, x), tree)
 
 
-def _averaged(tree: PyTree, axis_name: Hashable | None) -> PyTree:
-    """The mean over ``axis_name`` of every float leaf."""
-    if axis_name is None:
-        return tree
-    return jax.tree.map(lambda x: jax.lax.pmean(x, axis_name) if is_float(x) else x, tree)
-
-
-def _copy(x: Any) -> Any:
-    return jnp.copy(x) if isinstance(x, jax.Array | np.ndarray) else x
-
-
-def _unaliased(tree: PyTree, other: PyTree) -> PyTree:
-    """``tree`` without an array twice or one of ``other``'s: one buffer can't be donated twice."""
-    taken = {id(x) for x in jax.tree.leaves(other)}
-
-    def own(x):
-        twice = id(x) in taken
-        taken.add(id(x))
-        return _copy(x) if twice else x
-
-    return jax.tree.map(own, tree)
-
-
 def _describe(x: Any) -> str:
     if is_array(x):
         return f"shape {np.shape(x)}, dtype {x.dtype}"
@@ -295,17 +277,8 @@ def _describe(x: Any) -> str:
     return f"a {type(x).__name__}"
 
 
-def _check_trains(lora: dict) -> None:
-    if not any(jax.tree.leaves(mask(lora))):
-        raise error(
-            "no leaf of lora trains.",
-            got=f"{len(lora)} adapters",
-            want="at least one float leaf that is not frozen",
-            do="look at lx.mask(lora); a filter may have dropped every adapter.",
-        )
-
-
 def check_arrays_only(params: PyTree) -> None:
+    """Raises a `LoraError` where a leaf of ``params`` is not an array."""
     wrong = [(path, leaf) for path, leaf in flatten_with_paths(params)[0] if not is_array(leaf)]
     if wrong:
         raise error(

@@ -1,0 +1,129 @@
+"""What a train step carries from one call to the next."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from lorax_fn.core.errors import error
+from lorax_fn.core.fitting import check_adapters
+from lorax_fn.core.keys import checked_key
+from lorax_fn.core.trees import PyTree, is_tracer, named_leaves
+from lorax_fn.training.masks import mask, train_only, trainable
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """What a train step carries: adapters, optimizer state, step count, key and anything mutable.
+
+    It is an ordinary pytree. A step that donates it (``jax.jit(step, donate_argnums=0)``) consumes the
+    ``lora`` that `create` was given: keep a copy of that one if it is needed later.
+
+    Args:
+      lora: ``dict[str, Adapter]`` that trains.
+      opt_state: state of ``train_only(tx)`` for ``trainable(lora)``: nothing for leaves that don't train.
+      step: int32 scalar, how many steps were taken.
+      key: PRNG key; step ``i`` uses ``fold_in(key, i)`` and the key itself never changes.
+      extra: any tree that the model rewrites (batch statistics, Haiku state, NNX rngs), or None.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lorax_fn as lx, optax
+      >>> lora = {"b": lx.Full(jnp.ones(2))}
+      >>> lx.TrainState.create(lora=lora, tx=optax.adam(1e-3), key=jax.random.key(0)).step
+      Array(0, dtype=int32)
+    """
+
+    lora: Any
+    opt_state: Any
+    step: Any
+    key: Any
+    extra: Any = None
+
+    @classmethod
+    def create(
+        cls, *, lora: dict, tx: optax.GradientTransformation, key: jax.Array, extra: PyTree = None
+    ) -> "TrainState":
+        """A state at step 0, with the optimizer state of ``train_only(tx)``.
+
+        ``key`` and ``extra`` are copied, so that a donating step leaves the caller's arrays alive; ``lora``
+        is not.
+
+        Args:
+          lora: ``dict[str, Adapter]`` as `split` makes it.
+          tx: the optimizer that `make_train_step` gets too.
+          key: a PRNG key.
+          extra: what the model rewrites, or None.
+
+        Returns:
+          The state.
+
+        Raises:
+          LoraError: ``lora`` is not a dict of adapters, came out of `dropout`, was consumed by a step, or has
+            no leaf that trains; ``key`` is not a PRNG key.
+
+        Example:
+          >>> import jax, jax.numpy as jnp, lorax_fn as lx, optax
+          >>> lora = {"b": lx.Full(jnp.ones(2))}
+          >>> lx.TrainState.create(lora=lora, tx=optax.sgd(0.1), key=jax.random.key(0), extra={"n": 1}).extra
+          {'n': 1}
+        """
+        check_adapters(lora)
+        check_alive(lora, "lora")
+        _check_trains(lora)
+        checked_key(key)
+        trained: Any = trainable(lora)
+        return cls(
+            lora=lora,
+            opt_state=_unaliased(train_only(tx).init(trained), lora),
+            step=jnp.zeros((), jnp.int32),
+            key=_copy(key),
+            extra=jax.tree.map(_copy, extra),
+        )
+
+
+def _check_trains(lora: dict) -> None:
+    if not any(jax.tree.leaves(mask(lora))):
+        raise error(
+            "no leaf of lora trains.",
+            got=f"{len(lora)} adapters",
+            want="at least one float leaf that is not frozen",
+            do="look at lx.mask(lora); a filter may have dropped every adapter.",
+        )
+
+
+def check_alive(tree: PyTree, name: str) -> None:
+    """Raises a `LoraError` where a step that donates its state has consumed an array of ``tree``."""
+    if not any(map(_is_deleted, jax.tree.leaves(tree))):  # asked at each step: no paths are made for it
+        return
+    gone = [path for path, x in named_leaves(tree, name) if _is_deleted(x)]
+    raise error(
+        f"a step that donates its state has consumed this {name}.",
+        path=gone,
+        got="deleted arrays",
+        want=f"the {name} that the last step returned",
+        do="state, metrics = step(state, ...); an older one is kept by jax.tree.map(jnp.copy, state).",
+    )
+
+
+def _is_deleted(x: Any) -> bool:
+    return isinstance(x, jax.Array) and not is_tracer(x) and x.is_deleted()
+
+
+def _copy(x: Any) -> Any:
+    return jnp.copy(x) if isinstance(x, jax.Array | np.ndarray) else x
+
+
+def _unaliased(tree: PyTree, other: PyTree) -> PyTree:
+    """``tree`` in which no array is there twice or is one of ``other``: a buffer can be donated once only."""
+    taken = {id(x) for x in jax.tree.leaves(other)}
+
+    def own(x):
+        twice = id(x) in taken
+        taken.add(id(x))
+        return _copy(x) if twice else x
+
+    return jax.tree.map(own, tree)
