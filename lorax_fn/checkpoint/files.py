@@ -1,8 +1,8 @@
 """Files of a checkpoint: read only where they are regular files inside it, and checked before they are used.
 
 Three sums guard a checkpoint: each file's size and crc32 stand in the JSON, a crc32 of the JSON stands in the
-JSON itself, and a sha256 of the JSON lies among the arrays (``facts.sha256``), so that facts and arrays of two
-checkpoints, or facts that were edited, do not pass as one. They find accidents and mistakes. They are no
+JSON itself, and a sha256 of the JSON lies among the arrays (``facts.sha256``), so that facts and arrays of
+two checkpoints, or facts that were edited, do not pass as one. They find accidents and mistakes. They are no
 signature: whoever can write the directory can write other numbers with sums that are right.
 """
 
@@ -68,7 +68,10 @@ def file_sums(folder: pathlib.Path) -> dict[str, dict]:
         for name in sorted(names):
             file = pathlib.Path(root, name)
             if stat.S_ISREG(file.lstat().st_mode):
-                found[file.relative_to(folder).as_posix()] = {"size": file.stat().st_size, "crc32": _crc_of(file)}
+                found[file.relative_to(folder).as_posix()] = {
+                    "size": file.stat().st_size,
+                    "crc32": _crc_of(file),
+                }
     return found
 
 
@@ -138,7 +141,9 @@ def check_seal(folder: pathlib.Path, facts: dict) -> None:
         return
     found = read_small(file, 200, folder.parent)
     if found.strip() != hashlib.sha256(_text(facts)).hexdigest().encode():
-        raise damaged(file, "facts (alpha, shapes, methods, ...) that are not those that the arrays were saved with")
+        raise damaged(
+            file, "facts (alpha, shapes, methods, ...) that are not those that the arrays were saved with"
+        )
 
 
 def read_small(file: pathlib.Path, limit: int, folder: pathlib.Path) -> bytes:
@@ -200,8 +205,11 @@ def read_facts(path: pathlib.Path, form: str, versions: tuple[int, ...]) -> dict
 
 def remove(folder: pathlib.Path, facts_name: str, files: Any) -> None:
     """Deletes the files of a checkpoint, the facts first, and directories left empty; others' files stay."""
-    for name in [facts_name, *files, *(f"{where}{SEAL}" for where in ("", "arrays/"))]:
-        (folder / name).unlink(missing_ok=True)
+    for name in [facts_name, *files, SEAL, f"arrays/{SEAL}"]:
+        file = folder / name
+        inside = os.path.realpath(file) == str(file) and file.is_relative_to(folder)
+        if inside and file.is_file():
+            file.unlink()
     for root, _, _ in os.walk(folder, topdown=False):
         try:
             os.rmdir(root)
@@ -210,7 +218,7 @@ def remove(folder: pathlib.Path, facts_name: str, files: Any) -> None:
 
 
 def sweep(path: pathlib.Path) -> None:
-    """Removes a directory that a crash left half-written; of a link only the link, never what it points to."""
+    """Removes a directory that a crash left half-written; of a link only the link, not what it points to."""
     if path.is_symlink():
         path.unlink()
     else:

@@ -1,7 +1,7 @@
 """One writer per directory: a lock file with the host and the process that holds it.
 
-The kernel's lock on the open file is what counts: it goes with its process, however that ends, and network file
-systems hand it on between hosts. What the file says is for people, and for file systems without locks.
+The kernel's lock on the open file is what counts: it goes with its process, however that ends, and network
+file systems hand it on between hosts. What the file says is for people, and for file systems without locks.
 """
 
 import json
@@ -44,7 +44,7 @@ class Lock:
         self.file.flush()
 
     def _is_there(self) -> bool:
-        """Whether the open file still is the one in the folder: another writer may have removed it meanwhile."""
+        """Whether the open file still is the one in the folder: another writer may have removed it."""
         try:
             return os.path.samestat(os.fstat(self.file.fileno()), os.stat(self.path))
         except FileNotFoundError:

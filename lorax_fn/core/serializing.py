@@ -4,8 +4,8 @@ Both need each class of a pytree to be registered; `register` does it for an ada
 part of what is written, so that no reader gets other numbers than the writer had: Flax stores it beside the
 arrays and refuses to restore it into an adapter with other facts; `jax.export` stores it with the tree.
 
-Equinox's ``tree_serialise_leaves`` writes leaves only and asks no class: alpha, rank and scaling are then those
-of the tree that it is read into, whatever was saved. Use `lorax_fn.checkpoint` instead.
+Equinox's ``tree_serialise_leaves`` writes leaves only and asks no class: alpha, rank and scaling are then
+those of the tree that it is read into, whatever was saved. Use `lorax_fn.checkpoint` instead.
 """
 
 import collections
@@ -30,7 +30,7 @@ _names: collections.Counter = collections.Counter()
 
 
 def encode(value: Any) -> Any:
-    """A static value as JSON: a number, string, bool or None as it is, a tuple as a list, a Layout as an object.
+    """A static value as JSON: numbers, strings and None as they are, tuples as lists, a Layout as an object.
 
     Raises:
       TypeError: the value is of another kind.
@@ -116,7 +116,9 @@ def _with_state(adapter: Any, state: Any) -> Any:
         )
     return dataclasses.replace(
         adapter,
-        **{name: serialization.from_state_dict(child, state[name], name=name) for name, child in held.items()},
+        **{
+            name: serialization.from_state_dict(child, state[name], name=name) for name, child in held.items()
+        },
     )
 
 
