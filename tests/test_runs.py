@@ -295,7 +295,9 @@ def test_sharded_and_replicated_states_come_back_where_they_were(tmp_path, kind)
     want = train(9, None, state)
     train(6, tmp_path, start)
     seen = []
-    restored = snapshots.Snapshots(tmp_path, params, 3, 1).restore(start)[0]
+    reader = snapshots.Snapshots(tmp_path, params, 3, 1)
+    restored = reader.restore(start)[0]
+    reader.close()
     for x, like in zip(jax.tree.leaves(restored), jax.tree.leaves(start), strict=True):
         assert x.sharding.is_equivalent_to(like.sharding, x.ndim)
         seen.append(x.sharding.device_set)

@@ -249,8 +249,9 @@ def _read(path: pathlib.Path) -> dict:
             do="check the path; save writes a directory.",
         )
     facts = read_facts(path / FACTS, FORMAT, (1, VERSION))
-    schema.check(path / FACTS, facts, schema.adapter_facts(facts["version"]))
+    schema.check(path / FACTS, facts.get("arrays"), schema.ARRAYS)
     check_seal(path / facts["arrays"], facts)
+    schema.check(path / FACTS, facts, schema.adapter_facts(facts["version"]))
     check_known(path / FACTS, facts["adapters"], facts["base"])
     check_files(path / facts["arrays"], facts["files"])
     return facts

@@ -116,11 +116,11 @@ def read_snapshot(path: pathlib.Path, facts: dict) -> dict[str, np.ndarray]:
 
 def _checked(path: pathlib.Path) -> dict:
     facts = read_facts(path / FACTS, FORMAT, (1, VERSION))
-    schema.check(path / FACTS, facts, schema.training_facts(facts["version"]))
     check_seal(path / "arrays", facts)
+    schema.check(path / FACTS, facts, schema.training_facts(facts["version"]))
     if facts["step"] != step_of(path):
         raise damaged(path / FACTS, f"the facts of step {facts['step']}")
-    check_known(path / FACTS, facts["adapters"], facts["base"])
+    check_known(path / FACTS, facts["adapters"], facts["base"], stacked=True)
     check_files(path, facts["files"])
     return facts
 

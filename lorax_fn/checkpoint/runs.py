@@ -96,6 +96,8 @@ class Snapshots:
                 if STAGE.fullmatch(stage.name):
                     sweep(stage)
         except OSError as failure:
+            if self.lock is not None:
+                self.lock.release()
             do = "give a checkpoint_dir that this process may write to; no step was taken."
             raise unwritable(self.folder, failure, do) from failure
 

@@ -6,6 +6,8 @@ A form is a function ``form(value) -> problem or None``, made of smaller ones: `
 """
 
 import collections
+import functools
+import json
 import math
 import pathlib
 import re
@@ -23,7 +25,7 @@ SIZE = 1 << 48  # of one axis; and 2^60 bytes of one array: more than any disk h
 DEPTH = 32  # of a tree
 
 
-def check(path: pathlib.Path, facts: dict, form: Form) -> None:
+def check(path: pathlib.Path, facts: Any, form: Form) -> None:
     """Raises a `LoraError` where ``facts`` are not of ``form``."""
     problem = form(facts)
     if problem:
@@ -123,12 +125,17 @@ def _join(problem: str) -> str:
 
 def dtype(x: Any) -> str | None:
     """A dtype of JAX by its own name."""
+    ok = isinstance(x, str) and _is_dtype(x[:40])
+    return None if ok else f"{reprlib.repr(x)}, which is not a dtype of JAX"
+
+
+@functools.lru_cache
+def _is_dtype(name: str) -> bool:
     try:
-        found = jnp.dtype(x) if isinstance(x, str) and len(x) < 40 else None
+        found = jnp.dtype(name)
     except TypeError:
-        found = None
-    plain = found is not None and (jnp.issubdtype(found, jnp.number) or found == jnp.bool_)
-    return None if plain and str(found) == x else f"{reprlib.repr(x)}, which is not a dtype of JAX"
+        return False
+    return str(found) == name and bool(jnp.issubdtype(found, jnp.number) or found == jnp.bool_)
 
 
 def _few_bytes(fact: dict) -> str | None:
@@ -186,26 +193,33 @@ def _once(x: dict) -> str | None:
     return f"{both} are arrays and static" if both else None
 
 
-ENTRY = all_of(
-    record(
-        {
-            "path": PATH,
-            "method": NAME,
-            "static": mapping(NAME, static, 200),
-            "arrays": mapping(NAME, ARRAY, 200),
-        }
-    ),
-    _once,
-)
+_KIND = {"method": NAME, "static": mapping(NAME, static, 200), "arrays": mapping(NAME, ARRAY, 200)}
+_KINDS = all_of(record(_KIND), _once)
 
 
-def unique_paths(entries: list[dict]) -> str | None:
-    times = collections.Counter(entry["path"] for entry in entries)
+def entries(x: Any) -> str | None:
+    """One entry per adapter; the many that differ in their path alone are checked once."""
+    alike: dict[str, str | None] = {}
+
+    def entry(value):
+        if not isinstance(value, dict) or "path" not in value:
+            return f"{reprlib.repr(value)}, which is not an object with a path"
+        rest = {name: part for name, part in value.items() if name != "path"}
+        kind = json.dumps(rest)
+        if kind not in alike:
+            alike[kind] = _KINDS(rest)
+        return PATH(value["path"]) or alike[kind]
+
+    return listed(entry)(x)
+
+
+def unique_paths(x: list[dict]) -> str | None:
+    times = collections.Counter(entry["path"] for entry in x)
     twice = sorted(path for path, count in times.items() if count > 1)
     return f"two entries for {twice[:5]}" if twice else None
 
 
-ADAPTERS = all_of(listed(ENTRY), unique_paths)
+ADAPTERS = all_of(entries, unique_paths)
 
 
 # --- the base, trees and files
@@ -249,6 +263,7 @@ FILES = {
     2: mapping(_inside, record({"size": integer(0, SIZE), "crc32": CRC})),
 }
 VERSION = integer(1, 2)
+ARRAYS = text(80, r"arrays-[0-9a-f]{12}")
 
 
 def extra(x: Any) -> str | None:
@@ -261,7 +276,7 @@ def adapter_facts(version: int) -> Form:
     forms = {
         "format": text(80),
         "version": VERSION,
-        "arrays": text(80, r"arrays-[0-9a-f]{12}"),
+        "arrays": ARRAYS,
         "files": FILES[version],
         "adapters": ADAPTERS,
         "base": BASE,

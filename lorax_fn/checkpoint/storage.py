@@ -10,6 +10,7 @@ this form. Orbax is imported when a function here is called.
 import dataclasses
 import importlib
 import json
+import math
 import pathlib
 import pkgutil
 import uuid
@@ -56,10 +57,13 @@ def named_facts(entries: list[dict]) -> dict[str, dict]:
     }
 
 
-def check_known(path: pathlib.Path, entries: list[dict], base: list[dict] | None) -> None:
+def check_known(
+    path: pathlib.Path, entries: list[dict], base: list[dict] | None, *, stacked: bool = False
+) -> None:
     """Raises a `LoraError` where entries are of no imported class, or where no such adapter can be.
 
-    Their fields must fit each other, and the leaf of the base that they are named after.
+    Their fields must fit each other, and the leaf of the base that they are named after; of a base that may
+    be ``stacked`` (the params of a pmap have an axis of devices) only the names are asked.
     """
     classes = _methods()
     unknown = [entry for entry in entries if not _known(entry, classes)]
@@ -76,11 +80,12 @@ def check_known(path: pathlib.Path, entries: list[dict], base: list[dict] | None
     wrong = {}
     for entry in entries:
         (cls,) = classes[entry["method"]]
-        shape = shapes.get(entry["path"]) if shapes else None
+        known = shapes is None or entry["path"] in shapes
+        shape = shapes.get(entry["path"]) if shapes and not stacked else None
         kind = json.dumps([entry["method"], entry["static"], entry["arrays"], shape])  # many are alike
         if kind not in seen:
             seen[kind] = _problem(cls, entry, shape)
-        problem = "there is no such leaf in the base" if shapes and shape is None else seen[kind]
+        problem = seen[kind] if known else "there is no such leaf in the base"
         if problem:
             wrong[f"{entry['path']}: {problem}"] = None
     if wrong:
@@ -137,6 +142,10 @@ def _rank_problem(adapter: Adapter) -> str | None:
     widths = [
         np.shape(getattr(adapter, name))[along.index(None)] for name, along in axes.items() if None in along
     ]
+    if isinstance(rank, tuple) and isinstance(adapter, LowRank):
+        stack = math.prod(adapter.shape[axis] for axis in adapter.layout.stack)
+        if not adapter.layout.stack or len(rank) != stack:
+            return f"ranks {rank} for a stack of {stack}"
     if rank is not None and widths and max(ranks, default=0) > max(widths):
         return f"rank {rank} for arrays of rank {max(widths)}"
     return None
@@ -287,10 +296,9 @@ def read_arrays(folder: pathlib.Path, facts: Mapping[str, dict]) -> dict[str, np
         with checkpointer() as reader:
             held = reader.metadata(folder).item_metadata.tree
             wrong = [name for name, fact in wanted.items() if not _is_held(held.get(name), fact)]
+            wrong += sorted(held.keys() - wanted.keys() - {"none"})
             if wrong:
-                raise damaged(
-                    folder, [f"{name}: not stored with this shape and dtype" for name in wrong[:20]]
-                )
+                raise damaged(folder, [f"{name}: stored otherwise than the facts say" for name in wrong[:20]])
             # Orbax restores all or nothing: what nobody asks for is read too
             blank = {name: np.empty(x.shape, x.dtype) for name, x in held.items()}
             stored = reader.restore(folder, blank) if wanted else {}
