@@ -113,7 +113,7 @@ def save(
       ...     checkpoint.load(f"{folder}/adapter", params=params)["b"].value
       Array([1., 1.], dtype=float32)
     """
-    folder = local(path)
+    folder = local(path, write=True)
     check_adapters(lora)
     if params is not None:
         check_fits(dict(flatten_with_paths(params)[0]), lora)

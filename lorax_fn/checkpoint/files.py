@@ -33,8 +33,11 @@ def damaged(path: Any, got: Any, do: str = "") -> DamagedError:
     return DamagedError(str(error("the checkpoint is damaged.", path=path, got=got, do=do)))
 
 
-def local(path: str | os.PathLike) -> pathlib.Path:
-    """The absolute path of a directory, its links followed; names of other machines are refused."""
+def local(path: str | os.PathLike, *, write: bool = False) -> pathlib.Path:
+    """The absolute path of a directory, its links followed; addresses of other machines are refused.
+
+    So are, to ``write``, names in which Orbax sees a pattern or an address: it would lose arrays.
+    """
     text = os.fspath(path)
     if not isinstance(text, str) or "\0" in text:
         raise error(
@@ -48,7 +51,17 @@ def local(path: str | os.PathLike) -> pathlib.Path:
             want="a directory of this machine, such as a mounted bucket",
             do="pass a local directory and copy it there afterwards.",
         )
-    return pathlib.Path(os.path.realpath(text))
+    found = pathlib.Path(os.path.realpath(text))
+    odd = [part for part in found.parts if re.search(r"[*?\[\\]", part) or part == "gs:"]
+    if odd and write:
+        raise error(
+            "Orbax can't write below a directory of this name.",
+            path=found,
+            got=[repr(part) for part in odd],
+            want="a name without * ? [ and the backslash, and not gs:",
+            do="choose another name.",
+        )
+    return found
 
 
 def unwritable(path: pathlib.Path, failure: BaseException, do: str) -> LoraError:

@@ -68,7 +68,7 @@ class Snapshots:
     """The training checkpoints of one directory: one is written at a time, by a thread."""
 
     def __init__(self, folder: str | os.PathLike, params: PyTree, keep: int | None, keep_best: int):
-        self.folder = local(folder)
+        self.folder = local(folder, write=True)
         self.params, self.base = params, fingerprint(params)
         self.keep, self.keep_best = keep, keep_best
         self.key: dict | None = None

@@ -305,7 +305,9 @@ def read_arrays(folder: pathlib.Path, facts: Mapping[str, dict]) -> dict[str, np
     except LoraError:
         raise
     except Exception as failure:  # Orbax and its libraries raise errors of many kinds, MemoryError among them
-        raise damaged(folder, f"{type(failure).__name__}: {str(failure)[-500:]}") from failure
+        odd = "\\" in str(folder) or "gs:" in folder.parts  # Orbax takes them for patterns and addresses
+        do = "rename the directory: no backslash, and not gs:." if odd else ""
+        raise damaged(folder, f"{type(failure).__name__}: {str(failure)[-500:]}", do) from failure
     empty = {
         name: np.empty(fact["shape"], jnp.dtype(fact["dtype"]))
         for name, fact in facts.items()
