@@ -96,16 +96,14 @@ def test_a_function_of_adapters_is_exported_with_every_method():
 def test_pickle_and_a_class_that_a_notebook_defines_twice():
     _, lora = adapters()
     assert_same(pickle.loads(pickle.dumps(lora)), lora)
-    from lorax_fn.core.serializing import register
+    from lorax_fn.core.adapters import register
 
     for _ in range(2):
 
-        @jax.tree_util.register_dataclass
-        @dataclasses.dataclass(frozen=True)
+        @register
         class Own(lx.Adapter):
             value: jax.Array
 
-        register(Own)
         assert serialization.to_state_dict(Own(jnp.ones(2))).keys() == {"value", "static"}
 
 

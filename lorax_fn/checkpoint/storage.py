@@ -23,7 +23,7 @@ import numpy as np
 
 import lorax_fn.methods
 from lorax_fn.checkpoint.files import damaged
-from lorax_fn.core.adapters import Adapter, is_dropped
+from lorax_fn.core.adapters import Adapter
 from lorax_fn.core.errors import LoraError, error
 from lorax_fn.core.serializing import decode, encode
 from lorax_fn.methods.low_rank import SCALINGS, LowRank
@@ -122,7 +122,7 @@ def _problem(cls: type[Adapter], entry: dict, shape: tuple[int, ...] | None) -> 
             return f"{name}={str(value)[:80]}"
     try:
         adapter = _made(cls, entry, {name: _abstract(facts) for name, facts in entry["arrays"].items()})
-        return _rank_problem(adapter) or _trial(adapter, shape)
+        return _trial(adapter, shape) or _rank_problem(adapter)
     except Exception as failure:  # whatever a method meets that is given what it never made
         return f"{type(failure).__name__}: {str(failure).splitlines()[0][:200] if str(failure) else ''}"
 
@@ -146,15 +146,17 @@ def _rank_problem(adapter: Adapter) -> str | None:
         stack = math.prod(adapter.shape[axis] for axis in adapter.layout.stack)
         if not adapter.layout.stack or len(rank) != stack:
             return f"ranks {rank} for a stack of {stack}"
-    if rank is not None and widths and max(ranks, default=0) > max(widths):
+    if isinstance(rank, int | tuple) and widths and max(ranks, default=0) > max(widths):
         return f"rank {rank} for arrays of rank {max(widths)}"
     return None
 
 
 def _trial(adapter: Any, shape: tuple[int, ...] | None) -> str | None:
     """What the adapter says of a leaf of ``shape`` (where that is not known, of the one that it tells of)."""
-    if is_dropped(adapter):
+    if adapter.under_dropout:
         return "a dropout key, which save refuses"
+    if adapter.is_stacked and shape is None:
+        return None  # several side by side, for `jax.vmap`
     if isinstance(adapter, LowRank):
         adapter.layout.shapes(adapter.shape)
         shape = adapter.shape if shape is None else shape
