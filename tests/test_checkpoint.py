@@ -15,8 +15,7 @@ import pytest
 
 from lorax_fn import checkpoint
 from lorax_fn.checkpoint import adapters as saving
-from lorax_fn.checkpoint import files
-from lorax_fn.checkpoint.fingerprint import fingerprint
+from lorax_fn.checkpoint import files, lock
 from lorax_fn.checkpoint.storage import LoraCheckpointWarning
 from lorax_fn.core.adapters import Adapter
 from lorax_fn.core.errors import LoraError
@@ -139,16 +138,6 @@ def test_training_goes_on_identically_after_load(tmp_path):
     (one, losses), (two, losses_loaded) = run(trained, 5), run(loaded, 5)
     assert losses == losses_loaded and bits(one) == bits(two) and losses[-1] < losses[0]
     assert step._cache_size() == 1  # a loaded adapter compiles nothing
-
-
-def test_sharded_params_have_the_same_fingerprint():
-    params = {"w": normal(0, (16, 700)), "b": normal(1, (16,), jnp.bfloat16)}
-    want = fingerprint(params)
-    assert fingerprint(jax.tree.map(np.asarray, params)) == want
-    for kind in (jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit):
-        mesh = jax.make_mesh((8,), ("d",), axis_types=(kind,))
-        sharded = jax.device_put(params, jax.NamedSharding(mesh, jax.P("d")))
-        assert fingerprint(sharded) == want
 
 
 def test_sharded_adapters_are_saved_whole(tmp_path):
@@ -374,3 +363,31 @@ def test_import_does_not_load_orbax():
     code = "import sys, lorax_fn.checkpoint; print([m for m in ('orbax', 'flax') if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+def test_array_alpha_and_adapters_side_by_side(tmp_path):
+    lora = lora_of()
+    live = {"layer/w": dataclasses.replace(lora["layer/w"], alpha=jnp.float32(6))}
+    both = jax.tree.map(lambda x: jnp.stack([x, x]), live)
+    for tree in (live, both):
+        checkpoint.save(tmp_path / "ck", tree)
+        assert bits(checkpoint.load(tmp_path / "ck")) == bits(tree)
+
+
+def test_one_writer_and_what_a_killed_one_left(tmp_path):
+    path = tmp_path / "ck"
+    checkpoint.save(path, lora_of())
+    held = lock.Lock(path)
+    with pytest.raises(LoraError, match="one writer per directory"):
+        checkpoint.save(path, lora_of(2.0))
+    held.release()
+    (path / ".new-0123456789ab" / "arrays-0123456789ab").mkdir(parents=True)
+    (path / "arrays-0123456789ab").mkdir()
+    for name in ("README.md", "arrays-mine", ".new-mine"):
+        (path / name).write_text("mine")
+    checkpoint.save(path, lora_of(2.0))
+    assert bits(checkpoint.load(path)) == bits(lora_of(2.0))
+    assert len(list(path.iterdir())) == 5  # two of ours, three of others
+    (tmp_path / "first" / ".new-0123456789ab").mkdir(parents=True)  # killed at the first save
+    checkpoint.save(tmp_path / "first", lora_of())
+    assert len(list((tmp_path / "first").iterdir())) == 2

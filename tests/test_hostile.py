@@ -1,4 +1,4 @@
-"""Damaged and forged checkpoints: a `LoraError` or the same numbers, and no other error, hang or load of memory.
+"""Damaged and forged checkpoints: a `LoraError` or the same numbers, and no other error, hang or memory.
 
     python tests/test_hostile.py 20000 7
 
