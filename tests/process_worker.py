@@ -52,6 +52,19 @@ def main(processes, index, port, folder, result):
     assert len(step.programs) == 1
     assert len(losses) == (0 if index else 2 * HALF)  # the first process alone reports
     leaves = [multihost_utils.process_allgather(x, tiled=True) for x in jax.tree.leaves(state.lora)]
+    # All processes save; the first one writes what none of them holds whole, and all read it.
+    adapters = pathlib.Path(folder) / "adapters"
+    for _ in range(2):
+        lx.checkpoint.save(adapters, state.lora, extra={"step": state.step})
+    for x, want in zip(jax.tree.leaves(lx.checkpoint.load(adapters)), leaves, strict=True):
+        np.testing.assert_array_equal(x, want)
+    assert int(lx.checkpoint.load_extra(adapters)["step"]) == 2 * HALF
+    said = ""
+    try:
+        lx.checkpoint.save(pathlib.Path(folder) / "log0", state.lora)  # a file
+    except lx.LoraError as failure:
+        said = str(failure)
+    assert ("the first process could not save" if index else "not an adapter checkpoint") in said, said
     if index == 0:
         np.savez(result, np.asarray(losses), int(state.step), *map(np.asarray, leaves))
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from typing import Any
@@ -13,8 +14,8 @@ import optax
 import pytest
 
 from lorax_fn import checkpoint
-from lorax_fn.checkpoint import storage
-from lorax_fn.checkpoint.fingerprint import fingerprint
+from lorax_fn.checkpoint import adapters as saving
+from lorax_fn.checkpoint import files, lock
 from lorax_fn.checkpoint.storage import LoraCheckpointWarning
 from lorax_fn.core.adapters import Adapter
 from lorax_fn.core.errors import LoraError
@@ -82,10 +83,11 @@ def bits(tree):
 
 
 def edit(path, change):
-    """Rewrites the facts, with a right crc32."""
+    """Rewrites the facts, with sums that are right."""
     facts = json.loads((path / "adapter.json").read_text())
     change(facts)
-    storage.write_facts(path / "adapter.json", facts)
+    files.write_facts(path / "adapter.json", facts)
+    files.write_seal(next(path.glob("arrays-*")), facts)
 
 
 @pytest.mark.parametrize("with_params", [False, True])
@@ -138,16 +140,6 @@ def test_training_goes_on_identically_after_load(tmp_path):
     assert step._cache_size() == 1  # a loaded adapter compiles nothing
 
 
-def test_sharded_params_have_the_same_fingerprint():
-    params = {"w": normal(0, (16, 700)), "b": normal(1, (16,), jnp.bfloat16)}
-    want = fingerprint(params)
-    assert fingerprint(jax.tree.map(np.asarray, params)) == want
-    for kind in (jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit):
-        mesh = jax.make_mesh((8,), ("d",), axis_types=(kind,))
-        sharded = jax.device_put(params, jax.NamedSharding(mesh, jax.P("d")))
-        assert fingerprint(sharded) == want
-
-
 def test_sharded_adapters_are_saved_whole(tmp_path):
     lora = {"b": Full(normal(0, (16,)))}
     mesh = jax.make_mesh((8,), ("d",))
@@ -162,7 +154,7 @@ def test_another_base_is_refused_with_every_differing_path(tmp_path):
         "bias": jnp.zeros(4),
         "embed": params["embed"].at[0, 0].add(1.0),
         "n": params["n"].astype(jnp.float32),
-        "key": jax.random.key(6),
+        "key": jax.random.key(6),  # state: no content is compared
         "more": jnp.zeros(1),
     }
     del other["qkv"]
@@ -172,14 +164,13 @@ def test_another_base_is_refused_with_every_differing_path(tmp_path):
     for line in (
         "bias: shape: [3] saved, [4] in params",
         "embed: content: other values",
-        "key: content: other values",
         "more: extra in params",
         "n: dtype: int32 saved, float32 in params",
         "qkv: missing in params",
-        "6 leaves that differ",
+        "5 leaves that differ",
     ):
         assert line in text
-    assert "layer/w" not in text and "np:" not in text
+    assert "layer/w" not in text and "np:" not in text and "key:" not in text
     assert len(checkpoint.load(tmp_path / "ck")) == 3  # without params nothing is compared
 
 
@@ -275,9 +266,9 @@ def test_a_failure_while_saving_leaves_the_old_checkpoint(tmp_path, monkeypatch,
     def disk_full(*args):
         raise OSError("disk full")
 
-    monkeypatch.setattr(checkpoint, moment, disk_full)
+    monkeypatch.setattr(saving, moment, disk_full)
     for name in ("ck", "first"):
-        with pytest.raises(OSError, match="disk full"):
+        with pytest.raises(LoraError, match=r"could not be written(.|\n)*disk full(.|\n)*make room"):
             checkpoint.save(tmp_path / name, lora_of(2.0))
     assert bits(checkpoint.load(tmp_path / "ck")) == bits(lora_of())
     assert [p.name for p in tmp_path.iterdir()] == ["ck"]
@@ -285,14 +276,14 @@ def test_a_failure_while_saving_leaves_the_old_checkpoint(tmp_path, monkeypatch,
 
 def test_a_crash_before_the_last_rename_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     checkpoint.save(tmp_path / "ck", lora_of())
-    real = checkpoint.os.replace
+    real = os.replace
 
     def crash(source, target):
         if str(target).endswith("adapter.json"):
             raise KeyboardInterrupt
         real(source, target)
 
-    monkeypatch.setattr(checkpoint.os, "replace", crash)
+    monkeypatch.setattr(os, "replace", crash)
     with pytest.raises(KeyboardInterrupt):
         checkpoint.save(tmp_path / "ck", lora_of(2.0))
     monkeypatch.undo()
@@ -363,8 +354,8 @@ def test_unknown_format_version_and_method(tmp_path):
     edit(path, lambda facts: facts["adapters"][0].update(method="LoRA"))
     with pytest.raises(LoraError, match=r"unknown fields(.|\n)*LoRA\(value\)"):
         checkpoint.load(path)
-    edit(path, lambda facts: facts.update(version=2))
-    with pytest.raises(LoraError, match="unknown checkpoint format(.|\n)*version 2(.|\n)*version 1"):
+    edit(path, lambda facts: facts.update(version=3))
+    with pytest.raises(LoraError, match="unknown checkpoint format(.|\n)*version 3(.|\n)*version 1 or 2"):
         checkpoint.load(path)
 
 
@@ -372,3 +363,31 @@ def test_import_does_not_load_orbax():
     code = "import sys, lorax_fn.checkpoint; print([m for m in ('orbax', 'flax') if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+def test_array_alpha_and_adapters_side_by_side(tmp_path):
+    lora = lora_of()
+    live = {"layer/w": dataclasses.replace(lora["layer/w"], alpha=jnp.float32(6))}
+    both = jax.tree.map(lambda x: jnp.stack([x, x]), live)
+    for tree in (live, both):
+        checkpoint.save(tmp_path / "ck", tree)
+        assert bits(checkpoint.load(tmp_path / "ck")) == bits(tree)
+
+
+def test_one_writer_and_what_a_killed_one_left(tmp_path):
+    path = tmp_path / "ck"
+    checkpoint.save(path, lora_of())
+    held = lock.Lock(path)
+    with pytest.raises(LoraError, match="one writer per directory"):
+        checkpoint.save(path, lora_of(2.0))
+    held.release()
+    (path / ".new-0123456789ab" / "arrays-0123456789ab").mkdir(parents=True)
+    (path / "arrays-0123456789ab").mkdir()
+    for name in ("README.md", "arrays-mine", ".new-mine"):
+        (path / name).write_text("mine")
+    checkpoint.save(path, lora_of(2.0))
+    assert bits(checkpoint.load(path)) == bits(lora_of(2.0))
+    assert len(list(path.iterdir())) == 5  # two of ours, three of others
+    (tmp_path / "first" / ".new-0123456789ab").mkdir(parents=True)  # killed at the first save
+    checkpoint.save(tmp_path / "first", lora_of())
+    assert len(list((tmp_path / "first").iterdir())) == 2

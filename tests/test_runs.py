@@ -14,8 +14,8 @@ from fit_setup import PARAMS, STEP, assert_same, batches, by_hand, new_state
 
 import lorax_fn as lx
 from lorax_fn import checkpoint
+from lorax_fn.checkpoint import files, restoring
 from lorax_fn.checkpoint import runs as snapshots
-from lorax_fn.checkpoint import storage
 
 
 def fit(folder, steps, source=batches, state=None, params=PARAMS, **kwargs):
@@ -140,7 +140,7 @@ def test_no_weight_of_the_base_is_on_disk_and_the_newest_are_kept(tmp_path):
     sizes = [np.prod(x["shape"]) for entry in facts["adapters"] for x in entry["arrays"].values()]
     assert sizes == [12, 8]
     assert {fact["path"].split("/")[0] for fact in facts["state"]} == {"opt_state", "step", "key"}
-    stored = snapshots.read_snapshot(tmp_path / "step-00000009", facts)
+    stored = restoring.read_snapshot(tmp_path / "step-00000009", facts)
     assert not any(np.array_equal(x, PARAMS["w"]) for x in stored.values())
     assert facts["base"] == snapshots.fingerprint(PARAMS)
 
@@ -203,10 +203,10 @@ def test_a_flipped_byte_anywhere_in_the_facts_is_found(tmp_path):
     content = file.read_bytes()
     for place in range(0, len(content), 3):
         file.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
-        with pytest.raises(storage.DamagedError):
-            storage.read_facts(file, snapshots.FORMAT, snapshots.VERSION)
+        with pytest.raises(files.DamagedError):
+            files.read_facts(file, snapshots.FORMAT, (snapshots.VERSION,))
     file.write_bytes(content)
-    assert storage.read_facts(file, snapshots.FORMAT, snapshots.VERSION)["step"] == 2
+    assert files.read_facts(file, snapshots.FORMAT, (snapshots.VERSION,))["step"] == 2
 
 
 def test_what_a_crash_left_is_swept_up(tmp_path):
@@ -295,7 +295,9 @@ def test_sharded_and_replicated_states_come_back_where_they_were(tmp_path, kind)
     want = train(9, None, state)
     train(6, tmp_path, start)
     seen = []
-    restored = snapshots.Snapshots(tmp_path, params, 3, 1).restore(start)[0]
+    reader = snapshots.Snapshots(tmp_path, params, 3, 1)
+    restored = reader.restore(start)[0]
+    reader.close()
     for x, like in zip(jax.tree.leaves(restored), jax.tree.leaves(start), strict=True):
         assert x.sharding.is_equivalent_to(like.sharding, x.ndim)
         seen.append(x.sharding.device_set)

@@ -1,20 +1,20 @@
-"""How adapters lie on disk: static facts as JSON, arrays by Orbax, a crc32 of every file and of the facts.
+"""How adapters lie on disk: static facts as JSON, arrays by Orbax.
 
 Each adapter is an entry ``{path, method, static {field: value}, arrays {field: facts}}``. A static value is a
-number, a string, a bool or null; ``[...]`` is a tuple and an object of stack, inputs and outputs a Layout.
-The facts of an array are shape and dtype, and for PRNG keys their implementation; the array itself is called
-``<number of the entry>.<field>``. `checkpoint` and the training checkpoints of `fit` both lie so. Orbax is
-imported when a function here is called.
+number, a string, a bool or null; a list is a tuple, and an object of stack, inputs and outputs is a Layout.
+The facts of an array are its shape and dtype, and for PRNG keys their implementation; the array itself is
+called ``<number of the entry>.<field>``. The checkpoints of `save` and those of `fit` both hold adapters in
+this form. Orbax is imported when a function here is called.
 """
 
 import dataclasses
 import importlib
 import json
-import os
+import math
 import pathlib
 import pkgutil
-import zlib
-from collections.abc import Mapping
+import uuid
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -22,9 +22,11 @@ import jax.numpy as jnp
 import numpy as np
 
 import lorax_fn.methods
+from lorax_fn.checkpoint.files import damaged
 from lorax_fn.core.adapters import Adapter
 from lorax_fn.core.errors import LoraError, error
-from lorax_fn.core.layouts import Layout
+from lorax_fn.core.serializing import decode, encode
+from lorax_fn.methods.low_rank import SCALINGS, LowRank
 
 
 class LoraCheckpointWarning(UserWarning):
@@ -35,10 +37,6 @@ class LoraCheckpointWarning(UserWarning):
       >>> issubclass(lx.LoraCheckpointWarning, UserWarning)
       True
     """
-
-
-class DamagedError(LoraError):
-    """A checkpoint of which a part is missing or changed."""
 
 
 def describe(lora: Mapping[str, Adapter]) -> tuple[list[dict], dict[str, Any]]:
@@ -59,8 +57,14 @@ def named_facts(entries: list[dict]) -> dict[str, dict]:
     }
 
 
-def check_known(entries: list[dict]) -> None:
-    """Raises a `LoraError` where an entry's method or fields are of no imported class."""
+def check_known(
+    path: pathlib.Path, entries: list[dict], base: list[dict] | None, *, stacked: bool = False
+) -> None:
+    """Raises a `LoraError` where entries are of no imported class, or where no such adapter can be.
+
+    Their fields must fit each other, and the leaf of the base that they are named after; of a base that may
+    be ``stacked`` (the params of a pmap have an axis of devices) only the names are asked.
+    """
     classes = _methods()
     unknown = [entry for entry in entries if not _known(entry, classes)]
     if unknown:
@@ -71,6 +75,21 @@ def check_known(entries: list[dict]) -> None:
             want=sorted(name for name, found in classes.items() if len(found) == 1),
             do="update lorax_fn, or import the one module that defines the method before loading.",
         )
+    shapes = None if base is None else {leaf["path"]: tuple(leaf["shape"]) for leaf in base}
+    seen: dict[str, str | None] = {}
+    wrong = {}
+    for entry in entries:
+        (cls,) = classes[entry["method"]]
+        known = shapes is None or entry["path"] in shapes
+        shape = shapes.get(entry["path"]) if shapes and not stacked else None
+        kind = json.dumps([entry["method"], entry["static"], entry["arrays"], shape])  # many are alike
+        if kind not in seen:
+            seen[kind] = _problem(cls, entry, shape)
+        problem = seen[kind] if known else "there is no such leaf in the base"
+        if problem:
+            wrong[f"{entry['path']}: {problem}"] = None
+    if wrong:
+        raise damaged(path, [*wrong][:20])
 
 
 def build(entries: list[dict], arrays: Mapping[str, Any]) -> dict[str, Adapter]:
@@ -79,10 +98,103 @@ def build(entries: list[dict], arrays: Mapping[str, Any]) -> dict[str, Adapter]:
     lora = {}
     for i, entry in enumerate(entries):
         (cls,) = classes[entry["method"]]
-        values = {name: _decode(value) for name, value in entry["static"].items()}
-        values |= {field: arrays[f"{i}.{field}"] for field in entry["arrays"]}
-        lora[entry["path"]] = cls(**values)
+        lora[entry["path"]] = _made(cls, entry, {field: arrays[f"{i}.{field}"] for field in entry["arrays"]})
     return lora
+
+
+def _made(cls: type[Adapter], entry: dict, arrays: Mapping[str, Any]) -> Adapter:
+    return cls(**{name: decode(value) for name, value in entry["static"].items()}, **arrays)
+
+
+def _problem(cls: type[Adapter], entry: dict, shape: tuple[int, ...] | None) -> str | None:
+    """Why no adapter of this package has such fields, or why it can't change a leaf of ``shape``."""
+    missing = [
+        field.name
+        for field in dataclasses.fields(cls)
+        if field.default is dataclasses.MISSING and field.name not in entry["static"] | entry["arrays"]
+    ]
+    if missing:
+        return f"{cls.__name__} without {', '.join(missing)}"
+    if not cls.__module__.startswith("lorax_fn."):
+        return None  # nobody but its author knows what it may hold
+    for name, value in entry["static"].items():
+        if name in FIELDS and not FIELDS[name](value):
+            return f"{name}={str(value)[:80]}"
+    try:
+        adapter = _made(cls, entry, {name: _abstract(facts) for name, facts in entry["arrays"].items()})
+        return _trial(adapter, shape) or _rank_problem(adapter)
+    except Exception as failure:  # whatever a method meets that is given what it never made
+        return f"{type(failure).__name__}: {str(failure).splitlines()[0][:200] if str(failure) else ''}"
+
+
+def _abstract(facts: dict) -> jax.ShapeDtypeStruct:
+    plain = jax.ShapeDtypeStruct(tuple(facts["shape"]), jnp.dtype(facts["dtype"]))
+    if not facts["key"]:
+        return plain
+    return jax.eval_shape(lambda words: jax.random.wrap_key_data(words, impl=facts["key"]), plain)
+
+
+def _rank_problem(adapter: Adapter) -> str | None:
+    """Whether the rank is more than the arrays have, or has another number of entries than the stack."""
+    rank: Any = getattr(adapter, "rank", None)
+    ranks: tuple[int, ...] = rank if isinstance(rank, tuple) else (rank,)
+    axes = adapter.axes()
+    widths = [
+        np.shape(getattr(adapter, name))[along.index(None)] for name, along in axes.items() if None in along
+    ]
+    if isinstance(rank, tuple) and isinstance(adapter, LowRank):
+        stack = math.prod(adapter.shape[axis] for axis in adapter.layout.stack)
+        if not adapter.layout.stack or len(rank) != stack:
+            return f"ranks {rank} for a stack of {stack}"
+    if isinstance(rank, int | tuple) and widths and max(ranks, default=0) > max(widths):
+        return f"rank {rank} for arrays of rank {max(widths)}"
+    return None
+
+
+def _trial(adapter: Any, shape: tuple[int, ...] | None) -> str | None:
+    """What the adapter says of a leaf of ``shape`` (where that is not known, of the one that it tells of)."""
+    if adapter.under_dropout:
+        return "a dropout key, which save refuses"
+    if adapter.is_stacked and shape is None:
+        return None  # several side by side, for `jax.vmap`
+    if isinstance(adapter, LowRank):
+        adapter.layout.shapes(adapter.shape)
+        shape = adapter.shape if shape is None else shape
+    elif shape is None:
+        return None
+    leaf = jax.ShapeDtypeStruct(shape, jnp.float32)
+    problem = adapter.problem(leaf)
+    if problem is not None:
+        return f"{problem}, and the base has a leaf of shape {shape}"
+    empty = any(
+        not x.size for x in jax.tree.leaves(adapter)
+    )  # of rank 0: it changes nothing and has no scale
+    got = shape if empty else jax.eval_shape(lambda held, w: held.weight(w), adapter, leaf).shape
+    return None if got == shape else f"a weight of shape {got} for one of shape {shape}"
+
+
+def _number(x: Any) -> bool:
+    return isinstance(x, int | float) and not isinstance(x, bool)
+
+
+def _count(x: Any) -> bool:
+    return isinstance(x, int) and not isinstance(x, bool) and x >= 0
+
+
+def _each(holds: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: all(map(holds, value)) if isinstance(value, list) else holds(value)
+
+
+# What JSON may say of the static fields that methods of this package have; finite is what the schema asks.
+FIELDS = {
+    "alpha": _each(_number),
+    "rank": _each(_count),
+    "scaling": lambda value: isinstance(value, str) and value in SCALINGS,
+    "layout": lambda value: isinstance(value, dict),
+    "rate": lambda value: _number(value) and 0 <= value < 1,
+    "ids": lambda value: isinstance(value, list) and _each(_count)(value) and len(set(value)) == len(value),
+    "sizes": lambda value: isinstance(value, list) and _each(_count)(value),
+}
 
 
 def _methods() -> dict[str, list[type[Adapter]]]:
@@ -115,36 +227,19 @@ def _fields(path: str, adapter: Adapter) -> tuple[dict, dict]:
             if isinstance(value, jax.Array | np.ndarray):  # numpy scalars are static facts
                 arrays[field.name] = value
             else:
-                static[field.name] = _encode(value)
-        except TypeError:
+                static[field.name] = encode(value)
+                json.dumps(static[field.name], allow_nan=False)
+        except (TypeError, ValueError):
             wrong.append(field.name)
     if wrong:
         raise error(
             "an adapter's field can't be stored.",
             path=[f"{path}: {name}" for name in wrong],
             got=[type(getattr(adapter, name)).__name__ for name in wrong],
-            want="an array; or a static number, string, bool, None, Layout or tuple of these",
+            want="an array; or a static finite number, string, bool, None, Layout or tuple of these",
             do="give the method fields of these kinds.",
         )
     return static, arrays
-
-
-def _encode(value: Any) -> Any:
-    if isinstance(value, Layout):
-        return {name: list(getattr(value, name)) for name in ("stack", "inputs", "outputs")}
-    if isinstance(value, tuple):
-        return [_encode(part) for part in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    raise TypeError(type(value).__name__)
-
-
-def _decode(value: Any) -> Any:
-    if isinstance(value, dict):
-        return Layout(**value)
-    return tuple(_decode(part) for part in value) if isinstance(value, list) else value
 
 
 # --- arrays
@@ -182,77 +277,49 @@ def storable(arrays: Mapping[str, Any]) -> dict[str, Any]:
     return {name: x for name, x in arrays.items() if x.size} or {"none": np.zeros(1)}
 
 
-def read_arrays(folder: pathlib.Path, facts: Mapping[str, dict]) -> dict[str, np.ndarray]:
-    """Every array of ``facts`` by name, on the host; `check_files` goes before."""
+def checkpointer(*, together: bool = False) -> Any:
+    """Orbax, for this process alone; ``together`` where every process saves its part of the same arrays."""
     import orbax.checkpoint as ocp
 
-    blank = {name: np.empty(fact["shape"], jnp.dtype(fact["dtype"])) for name, fact in facts.items()}
-    stored = {name: array for name, array in blank.items() if array.size}
-    if stored:
-        with ocp.StandardCheckpointer() as checkpointer:
-            stored = checkpointer.restore(folder, stored)
-    return {name: np.asarray(array) for name, array in (blank | stored).items()}
-
-
-# --- files
-
-
-def file_sums(folder: pathlib.Path) -> dict[str, int]:
-    """``{name: crc32}`` of every file below ``folder``."""
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
-    return {file.relative_to(folder).as_posix(): zlib.crc32(file.read_bytes()) for file in files}
-
-
-def check_files(folder: pathlib.Path, sums: dict[str, int]) -> None:
-    """Raises a `LoraError` that names every file which is missing or changed.
-
-    It goes before Orbax, which leaves broken event loops behind when several reads fail at once.
-    """
-    found = file_sums(folder)
-    wrong = [folder / name for name, crc in sums.items() if found.get(name) != crc]
-    if wrong:
-        raise damaged(wrong, "missing files, or content that does not match its crc32")
-
-
-def _crc(facts: dict) -> int:
-    rest = {name: value for name, value in facts.items() if name != "crc32"}
-    return zlib.crc32(json.dumps(rest, sort_keys=True).encode())
-
-
-def write_facts(path: pathlib.Path, facts: dict) -> None:
-    """Writes ``facts`` and their own crc32 as JSON, down to the disk."""
-    with open(path, "w", encoding="utf-8") as file:
-        json.dump(facts | {"crc32": _crc(facts)}, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def read_facts(path: pathlib.Path, form: str, version: int) -> dict:
-    """Reads what `write_facts` wrote; another format or version, or any damage, is a `LoraError`."""
-    try:
-        facts = json.loads(path.read_text("utf-8"))
-        found = facts["format"], facts["version"]
-    except (OSError, ValueError, KeyError, TypeError) as failure:
-        raise damaged(path, f"{type(failure).__name__}: {failure}") from failure
-    if facts.get("crc32") != _crc(facts):  # first: a flipped byte may lie in the format's name
-        raise damaged(path, "content that does not match its own crc32")
-    if found != (form, version):
-        raise error(
-            "unknown checkpoint format.",
-            path=path,
-            got="{} version {}".format(*found),
-            want=f"{form} version {version}",
-            do="update lorax_fn.",
-        )
-    return facts
-
-
-def damaged(path: Any, got: str) -> DamagedError:
-    """The error of a checkpoint that is not what was written."""
-    text = error(
-        "the checkpoint is damaged.",
-        path=path,
-        got=got,
-        do="restore the directory from a copy, or save the adapters again.",
+    if together or jax.process_count() == 1:
+        return ocp.StandardCheckpointer()
+    mine = jax.process_index()
+    options = ocp.options.MultiprocessingOptions(
+        primary_host=mine, active_processes={mine}, barrier_sync_key_prefix=f"lorax_fn.{uuid.uuid4().hex}"
     )
-    return DamagedError(str(text))
+    return ocp.StandardCheckpointer(multiprocessing_options=options)
+
+
+def read_arrays(folder: pathlib.Path, facts: Mapping[str, dict]) -> dict[str, np.ndarray]:
+    """Every array of ``facts`` by name, on the host; `check_files` goes before."""
+    wanted = {name: fact for name, fact in facts.items() if all(fact["shape"])}
+    stored = {}
+    try:
+        with checkpointer() as reader:
+            held = reader.metadata(folder).item_metadata.tree
+            wrong = [name for name, fact in wanted.items() if not _is_held(held.get(name), fact)]
+            wrong += sorted(held.keys() - wanted.keys() - {"none"})
+            if wrong:
+                raise damaged(folder, [f"{name}: stored otherwise than the facts say" for name in wrong[:20]])
+            # Orbax restores all or nothing: what nobody asks for is read too
+            blank = {name: np.empty(x.shape, x.dtype) for name, x in held.items()}
+            stored = reader.restore(folder, blank) if wanted else {}
+    except LoraError:
+        raise
+    except Exception as failure:  # Orbax and its libraries raise errors of many kinds, MemoryError among them
+        odd = "\\" in str(folder) or "gs:" in folder.parts  # Orbax takes them for patterns and addresses
+        do = "rename the directory: no backslash, and not gs:." if odd else ""
+        raise damaged(folder, f"{type(failure).__name__}: {str(failure)[-500:]}", do) from failure
+    empty = {
+        name: np.empty(fact["shape"], jnp.dtype(fact["dtype"]))
+        for name, fact in facts.items()
+        if name not in wanted
+    }
+    return empty | {name: np.asarray(stored[name]) for name in wanted}
+
+
+def _is_held(found: Any, fact: dict) -> bool:
+    return found is not None and (list(found.shape), str(jnp.dtype(found.dtype))) == (
+        fact["shape"],
+        fact["dtype"],
+    )

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, TypeVar, dataclass_transform
 import jax
 import numpy as np
 
+from lorax_fn.core import serializing
 from lorax_fn.core.errors import error
 from lorax_fn.core.layouts import Layout
 from lorax_fn.core.trees import is_array, is_float
@@ -105,6 +106,7 @@ def register(cls: type[T]) -> type[T]:
         return x
 
     jax.tree_util.register_pytree_with_keys(made, flatten_with_keys, unflatten, flatten)
+    serializing.register(made)
     return made
 
 

@@ -1,13 +1,15 @@
 """What `fit` tells: a progress bar, lines of JSON, and callbacks; all on the first process alone."""
 
 import collections
+import contextlib
 import json
 import math
 import os
 import pathlib
 import sys
 import time
-from collections.abc import Callable, Iterable
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -93,8 +95,29 @@ def _json(value: Any) -> Any:
 
 def read_rows(path: pathlib.Path) -> list[dict]:
     """The whole lines of a file of metrics; a last one that a crash cut short is left out."""
-    lines = path.read_text("utf-8").split("\n")[:-1] if path.is_file() else []
-    return [json.loads(line) for line in lines]
+    if not os.path.lexists(path):
+        return []
+    rows = []
+    try:
+        if not path.is_file():
+            raise ValueError("it is not a file")
+        *lines, last = path.read_text("utf-8").split("\n")
+        for line in lines:
+            row = json.loads(line)
+            if not isinstance(row, dict) or type(row.get("step")) is not int:
+                raise ValueError("no row with a step")
+            rows.append(row)
+        if not last.startswith('{"step"'[: len(last)]):
+            raise ValueError("no row, nor a part of one")
+    except (OSError, ValueError, RecursionError) as failure:
+        raise error(
+            "metrics_file holds something else than the metrics of fit.",
+            path=path,
+            got=f"line {len(rows) + 1}: {type(failure).__name__}: {str(failure)[:200]}",
+            want="one line of JSON with a step per row, or no file",
+            do="move it away or repair that line, or give another metrics_file; nothing was overwritten.",
+        ) from failure
+    return rows
 
 
 class Log:
@@ -120,13 +143,14 @@ class Log:
         self.bar = None if progress is False else _bar(done, steps, needed=progress is True)
         self.plain = progress is None and self.bar is None
         if file is not None:
-            path = pathlib.Path(file)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            kept = [row for row in read_rows(path) if row["step"] <= done] if done else []
-            stage = path.with_name(f".{path.name}.new")
-            stage.write_text("".join(json.dumps(row) + "\n" for row in kept), "utf-8")
-            os.replace(stage, path)
-            self.file = open(path, "a", encoding="utf-8")
+            path = pathlib.Path(os.path.realpath(file))  # a link stays one
+            kept = [row for row in read_rows(path) if row["step"] <= done]
+            with _writing(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                stage = path.with_name(f".{zlib.crc32(path.name.encode()):08x}.new")
+                stage.write_text("".join(json.dumps(row) + "\n" for row in kept), "utf-8")
+                os.replace(stage, path)
+                self.file = open(path, "a", encoding="utf-8")
 
     def tick(self, amount: int) -> None:
         """Begins the clock, or counts what one step worked through."""
@@ -157,7 +181,8 @@ class Log:
     def row(self, row: dict) -> None:
         """One row to the file and, a copy each, to the callbacks."""
         if self.file is not None:
-            self.file.write(json.dumps(_json(row)) + "\n")
+            with _writing(self.file.name):
+                self.file.write(json.dumps(_json(row)) + "\n")
             if time.perf_counter() - self.flushed > FLUSH:
                 self.flush()
         for callback in self.callbacks:
@@ -167,7 +192,8 @@ class Log:
         """Hands to the system what was written to the file."""
         self.flushed = time.perf_counter()
         if self.file is not None:
-            self.file.flush()
+            with _writing(self.file.name):
+                self.file.flush()
 
     def note(self, text: str) -> None:
         """A line above the bar, or to stderr where there is no tqdm."""
@@ -177,9 +203,25 @@ class Log:
             print(text, file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        for part in (self.bar, self.file):
-            if part is not None:
-                part.close()
+        if self.bar is not None:
+            self.bar.close()
+        if self.file is not None:
+            with contextlib.suppress(OSError):  # a full disk: the row that did not fit has been told
+                self.file.close()
+
+
+@contextlib.contextmanager
+def _writing(path: Any) -> Iterator[None]:
+    try:
+        yield
+    except OSError as failure:
+        raise error(
+            "metrics_file can't be written.",
+            path=path,
+            got=f"{type(failure).__name__}: {failure}",
+            do="make room on its disk or give another metrics_file; a run with a checkpoint_dir goes on from "
+            "its last checkpoint.",
+        ) from failure
 
 
 def _bar(done: int, steps: int, *, needed: bool) -> Any:
