@@ -20,8 +20,8 @@ from lorax_fn.methods.low_rank import Start
 from lorax_fn.methods.table import METHODS
 from lorax_fn.methods.whole import Full, Rows
 from lorax_fn.splitting.plans import Plan, make_plans, make_row_plans
-from lorax_fn.targets.patterns import Pattern, Patterns
-from lorax_fn.targets.roles import choose, classify
+from lorax_fn.targets.patterns import Index, Pattern, Patterns
+from lorax_fn.targets.roles import choose, is_default, roles_of
 
 
 def split(
@@ -59,10 +59,13 @@ def split(
         or `lorax_fn.inits.loftq`, which also quantizes W; or one from data, `lorax_fn.inits.eva`,
         `lorax_fn.inits.lora_ga` or `lorax_fn.inits.corda`.
       targets: patterns: a glob over whole path components, a compiled regex, or ``f(path, leaf) -> bool``;
-        one or a sequence. None is every linear weight: no embedding, norm, convolution or output head.
+        one or a sequence. None, or ``"all-linear"``, is every linear weight: no embedding, norm,
+        convolution or output head, and none that is too small for the rank; `summary` lists those left out.
       exclude: patterns that win over ``targets``.
-      full: patterns of leaves trained whole, which win over both.
-      rows: ``{pattern: ids}``: rows of a table to train, such as new tokens of an embedding; see `Rows`.
+      full: patterns of leaves trained whole, which win over both. Running statistics (``batch_stats``,
+        `nnx.BatchStat`, ...) are left alone unless a pattern is their whole path; so they are by ``targets``.
+      rows: ``{pattern: ids}``: rows of a table to train, such as new tokens of an embedding or of an output head;
+        see `Rows`, which also says what to do for a vocabulary that grew.
       layout: `lorax_fn.usage` of the function, or ``{pattern: Layout}``; without it conventions decide.
       key: PRNG key; None is ``jax.random.key(0)``. Each leaf folds in the crc32 of its path, so that another
         target never changes the values of the others.
@@ -74,7 +77,7 @@ def split(
       is that leaf of ``params`` another: what remains of it.
 
     Raises:
-      LoraError: a pattern matches nothing; a rank, alpha, method, scaling, init, key or dtype is not valid,
+      LoraError: a pattern matches or decides nothing; a rank, alpha, method, scaling, init, key or dtype is not valid,
         or not for a weight; ids of rows are out of range or repeat; a weight is not float or its layout is
         open; there is no weight. All offending paths are listed.
 
@@ -87,11 +90,12 @@ def split(
     if not jnp.issubdtype(dtype, jnp.floating):
         raise error("adapters train in a float dtype.", got=f"dtype={dtype!r}", do="dtype=jnp.float32.")
     key = checked_key(jax.random.key(0) if key is None else key)
-    leaves = arrays(params)
-    roles = classify(params, layout)
-    chosen_rows = make_row_plans(leaves, rows)
+    leaves = Index(arrays(params))
+    roles = roles_of(params, leaves, layout)
+    chosen_rows = make_row_plans(leaves, roles, rows)
     layouts, whole = choose(leaves, roles, targets, exclude, full, list(chosen_rows))
-    plans = make_plans(leaves, layouts, rank=rank, alpha=alpha, scaling=scaling, method=method, init=init)
+    choices = {"rank": rank, "alpha": alpha, "scaling": scaling, "method": method, "init": init}
+    plans = make_plans(leaves, layouts, roles, is_default(targets), **choices)
 
     starts = _starts(params, leaves, plans)
     lora: dict[str, Adapter] = {}
@@ -104,7 +108,7 @@ def split(
         elif path in whole:
             lora[path] = Full(_copy(leaves[path], dtype))
         elif path in chosen_rows:
-            lora[path] = run(lambda w, ids=chosen_rows[path]: _rows(w, ids, dtype), leaves[path])
+            lora[path] = run(lambda w, chosen=chosen_rows[path]: _rows(w, *chosen, dtype), leaves[path])
     return replace_leaves(params, residuals), lora
 
 
@@ -140,8 +144,9 @@ def _build(plan: Plan, init: Callable, key: jax.Array, path: str, w: Any, dtype:
     return create(w, start)
 
 
-def _rows(w: Any, ids: tuple[int, ...], dtype: Any) -> Rows:
-    return Rows(jnp.asarray(dense(w))[np.asarray(ids, np.int32)].astype(dtype), ids)
+def _rows(w: Any, ids: tuple[int, ...], axis: int, dtype: Any) -> Rows:
+    rows = jnp.moveaxis(jnp.asarray(dense(w)), axis, 0)[np.asarray(ids, np.int32)]
+    return Rows(rows.astype(dtype), ids, axis)
 
 
 def _copy(leaf: Any, dtype: Any) -> Any:
