@@ -302,7 +302,7 @@ BOTH = r"(?s)a/kernel\n +b/kernel\n"
         ({"method": "lara"}, BOTH + r".*'lara'.*'lora', 'lora_fa'.*method='lora'"),
         ({"init": "kaming"}, BOTH + r".*'kaming'.*'kaiming', 'loftq'.*'orthogonal', 'pissa'.*init='kaiming'"),
         ({"scaling": {"a": "lora", "*": "rs"}}, r"(?s)unknown scaling.*path: +b/kernel\n.*'rs'.*'rslora'"),
-        ({"rows": [1]}, r"rows= is no mapping"),
+        ({"rows": [1]}, r"rows= is not a mapping"),
         ({"rows": {"c": [1]}}, r"rows= matches nothing"),
         ({"rows": {"a": [1]}}, r"(?s)adapted or trained whole, too.*path: +a/kernel"),
         ({"rows": {"a": [8], "b": [-1]}}, BOTH + r".*0 to 7, not \[8\].*0 to 2, not \[-1\]"),
@@ -333,7 +333,7 @@ def test_the_remedy_can_be_pasted():
 @pytest.mark.parametrize(
     ("ranks", "message"),
     [
-        ([1, 2], r"4 ints, one a stack entry, not 2"),
+        ([1, 2], r"4 ints, one per stack entry, not 2"),
         ([1, 2, 3, -1], "ints of 0"),
         ([1, 2, 3, 2.5], "ints of 0"),
         ([0, 0, 0, 0], r"one entry above 0.*exclude="),

@@ -144,8 +144,8 @@ def test_stated_layouts_override_and_conventions_serve_the_rest():
         ({"q": Layout((), (0,), ())}, r"(?s)not a partition.*q/kernel.*\(8, 6\)"),
         ({"q": Layout((0,), (0,), (1,))}, "not a partition"),
         ({"q": Layout((), (0,), (-1,))}, "not a partition"),
-        ({"q": (0, 1)}, r"(?s)holds no layouts.*q: \(0, 1\)"),
-        (Layout((), (0,), (1,)), "no mapping"),
+        ({"q": (0, 1)}, r"(?s)holds what is not a layout.*q: \(0, 1\)"),
+        (Layout((), (0,), (1,)), "is not a mapping"),
     ],
 )
 def test_wrong_layouts(layout, message):
