@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lorax_fn.core.adapters import Adapter
+from lorax_fn.core.adapters import Adapter, is_number
 from lorax_fn.core.errors import error
 from lorax_fn.core.keys import checked_key, leaf_key
 from lorax_fn.core.stored import dense, is_stored
@@ -100,9 +100,10 @@ def split(
     starts = _starts(params, leaves, plans)
     lora: dict[str, Adapter] = {}
     residuals: dict[str, Any] = {}
+    known: dict[Any, tuple[Adapter, Any]] = {}
     for path in leaves:
         if path in plans:
-            lora[path], frozen = _build(plans[path], starts[path], key, path, leaves[path], dtype)
+            lora[path], frozen = _build(plans[path], starts[path], key, path, leaves[path], dtype, known)
             if frozen is not leaves[path]:
                 residuals[path] = frozen
         elif path in whole:
@@ -133,15 +134,28 @@ def _starts(params: PyTree, leaves: Mapping[str, Any], plans: Mapping[str, Plan]
     return starts
 
 
-def _build(plan: Plan, init: Callable, key: jax.Array, path: str, w: Any, dtype: Any) -> tuple[Adapter, Any]:
-    """The adapter of one weight, and the weight to freeze."""
+def _build(
+    plan: Plan, init: Callable, key: jax.Array, path: str, w: Any, dtype: Any, known: dict
+) -> tuple[Adapter, Any]:
+    """The adapter of one weight, and the weight to freeze.
+
+    Of weights without numbers that are alike, only the first is traced: ``known`` holds what it gave.
+    """
     facts = (plan.layout, plan.rank, plan.alpha, plan.scaling)
-    start = Start(leaf_key(key, path), key, *facts, init, dtype)
     create = METHODS[plan.method].create
-    if is_abstract(w):
-        adapter, frozen = jax.eval_shape(lambda w: create(w, start), w)
-        return adapter, frozen if is_stored(frozen) and not is_stored(w) else w
-    return create(w, start)
+    if not is_abstract(w):
+        return create(w, Start(leaf_key(key, path), key, *facts, init, dtype))
+    alike = None
+    if isinstance(w, jax.ShapeDtypeStruct) and is_number(plan.alpha):
+        alike = (w.shape, w.dtype, w.sharding, *facts, plan.method, id(plan.init))
+    if alike in known:
+        return known[alike][0], w
+    start = Start(leaf_key(key, path), key, *facts, init, dtype)
+    adapter, frozen = jax.eval_shape(lambda w: create(w, start), w)
+    frozen = frozen if is_stored(frozen) and not is_stored(w) else w
+    if alike is not None and frozen is w:
+        known[alike] = adapter, frozen
+    return adapter, frozen
 
 
 def _rows(w: Any, ids: tuple[int, ...], axis: int, dtype: Any) -> Rows:

@@ -1,5 +1,6 @@
 """What the names in a path say: output heads, embedding tables and norms, as real models call them."""
 
+import functools
 import re
 
 from lorax_fn.targets.patterns import components
@@ -50,6 +51,7 @@ _RELATIVE = re.compile(r"rel(ative)?_(attention|attn|position|pos)?_?bias")
 _PROJECTIONS = ("proj", "projection", "project", "linear", "dense", "fc", "mlp", "mapping", "embedder")
 
 
+@functools.lru_cache(1 << 16)
 def module_of(path: str) -> str:
     """The name of the module that owns a leaf: the last component before it that is not an index."""
     return next((part for part in reversed(components(path)[:-1]) if not part.isdigit()), "")
@@ -58,15 +60,20 @@ def module_of(path: str) -> str:
 def is_head(path: str) -> bool:
     """Whether the names in a path say that it is an output head; never decided by being last."""
     parts, module = components(path), module_of(path)
-    if any(part in HEAD_NAMES or _HEAD.fullmatch(part) for part in parts) or module in _HEAD_MODULES:
+    if any(map(_names_head, parts)) or module in _HEAD_MODULES:
         return True
-    owners = parts[: parts.index(module)] if module else []
+    owners = parts[: parts.index(module)] if module else ()
     if module == "decoder":  # the output table of BERT and its kin
         return any(part in ("predictions", "cls") for part in owners)
     if module == "linear" and owners:  # of a diffusion transformer
         return owners[-1] == "final_layer"
     inner = any(_BLOCK.fullmatch(part) for part in owners)
-    return (module in _OUTER_HEADS and not inner) or parts == ["fc", "weight"]  # torchvision's classifiers
+    return (module in _OUTER_HEADS and not inner) or parts == ("fc", "weight")  # torchvision's classifiers
+
+
+@functools.lru_cache(1 << 12)
+def _names_head(part: str) -> bool:
+    return part in HEAD_NAMES or _HEAD.fullmatch(part) is not None
 
 
 def is_norm(module: str) -> bool:

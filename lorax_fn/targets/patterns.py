@@ -1,6 +1,7 @@
 """Patterns that name leaves: globs over path components, regexes, and functions."""
 
 import fnmatch
+import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -22,8 +23,6 @@ class Index(dict[str, Any]):
 
     def __init__(self, leaves: Mapping[str, Any]):
         super().__init__(leaves)
-        self._parts = {path: components(path) for path in self}
-        self._joined = {path: "/".join(parts) for path, parts in self._parts.items()}
         self._runs: dict[int, dict[str, list[str]]] = {}
         self._answers: dict[Any, list[str]] = {}
 
@@ -39,7 +38,7 @@ class Index(dict[str, Any]):
 
     def parts(self) -> list[str]:
         """Every component of every path, each once."""
-        return list(dict.fromkeys(part for parts in self._parts.values() for part in parts))
+        return list(dict.fromkeys(part for path in self for part in components(path)))
 
     def _find(self, pattern: Pattern) -> list[str]:
         if isinstance(pattern, str):
@@ -47,15 +46,15 @@ class Index(dict[str, Any]):
             if not _is_glob(pattern):
                 return self._runs_of(len(parts)).get("/".join(parts), [])
             search = _compiled(pattern).search
-            return [path for path, joined in self._joined.items() if search(joined)]
+            return [path for path in self if search("/".join(components(path)))]
         return [path for path, leaf in self.items() if matches(pattern, path, leaf)]
 
     def _runs_of(self, length: int) -> dict[str, list[str]]:
         if length not in self._runs:
             table: dict[str, list[str]] = {}
-            for path, parts in self._parts.items():
-                runs = {"/".join(parts[i : i + length]) for i in range(len(parts) - length + 1)}
-                for run in runs:
+            for path in self:
+                parts = components(path)
+                for run in {"/".join(parts[i : i + length]) for i in range(len(parts) - length + 1)}:
                     table.setdefault(run, []).append(path)
             self._runs[length] = table
         return self._runs[length]
@@ -144,12 +143,9 @@ def first_match(
       LoraError: a pattern names no leaf, or decides nothing: it names only leaves that want no value, or only
         leaves that a pattern before it has decided. A last ``"*"`` is a default and may have nothing left to do.
     """
-    index = indexed(leaves)
-    find(list(values), index, argument)
     decided: dict[str, Any] = {}
     idle: list[tuple[str, str]] = []
-    for i, pattern in enumerate(values):
-        named = index.hits(pattern)
+    for i, (pattern, (_, named)) in enumerate(zip(values, find(list(values), leaves, argument), strict=True)):
         wanted = named if among is None else [path for path in named if path in among]
         fresh = [path for path in wanted if path not in decided]
         decided.update(dict.fromkeys(fresh, pattern))
@@ -185,14 +181,17 @@ def union(found: list) -> list[str]:
 
 
 def label_of(pattern: Pattern) -> str:
+    if isinstance(pattern, str):
+        return pattern
     if isinstance(pattern, re.Pattern):
         return f"re.compile({pattern.pattern!r})"
-    return pattern if isinstance(pattern, str) else getattr(pattern, "__name__", repr(pattern))
+    return getattr(pattern, "__name__", repr(pattern))
 
 
-def components(path: str) -> list[str]:
+@functools.lru_cache(1 << 16)
+def components(path: str) -> tuple[str, ...]:
     """The parts of a path between ``/`` and ``.``."""
-    return [part for part in path.replace(".", "/").split("/") if part] or [""]
+    return tuple(part for part in path.replace(".", "/").split("/") if part) or ("",)
 
 
 def _is_glob(pattern: str) -> bool:
