@@ -289,8 +289,8 @@ BOTH = r"(?s)a/kernel\n +b/kernel\n"
         ({"rank": [1, 2]}, BOTH + r".*not stacked"),
         ({"rank": 7}, BOTH + r".*\(8, 6\).*\(3, 40\).*at most 6.*at most 3"),
         ({"rank": 7}, r"rank=\{'a/kernel': 6, 'b/kernel': 3, '\*': 7\}"),
-        ({"rank": 5}, r"(?s)path: +b/kernel\n.*rank=\{'b/kernel': 3, '\*': 5\}"),
-        ({"rank": {"b": 5, "*": 2}}, r"rank=\{'b/kernel': 3, 'b': 5, '\*': 2\}"),
+        ({"rank": 5, "targets": ["a", "b"]}, r"(?s)path: +b/kernel\n.*rank=\{'b/kernel': 3, '\*': 5\}"),
+        ({"rank": {"b": 5, "*": 2}}, r"rank=\{'b/kernel': 3, '\*': 2\}"),
         ({"rank": {"a": 4}}, r"(?s)rank= has no key for these targets.*b/kernel.*'\*': 16"),
         ({"rank": {"c": 4, "*": 1}}, r"(?s)rank= matches nothing.*got: +c"),
         ({"alpha": math.nan}, BOTH + r".*alpha=nan.*finite"),
@@ -348,7 +348,7 @@ def test_bad_rank_sequences(ranks, message):
 def test_nothing_is_built_before_every_check(monkeypatch):
     monkeypatch.setattr(jax.random, "uniform", lambda *args: pytest.fail("built too early"))
     with pytest.raises(LoraError):
-        split({"a": {"kernel": jnp.ones((8, 6))}, "b": {"kernel": jnp.ones((3, 40))}}, rank=4)
+        split({"a": {"kernel": jnp.ones((8, 6))}, "b": {"kernel": jnp.ones((3, 40))}}, rank=4, targets=["a", "b"])
 
 
 def test_merge_of_a_wrong_lora_lists_everything_and_gives_nothing(monkeypatch):

@@ -4,6 +4,7 @@ Both are pure functions on trees. Every check comes before anything is built, so
 a result.
 """
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from lorax_fn.core.keys import checked_key, leaf_key
 from lorax_fn.core.stored import dense, is_stored
 from lorax_fn.core.trees import PyTree, arrays, is_abstract, is_concrete, replace_leaves, run
 from lorax_fn.methods.low_rank import Start
+from lorax_fn.methods.stuck import LoraStuckWarning, stuck
 from lorax_fn.methods.table import METHODS
 from lorax_fn.methods.whole import Full, Rows
 from lorax_fn.splitting.plans import Plan, make_plans, make_row_plans
@@ -110,7 +112,25 @@ def split(
             lora[path] = Full(_copy(leaves[path], dtype))
         elif path in chosen_rows:
             lora[path] = run(lambda w, chosen=chosen_rows[path]: _rows(w, *chosen, dtype), leaves[path])
+    _warn_of_stuck(lora, plans, residuals)
     return replace_leaves(params, residuals), lora
+
+
+def _warn_of_stuck(lora: Mapping[str, Adapter], plans: Mapping[str, Plan], residuals: Mapping[str, Any]) -> None:
+    """Says which adapters can never move, where a method or an init makes factors of the weight itself."""
+    asked = [path for path in plans if path in residuals or type(lora[path]).frozen]
+    why = {path: reason for path in asked if (reason := stuck(lora[path]))}
+    if why:
+        plan = plans[next(iter(why))]
+        text = error(
+            "these adapters can never move.",
+            path=list(why),
+            got=[f"method={plans[p].method!r}, init={plans[p].init!r}: {reason}" for p, reason in why.items()],
+            want="factors that are not all zero: these are made of a weight of zeros",
+            do=f"exclude={list(why)!r}, or start them otherwise: "
+            f"method={{{next(iter(why))!r}: 'lora', '*': {plan.method!r}}}, init='kaiming'.",
+        )
+        warnings.warn(str(text), LoraStuckWarning, stacklevel=3)
 
 
 def _starts(params: PyTree, leaves: Mapping[str, Any], plans: Mapping[str, Plan]) -> dict[str, Callable]:
