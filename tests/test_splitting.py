@@ -348,7 +348,11 @@ def test_bad_rank_sequences(ranks, message):
 def test_nothing_is_built_before_every_check(monkeypatch):
     monkeypatch.setattr(jax.random, "uniform", lambda *args: pytest.fail("built too early"))
     with pytest.raises(LoraError):
-        split({"a": {"kernel": jnp.ones((8, 6))}, "b": {"kernel": jnp.ones((3, 40))}}, rank=4, targets=["a", "b"])
+        split(
+            {"a": {"kernel": jnp.ones((8, 6))}, "b": {"kernel": jnp.ones((3, 40))}},
+            rank=4,
+            targets=["a", "b"],
+        )
 
 
 def test_merge_of_a_wrong_lora_lists_everything_and_gives_nothing(monkeypatch):

@@ -24,8 +24,8 @@ SHOWN = 5  # lines of one fact, and paths whose nearest names are looked for
 def error(what: str, *, do: str, **facts: object) -> LoraError:
     """Builds a `LoraError` with aligned fact lines: ``error("no match.", path=..., got=..., do=...)``.
 
-    A fact that is a list has one line per entry: the first five, and how many more there are. Where all entries
-    of a list say the same, they are said once.
+    A fact that is a list has one line per entry: the first five, and how many more there are. Where all
+    entries of a list say the same, they are said once.
     """
     lines = [what]
     for name, fact in {**facts, "do": do}.items():

@@ -40,7 +40,8 @@ def misfits(
 ) -> list[tuple[str, str, str]]:
     """``(path, what is there, what should be)`` of every adapter that does not fit its leaf.
 
-    Where params have no leaf of that path, the last is empty: looking for near names takes time, and is for messages.
+    Where params have no leaf of that path, the last is empty: to look for near names takes time, and only a
+    message needs them.
     """
     check_lora(lora)
     return [

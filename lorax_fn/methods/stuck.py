@@ -27,8 +27,8 @@ class LoraStuckWarning(UserWarning):
 def stuck(adapter: Adapter) -> str | None:
     """Why an adapter cannot move, or None where it can or where its numbers are not known.
 
-    To first order ``d(A B) = dA B + A dB``: with random dA and dB of what trains, it is zero where one factor of
-    each product is. So a weight whose A and B both start at zero has a gradient of zero for ever.
+    To first order ``d(A B) = dA B + A dB``. With random dA and dB of what trains it is zero where one factor of
+    each product is zero: the gradient is then zero at every step.
 
     Args:
       adapter: of any method; one without factors moves.
@@ -36,13 +36,13 @@ def stuck(adapter: Adapter) -> str | None:
     Returns:
       One sentence, which names the stack entries if not all of them are stuck.
     """
-    if adapter.pair() is None or not is_concrete(adapter) or adapter.is_stacked:
+    if not is_concrete(adapter) or adapter.is_stacked or adapter.pair() is None:
         return None
     stack = adapter.layout.stack
     moves = np.asarray(_moves(adapter, len(stack)))
     rank = adapter.numbers().get("rank")
-    used = np.asarray(rank if isinstance(rank, tuple) else 1).reshape(moves.shape if isinstance(rank, tuple) else ())
-    entries = np.flatnonzero(~moves & (used > 0))
+    used = np.reshape(rank, moves.shape) > 0 if isinstance(rank, tuple) else True
+    entries = np.flatnonzero(~moves & used)
     if not entries.size:
         return None
     where = f" in stack entries {', '.join(map(str, entries[:8]))}" if entries.size < moves.size else ""

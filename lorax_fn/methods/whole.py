@@ -47,9 +47,9 @@ class Full(Adapter):
 class Rows(Adapter):
     """Chosen rows of a table, such as new tokens of an embedding: ``W' = W`` but ``W'[ids] = values``.
 
-    The transform contracts it as ``W0 + S values``: ``S`` holds the columns ``ids`` of the identity, and ``W0`` is W
-    with zeros for these rows. They are replaced and not added to, so that it does not matter what they were before:
-    nan, inf, or large.
+    The transform contracts it as ``W0 + S values``: ``S`` holds the columns ``ids`` of the identity, and ``W0``
+    is W with zeros for these rows. They are replaced and not added to, so that it does not matter what they
+    were before: nan, inf, or large.
 
     A vocabulary that grew needs a base of the new size first; an adapter of the old table does not fit it:
 
@@ -58,7 +58,7 @@ class Rows(Adapter):
         params["embed"]["embedding"] = jnp.concatenate([table, new])
         params, lora = lx.split(params, rows={"embed": [50, 51]})
 
-    For the other direction, adapters that were trained on a table of 52 rows and a base of 50, pad the base so.
+    Adapters that were trained on a table of 52 rows need the same two lines on a base of 50.
 
     Args:
       values: ``[k, ...]``, the rows as they train, with the axes of W but ``axis``.
@@ -123,7 +123,9 @@ class Rows(Adapter):
         if ndim < 2 or self.axis >= ndim or shape != (len(self.ids), *others):
             return f"rows {self.ids[:8]} along axis {self.axis}, each of shape {shape[1:]}"
         if max(self.ids) >= w.shape[self.axis]:
-            return f"at least {max(self.ids) + 1} rows along axis {self.axis}: pad the table first, see lx.Rows"
+            return (
+                f"at least {max(self.ids) + 1} rows along axis {self.axis}: pad the table first, see lx.Rows"
+            )
         return None
 
     def _rows(self) -> tuple[Any, ...]:

@@ -174,7 +174,12 @@ def summary(params: PyTree, lora: dict[str, Adapter], *, layout: Mapping | None 
     roles = roles_of(params, Index(leaves), layout)
     least = _least_rank(lora)
     skipped = tuple(
-        Skipped(path, tuple(leaf.shape), _why(roles[path], leaf, least), *(_stored(leaf) if is_stored(leaf) else ("", 0)))
+        Skipped(
+            path,
+            tuple(leaf.shape),
+            _why(roles[path], leaf, least),
+            *(_stored(leaf) if is_stored(leaf) else ("", 0)),
+        )
         for path, leaf in leaves.items()
         if path not in lora and len(leaf.shape) > 1
     )

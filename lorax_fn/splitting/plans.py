@@ -160,13 +160,14 @@ def _check_known(
 ) -> None:
     unknown = [path for path in values if known(path) is None]
     if unknown:
-        other = next((x for x in ("method", "scaling") if _is_word_of(x, values[unknown[0]]) and x != name), None)
+        first = values[unknown[0]]
+        other = next((x for x in ("method", "scaling") if x != name and _is_word_of(x, first)), "")
         raise error(
             f"unknown {name}.",
             path=unknown,
             got=[repr(values[path]) for path in unknown],
             want=f"one of {sorted(names)}{more}",
-            do=f"{other}={values[unknown[0]]!r}" if other else f"{name}={DEFAULTS[name]!r}, or another of these.",
+            do=f"{other}={first!r}." if other else f"{name}={DEFAULTS[name]!r}, or another of these.",
         )
 
 
@@ -198,7 +199,7 @@ def _check_ranks(
     methods: Mapping[str, str],
     optional: set[str],
 ) -> set[str]:
-    """Raises where a rank cannot be; the ``optional`` weights to leave out, as they are too small for theirs."""
+    """Raises where a rank cannot be; returns those of the ``optional`` weights that are too small for theirs."""
     wrong, too_large = {}, {}
     for path, rank in ranks.items():
         stack, n, m = layouts[path].shapes(leaves[path].shape)
@@ -303,8 +304,8 @@ def make_row_plans(
 ) -> dict[str, tuple[tuple[int, ...], int]]:
     """The rows to train of each leaf that ``rows={pattern: ids}`` names and their axis, or raises.
 
-    Rows of an embedding lie along the axis that is looked up, those of an output head along its outputs: token 3 is
-    row 3 of both. Of any other leaf they lie along axis 0.
+    Rows of an embedding lie along the axis that is looked up, those of an output head along its outputs: token
+    3 is row 3 of both. Of any other leaf they lie along axis 0.
     """
     if rows is None:
         return {}
@@ -312,13 +313,17 @@ def make_row_plans(
         raise error(
             "rows= is not a mapping.", got=repr(rows), want="{pattern: ids}", do="rows={'embed': [3, 7]}"
         )
-    hits = {pattern: paths for pattern, (_, paths) in zip(rows, find(list(rows), leaves, "rows"), strict=True)}
+    hits = {
+        pattern: paths for pattern, (_, paths) in zip(rows, find(list(rows), leaves, "rows"), strict=True)
+    }
     tables = {path for path, leaf in leaves.items() if is_float(leaf) and len(leaf.shape) > 1}
     alone = {path for paths in hits.values() for path in paths if tables.isdisjoint(paths)}
     among = dict.fromkeys(tables | alone)
     ids, _ = first_match(rows, leaves, "rows", among, lambda path: "not a float table")
     axes = {path: _row_axis(roles[path]) for path in ids}
-    wrong = {p: why for p, given in ids.items() if (why := _rows_problem(given, leaves[p], roles[p], axes[p]))}
+    wrong = {
+        p: why for p, given in ids.items() if (why := _rows_problem(given, leaves[p], roles[p], axes[p]))
+    }
     if wrong:
         raise error(
             "rows= cannot be trained as asked.",
@@ -344,7 +349,8 @@ def _rows_problem(ids: Any, leaf: Any, role: Role, axis: int | None) -> str | No
     if not is_float(leaf) or len(leaf.shape) < 2:
         return "a float table of two or more axes"
     if axis is None:
-        return f"a table with one axis of rows, told by layout=: {role.reason}, {role.layout or 'its layout is open'}"
+        known = role.layout or "its layout is open"
+        return f"a table with one axis of rows, told by layout=: {role.reason}, {known}"
     listed = isinstance(ids, Sequence) and not isinstance(ids, str) or isinstance(ids, np.ndarray | jax.Array)
     ids = list(np.asarray(ids)) if listed and np.ndim(ids) == 1 else []
     if not ids or not all(map(_is_int, ids)):

@@ -66,8 +66,8 @@ def split(
       exclude: patterns that win over ``targets``.
       full: patterns of leaves trained whole, which win over both. Running statistics (``batch_stats``,
         `nnx.BatchStat`, ...) are left alone unless a pattern is their whole path; so they are by ``targets``.
-      rows: ``{pattern: ids}``: rows of a table to train, such as new tokens of an embedding or of an output head;
-        see `Rows`, which also says what to do for a vocabulary that grew.
+      rows: ``{pattern: ids}``: rows of a table to train, such as new tokens of an embedding or of an output
+        head; see `Rows`, which also says what to do for a vocabulary that grew.
       layout: `lorax_fn.usage` of the function, or ``{pattern: Layout}``; without it conventions decide.
       key: PRNG key; None is ``jax.random.key(0)``. Each leaf folds in the crc32 of its path, so that another
         target never changes the values of the others.
@@ -79,9 +79,9 @@ def split(
       is that leaf of ``params`` another: what remains of it.
 
     Raises:
-      LoraError: a pattern matches or decides nothing; a rank, alpha, method, scaling, init, key or dtype is not valid,
-        or not for a weight; ids of rows are out of range or repeat; a weight is not float or its layout is
-        open; there is no weight. All offending paths are listed.
+      LoraError: a pattern matches or decides nothing; a rank, alpha, method, scaling, init, key or dtype is not
+        valid, or not for a weight; ids of rows are out of range or repeat; a weight is not float or its layout
+        is open; there is no weight. The first offending paths are listed, with how many more there are.
 
     Example:
       >>> import jax.numpy as jnp, lorax_fn as lx
@@ -116,7 +116,9 @@ def split(
     return replace_leaves(params, residuals), lora
 
 
-def _warn_of_stuck(lora: Mapping[str, Adapter], plans: Mapping[str, Plan], residuals: Mapping[str, Any]) -> None:
+def _warn_of_stuck(
+    lora: Mapping[str, Adapter], plans: Mapping[str, Plan], residuals: Mapping[str, Any]
+) -> None:
     """Says which adapters can never move, where a method or an init makes factors of the weight itself."""
     asked = [path for path in plans if path in residuals or type(lora[path]).frozen]
     why = {path: reason for path in asked if (reason := stuck(lora[path]))}
@@ -125,7 +127,9 @@ def _warn_of_stuck(lora: Mapping[str, Adapter], plans: Mapping[str, Plan], resid
         text = error(
             "these adapters can never move.",
             path=list(why),
-            got=[f"method={plans[p].method!r}, init={plans[p].init!r}: {reason}" for p, reason in why.items()],
+            got=[
+                f"method={plans[p].method!r}, init={plans[p].init!r}: {reason}" for p, reason in why.items()
+            ],
             want="factors that are not all zero: these are made of a weight of zeros",
             do=f"exclude={list(why)!r}, or start them otherwise: "
             f"method={{{next(iter(why))!r}: 'lora', '*': {plan.method!r}}}, init='kaiming'.",

@@ -73,7 +73,9 @@ def by_convention(path: str, leaf: Any, leaves: Mapping[str, Any], node: Any) ->
         return Role("other", reason=f"norm, by its module's name {module!r}")
     bias, window = _sibling_bias(path, name, leaves), tuple(leaf.shape[-2:])
     if torch and ndim >= 4 and bias is None and window in _WINDOWS:
-        return Role("convolution", reason=f"convolution, by its last axes {window}; which it contracts is open")
+        return Role(
+            "convolution", reason=f"convolution, by its last axes {window}; which it contracts is open"
+        )
     biased = bias == tuple(leaf.shape[:1])  # a table has no bias
     if name in EMBEDDING_NAMES or (torch and is_table(path) and not biased and not is_head(path)):
         if ndim == 2:
@@ -121,7 +123,7 @@ def _by_bias(path: str, leaf: Any, leaves: Mapping[str, Any], module: str, name:
 
 
 def _may_be_transposed(module: str, shape: tuple[int, ...], found: Layout, out_in: bool) -> bool:
-    """A transposed convolution may store its outputs first: with as many inputs, a bias fits either way round."""
+    """A transposed convolution may store outputs first: with as many inputs, a bias fits either way round."""
     if "transpose" in module.lower():
         return True
     (out_axis,) = found.outputs[-1:]

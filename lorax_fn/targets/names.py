@@ -27,8 +27,8 @@ _HEAD = re.compile(
 
 # Heads where the weight's own module is called so.
 _HEAD_MODULES = (
-    "score", "readout", "embed_out", "logits_dense", "to_logits", "token_logits", "vocab_logits", "qa_outputs",
-    "seq_relationship", "vocab_projector", "vocab_proj", "lm_loss", "class_embed", "bbox_embed",
+    "score", "readout", "embed_out", "logits_dense", "to_logits", "token_logits", "vocab_logits",
+    "qa_outputs", "seq_relationship", "vocab_projector", "vocab_proj", "lm_loss", "class_embed", "bbox_embed",
 )  # fmt: skip
 
 
@@ -77,7 +77,7 @@ def _names_head(part: str) -> bool:
 
 
 def is_norm(module: str) -> bool:
-    """Whether a module's name says that it is a norm: ``norm_q``, ``attn_norm_pre``, ``ln_1``, ``LayerNorm``."""
+    """Whether a module's name says that it is a norm: ``norm_q``, ``attn_norm_pre``, ``ln_1``."""
     words = _words(module)
     return any(map(_NORMS.fullmatch, words)) and not any(word in _PROJECTIONS for word in words)
 

@@ -16,9 +16,9 @@ Patterns = Pattern | Sequence[Pattern] | set[Pattern] | frozenset[Pattern] | Non
 class Index(dict[str, Any]):
     """Leaves by path, with tables that answer which of them a pattern names.
 
-    A literal pattern is looked up in a table of all runs of as many components, made once per length; a glob is
-    compiled once; each pattern is answered once. So the time grows with leaves plus patterns, not with their
-    product, where patterns are literal.
+    A literal pattern is looked up in a table of all runs of as many components, made once per length; a glob
+    is compiled once; each pattern is answered once. So the time grows with leaves plus patterns, not with
+    their product, where patterns are literal.
     """
 
     def __init__(self, leaves: Mapping[str, Any]):
@@ -115,7 +115,9 @@ def find(patterns: Any, leaves: Mapping[str, Any], argument: str) -> list[tuple[
             f"a pattern in {argument}= matches nothing.",
             got=[label_of(pattern) for pattern in lost],
             nearest=[path for x in lost[:SHOWN] for path in nearest(label_of(x), paths)] or "none",
-            do="\n".join([*advice, "correct the pattern; a glob names whole components: 'attn/q', 'layer_*'."]),
+            do="\n".join(
+                [*advice, "correct the pattern; a glob names whole components: 'attn/q', 'layer_*'."]
+            ),
         )
     return [(label_of(pattern), hits) for pattern, hits in found]
 
@@ -141,7 +143,7 @@ def first_match(
 
     Raises:
       LoraError: a pattern names no leaf, or decides nothing: it names only leaves that want no value, or only
-        leaves that a pattern before it has decided. A last ``"*"`` is a default and may have nothing left to do.
+        leaves that a pattern before it has decided. A last ``"*"`` is a default and may decide nothing.
     """
     decided: dict[str, Any] = {}
     idle: list[tuple[str, str]] = []
@@ -153,7 +155,9 @@ def first_match(
             continue
         if wanted:
             before = dict.fromkeys(label_of(decided[path]) for path in wanted)
-            idle.append((label_of(pattern), f"all it names is decided by {', '.join(map(repr, before))} before it"))
+            idle.append(
+                (label_of(pattern), f"all it names is decided by {', '.join(map(repr, before))} before it")
+            )
         else:
             more = f", and {len(named) - 1} more" if len(named) > 1 else ""
             idle.append((label_of(pattern), f"it names {named[0]}{more}: {why_not(named[0])}"))

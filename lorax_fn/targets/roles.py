@@ -28,22 +28,23 @@ def classify(params: PyTree, layout: Mapping | None = None) -> dict[str, Role]:
     it is 2-D, or its sibling bias fixes stack and output axes in exactly one way. ``kernel`` and ``w`` are
     (in, out), as Flax and Haiku store them; the others are (out, in), square or not. An Equinox layer's
     type decides before any name. Where every parameter is called ``weight``, the module's name tells norms
-    and embeddings; output heads go by the names that real models give them. A kernel with two input axes, such
-    as ``out`` of Flax attention, is linear unless its module's name holds ``conv``; one with more is a
-    convolution. A convolution with as many input as output channels may be a transposed one, so that its layout
-    is open unless it has the name that Flax gives to plain convolutions. Running statistics are not weights.
+    and embeddings; output heads go by the names that real models give them. A kernel with two input axes,
+    such as ``out`` of Flax attention, is linear unless its module's name holds ``conv``; one with more is a
+    convolution. A convolution with as many input as output channels may be a transposed one, so that its
+    layout is open unless Flax itself gives such names to plain convolutions. Running statistics are not
+    weights.
 
     Args:
       params: the parameter tree; abstract leaves are fine.
-      layout: a `Usage`; or ``{pattern: Layout}``, where the first match wins and conventions serve the rest; or
-        both, ``{**usage, pattern: Layout}``: what is stated wins.
+      layout: a `Usage`; or ``{pattern: Layout}``, where the first match wins and conventions serve the rest;
+        or both, ``{**usage, pattern: Layout}``: what is stated wins.
 
     Returns:
       ``{path: Role}`` in the tree's order.
 
     Raises:
-      LoraError: ``layout`` is of another model, a pattern in it matches or decides nothing, or a layout is not
-        a partition of a weight's axes.
+      LoraError: ``layout`` is of another model, a pattern in it matches or decides nothing, or a layout is
+        not a partition of a weight's axes.
 
     Example:
       >>> import jax.numpy as jnp
@@ -108,14 +109,20 @@ def _stated(
     strange = [f"{label_of(p)}: {x!r}" for p, x in layouts.items() if not isinstance(x, Layout)]
     if strange:
         raise error(
-            "layout= holds what is not a layout.", got=strange, want="{pattern: lx.Layout(...)}", do=f"or {PASTE}"
+            "layout= holds what is not a layout.",
+            got=strange,
+            want="{pattern: lx.Layout(...)}",
+            do=f"or {PASTE}",
         )
     if not layouts:
         return {}
-    # "attn/q" means its kernel, not its bias, and "*" all kernels: a leaf that is not a weight is meant only by a
-    # pattern that names no weight.
+    # "attn/q" means its kernel, not its bias, and "*" all kernels: a leaf that is not a weight is meant only
+    # by a pattern that names no weight.
     weights = {p for p, leaf in leaves.items() if _weight_like(p, leaf, roles[p])}
-    hits = {pattern: paths for pattern, (_, paths) in zip(layouts, find(list(layouts), leaves, "layout"), strict=True)}
+    hits = {
+        pattern: paths
+        for pattern, (_, paths) in zip(layouts, find(list(layouts), leaves, "layout"), strict=True)
+    }
     named = {p for paths in hits.values() for p in paths if not any(q in weights for q in paths)}
     stated, _ = first_match(
         layouts, leaves, "layout", dict.fromkeys(weights | named), lambda path: roles[path].reason
@@ -159,8 +166,8 @@ def choose(
       ``({path: Layout}, [path])``: the weights to adapt, and the leaves to train whole.
 
     Raises:
-      LoraError: a pattern names nothing, no weight or nothing to exclude; a named leaf is not float; a layout is
-        open; a leaf is asked for in two ways; or nothing is left to train.
+      LoraError: a pattern names nothing, no weight or nothing to exclude; a named leaf is not float; a layout
+        is open; a leaf is asked for in two ways; or nothing is left to train.
 
     Example:
       >>> import jax.numpy as jnp
@@ -202,7 +209,9 @@ def choose(
             want="one reading of which axes are stack, inputs and outputs",
             do=f"{PASTE}, or layout={{{undecided[0]!r}: lx.Layout(inputs=..., outputs=...)}}",
         )
-    if not (asked or whole or rows) or (is_default(targets) and not named):  # with targets=() full= may stand alone
+    if not (asked or whole or rows) or (
+        is_default(targets) and not named
+    ):  # with targets=() full= may stand alone
         large = [path for path in leaves if len(leaves[path].shape) > 1]
         raise error(
             "there is no weight to adapt.",
@@ -242,7 +251,9 @@ def _why_fixed(role: Role) -> str:
     return role.reason if role.kind == "statistic" else "it has no gradient"
 
 
-def _left_out(leaves: Mapping[str, Any], roles: Mapping[str, Role], exclude: Any, named: set[str]) -> list[str]:
+def _left_out(
+    leaves: Mapping[str, Any], roles: Mapping[str, Role], exclude: Any, named: set[str]
+) -> list[str]:
     found = find(exclude, leaves, "exclude")
     idle = [(label, hits) for label, hits in found if not any(path in named for path in hits)]
     if idle:
@@ -250,7 +261,9 @@ def _left_out(leaves: Mapping[str, Any], roles: Mapping[str, Role], exclude: Any
             "a pattern in exclude= excludes nothing.",
             path=union(idle),
             got=[label for label, _ in idle],
-            why=[f"{hits[0]}: {roles[hits[0]].reason or 'a weight, but not among targets'}" for _, hits in idle],
+            why=[
+                f"{hits[0]}: {roles[hits[0]].reason or 'a weight, but not among targets'}" for _, hits in idle
+            ],
             want="patterns that name at least one target",
             do="delete the pattern: what it names is not adapted anyway.",
         )

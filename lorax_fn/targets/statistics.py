@@ -24,8 +24,8 @@ _NNX = ("BatchStat", "Cache", "Intermediate", "Perturbation", "RngState")
 def statistics(params: PyTree, leaves: Mapping[str, Any]) -> list[str]:
     """The paths of float leaves that train only where their whole path is named.
 
-    They are known by the collection or name that they go by, or by their Flax NNX variable. Integers and keys need
-    no list: they have no gradient.
+    They are known by the collection or name that they go by, or by their Flax NNX variable. Integers and keys
+    need no list: they have no gradient.
 
     Example:
       >>> import jax.numpy as jnp
@@ -54,5 +54,7 @@ def _variables(params: PyTree) -> set[str]:
     kinds = tuple(kind for name in _NNX if (kind := getattr(nnx, name, None)) is not None)
     nodes = jax.tree_util.tree_flatten_with_path(params, is_leaf=lambda x: isinstance(x, nnx.Variable))[0]
     return {
-        jax.tree_util.keystr(path, simple=True, separator="/") for path, node in nodes if isinstance(node, kinds)
+        jax.tree_util.keystr(path, simple=True, separator="/")
+        for path, node in nodes
+        if isinstance(node, kinds)
     }

@@ -48,4 +48,6 @@ def _alike(part: str, names: Sequence[str]) -> list[str]:
     folded = [name for name in names if name.lower() == part.lower()]
     stem = part.removesuffix("_proj").removesuffix("_layer")
     stems = [name for name in names if name in (stem, f"{part}_proj", f"{stem}_proj", f"w{stem}")]
-    return list(dict.fromkeys([*folded, *stems, *same, *difflib.get_close_matches(part, names, n=3, cutoff=0.7)]))
+    return list(
+        dict.fromkeys([*folded, *stems, *same, *difflib.get_close_matches(part, names, n=3, cutoff=0.7)])
+    )
