@@ -27,8 +27,8 @@ class LoraStuckWarning(UserWarning):
 def stuck(adapter: Adapter) -> str | None:
     """Why an adapter cannot move, or None where it can or where its numbers are not known.
 
-    To first order ``d(A B) = dA B + A dB``. With random dA and dB of what trains it is zero where one factor of
-    each product is zero: the gradient is then zero at every step.
+    To first order, ``d(A B) = dA B + A dB``. With random dA and dB of what trains it is zero where one factor
+    of each product is zero: the gradient is then zero at every step.
 
     Args:
       adapter: of any method; one without factors moves.

@@ -47,9 +47,9 @@ class Full(Adapter):
 class Rows(Adapter):
     """Chosen rows of a table, such as new tokens of an embedding: ``W' = W`` but ``W'[ids] = values``.
 
-    The transform contracts it as ``W0 + S values``: ``S`` holds the columns ``ids`` of the identity, and ``W0``
-    is W with zeros for these rows. They are replaced and not added to, so that it does not matter what they
-    were before: nan, inf, or large.
+    The transform contracts it as ``W0 + S values``: ``S`` holds the columns ``ids`` of the identity, and
+    ``W0`` is W with zeros for these rows. They are replaced and not added to, so that it does not matter what
+    they were before: nan, inf, or large.
 
     A vocabulary that grew needs a base of the new size first; an adapter of the old table does not fit it:
 

@@ -199,7 +199,7 @@ def _check_ranks(
     methods: Mapping[str, str],
     optional: set[str],
 ) -> set[str]:
-    """Raises where a rank cannot be; returns those of the ``optional`` weights that are too small for theirs."""
+    """Raises where a rank cannot be; returns the ``optional`` weights that are too small for theirs."""
     wrong, too_large = {}, {}
     for path, rank in ranks.items():
         stack, n, m = layouts[path].shapes(leaves[path].shape)
@@ -304,8 +304,8 @@ def make_row_plans(
 ) -> dict[str, tuple[tuple[int, ...], int]]:
     """The rows to train of each leaf that ``rows={pattern: ids}`` names and their axis, or raises.
 
-    Rows of an embedding lie along the axis that is looked up, those of an output head along its outputs: token
-    3 is row 3 of both. Of any other leaf they lie along axis 0.
+    Rows of an embedding lie along the axis that is looked up, those of an output head along its outputs:
+    token 3 is row 3 of both. Of any other leaf they lie along axis 0.
     """
     if rows is None:
         return {}

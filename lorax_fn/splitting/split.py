@@ -79,9 +79,9 @@ def split(
       is that leaf of ``params`` another: what remains of it.
 
     Raises:
-      LoraError: a pattern matches or decides nothing; a rank, alpha, method, scaling, init, key or dtype is not
-        valid, or not for a weight; ids of rows are out of range or repeat; a weight is not float or its layout
-        is open; there is no weight. The first offending paths are listed, with how many more there are.
+      LoraError: a pattern matches or decides nothing; a rank, alpha, method, scaling, init, key or dtype is
+        not valid, or not for a weight; ids of rows are out of range or repeat; a weight is not float or its
+        layout is open; there is no weight. The first offending paths are listed, and how many more there are.
 
     Example:
       >>> import jax.numpy as jnp, lorax_fn as lx
