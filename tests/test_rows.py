@@ -33,7 +33,8 @@ def test_rows_are_replaced_whatever_they_were(fn, old, dtype):
     lora = {"embed/embedding": lx.Rows(table(1, 2, D), (18, 19))}
     got, want = lx.adapt(fn, fallback="error")(params, lora, IDS), fn(lx.merge(params, lora), IDS)
     np.testing.assert_allclose(
-        np.asarray(got, np.float32), np.asarray(want, np.float32), rtol=2e-2 if dtype != jnp.float32 else 1e-5,
+        np.asarray(got, np.float32), np.asarray(want, np.float32),
+        rtol=2e-2 if dtype != jnp.float32 else 1e-5,
         atol=2e-5 if dtype != jnp.float32 else 1e-8,
     )  # fmt: skip
 

@@ -38,8 +38,7 @@ def stuck(adapter: Adapter) -> str | None:
     """
     if not is_concrete(adapter) or adapter.is_stacked or adapter.pair() is None:
         return None
-    stack = adapter.layout.stack
-    moves = np.asarray(_moves(adapter, len(stack)))
+    moves = np.asarray(_moves(adapter))
     rank = adapter.numbers().get("rank")
     used = np.reshape(rank, moves.shape) > 0 if isinstance(rank, tuple) else True
     entries = np.flatnonzero(~moves & used)
@@ -49,7 +48,7 @@ def stuck(adapter: Adapter) -> str | None:
     return f"all that trains is multiplied by zeros{where}"
 
 
-def _moves(adapter: Adapter, s: int) -> Any:
+def _moves(adapter: Any) -> Any:
     """``[*s]`` bool: whether a change of what trains changes ``A @ B``."""
     rng = np.random.default_rng(0)
     still = jax.tree.map(lambda x: jnp.zeros_like(x) if is_float(x) else x, adapter)
@@ -68,7 +67,7 @@ def _moves(adapter: Adapter, s: int) -> Any:
     def any_of(x, axes):
         return jnp.any(x != 0, axis=tuple(range(x.ndim - axes, x.ndim)))
 
-    layout: Any = adapter.layout
+    layout = adapter.layout
     n, m = len(layout.inputs) + 1, len(layout.outputs) + 1
     moves = (any_of(da, n) & any_of(b, m)) | (any_of(a, n) & any_of(db, m))
-    return jnp.broadcast_to(moves, jnp.shape(any_of(b, m))) if s else moves
+    return jnp.broadcast_to(moves, any_of(b, m).shape)

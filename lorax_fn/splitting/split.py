@@ -111,7 +111,9 @@ def split(
         elif path in whole:
             lora[path] = Full(_copy(leaves[path], dtype))
         elif path in chosen_rows:
-            lora[path] = run(lambda w, chosen=chosen_rows[path]: _rows(w, *chosen, dtype), leaves[path])
+            lora[path] = run(
+                lambda w, rows=chosen_rows[path]: _rows(w, rows[0], rows[1], dtype), leaves[path]
+            )
     _warn_of_stuck(lora, plans, residuals)
     return replace_leaves(params, residuals), lora
 
