@@ -18,6 +18,7 @@ from lorax_fn.methods.lokr import LoKr as LoKr
 from lorax_fn.methods.lora import LoRA as LoRA
 from lorax_fn.methods.lora_fa import LoRAFA as LoRAFA
 from lorax_fn.methods.lora_xs import LoRAXS as LoRAXS
+from lorax_fn.methods.stuck import LoraStuckWarning as LoraStuckWarning
 from lorax_fn.methods.vera import VeRA as VeRA
 from lorax_fn.methods.whole import Full as Full
 from lorax_fn.methods.whole import Rows as Rows

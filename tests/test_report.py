@@ -2,12 +2,15 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from lorax_fn.core.errors import LoraError
 from lorax_fn.core.layouts import Layout
 from lorax_fn.report.tables import Skipped, summary
 from lorax_fn.splitting.split import split
+from lorax_fn.training.masks import mask
+from lorax_fn.transform.usage import usage
 
 
 def shaped(*shape, dtype=jnp.float32):
@@ -105,3 +108,38 @@ def test_no_adapters_and_a_wrong_lora():
     assert summary({}, {}).percent == 0.0
     with pytest.raises(LoraError, match=r"(?s)does not fit.*w\n.*no such array"):
         summary({"v": shaped(8, 6)}, lora)
+
+
+# What it counts and why -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "numbers"), [("lora", 28), ("dora", 34), ("lora_fa", 12), ("lora_xs", 4), ("vera", 8)]
+)
+def test_what_trains_is_what_the_mask_says(method, numbers):
+    w = jnp.asarray(np.random.default_rng(0).normal(size=(8, 6)), jnp.float32)
+    params, lora = split({"w": {"kernel": w}}, rank=2, method=method)
+    trains = jax.tree.map(lambda x, on: x.size if on else 0, lora, mask(lora))
+    assert summary(params, lora).trainable == sum(jax.tree.leaves(trains)) == numbers
+
+
+def test_reasons_go_by_the_layout_that_split_was_given():
+    def fn(params, x):
+        return (x @ params["a"]["kernel"]) @ jnp.sin(params["b"]["kernel"])
+
+    params = {"a": {"kernel": jnp.ones((4, 4))}, "b": {"kernel": jnp.ones((4, 4))}}
+    layout = usage(fn, params, jnp.ones((1, 4)))
+    _, lora = split(params, rank=2, layout=layout)
+    assert summary(params, lora).skipped[0].reason == "a weight, but not among targets, or excluded"
+    assert (
+        summary(params, lora, layout=layout).skipped[0].reason.startswith("used by sin: no low-rank layout")
+    )
+
+
+def test_what_is_too_small_for_the_rank_is_listed():
+    params = {"q": {"kernel": shaped(64, 64)}, "gate": {"kernel": shaped(8, 1)}}
+    assert summary(*split(params, rank=16)).skipped == (
+        Skipped(
+            "gate/kernel", (8, 1), "too small for the rank of the others: it takes 1 at most; or excluded"
+        ),
+    )

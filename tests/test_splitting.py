@@ -289,8 +289,8 @@ BOTH = r"(?s)a/kernel\n +b/kernel\n"
         ({"rank": [1, 2]}, BOTH + r".*not stacked"),
         ({"rank": 7}, BOTH + r".*\(8, 6\).*\(3, 40\).*at most 6.*at most 3"),
         ({"rank": 7}, r"rank=\{'a/kernel': 6, 'b/kernel': 3, '\*': 7\}"),
-        ({"rank": 5}, r"(?s)path: +b/kernel\n.*rank=\{'b/kernel': 3, '\*': 5\}"),
-        ({"rank": {"b": 5, "*": 2}}, r"rank=\{'b/kernel': 3, 'b': 5, '\*': 2\}"),
+        ({"rank": 5, "targets": ["a", "b"]}, r"(?s)path: +b/kernel\n.*rank=\{'b/kernel': 3, '\*': 5\}"),
+        ({"rank": {"b": 5, "*": 2}}, r"rank=\{'b/kernel': 3, '\*': 2\}"),
         ({"rank": {"a": 4}}, r"(?s)rank= has no key for these targets.*b/kernel.*'\*': 16"),
         ({"rank": {"c": 4, "*": 1}}, r"(?s)rank= matches nothing.*got: +c"),
         ({"alpha": math.nan}, BOTH + r".*alpha=nan.*finite"),
@@ -302,7 +302,7 @@ BOTH = r"(?s)a/kernel\n +b/kernel\n"
         ({"method": "lara"}, BOTH + r".*'lara'.*'lora', 'lora_fa'.*method='lora'"),
         ({"init": "kaming"}, BOTH + r".*'kaming'.*'kaiming', 'loftq'.*'orthogonal', 'pissa'.*init='kaiming'"),
         ({"scaling": {"a": "lora", "*": "rs"}}, r"(?s)unknown scaling.*path: +b/kernel\n.*'rs'.*'rslora'"),
-        ({"rows": [1]}, r"rows= is no mapping"),
+        ({"rows": [1]}, r"rows= is not a mapping"),
         ({"rows": {"c": [1]}}, r"rows= matches nothing"),
         ({"rows": {"a": [1]}}, r"(?s)adapted or trained whole, too.*path: +a/kernel"),
         ({"rows": {"a": [8], "b": [-1]}}, BOTH + r".*0 to 7, not \[8\].*0 to 2, not \[-1\]"),
@@ -333,7 +333,7 @@ def test_the_remedy_can_be_pasted():
 @pytest.mark.parametrize(
     ("ranks", "message"),
     [
-        ([1, 2], r"4 ints, one a stack entry, not 2"),
+        ([1, 2], r"4 ints, one per stack entry, not 2"),
         ([1, 2, 3, -1], "ints of 0"),
         ([1, 2, 3, 2.5], "ints of 0"),
         ([0, 0, 0, 0], r"one entry above 0.*exclude="),
@@ -348,7 +348,11 @@ def test_bad_rank_sequences(ranks, message):
 def test_nothing_is_built_before_every_check(monkeypatch):
     monkeypatch.setattr(jax.random, "uniform", lambda *args: pytest.fail("built too early"))
     with pytest.raises(LoraError):
-        split({"a": {"kernel": jnp.ones((8, 6))}, "b": {"kernel": jnp.ones((3, 40))}}, rank=4)
+        split(
+            {"a": {"kernel": jnp.ones((8, 6))}, "b": {"kernel": jnp.ones((3, 40))}},
+            rank=4,
+            targets=["a", "b"],
+        )
 
 
 def test_merge_of_a_wrong_lora_lists_everything_and_gives_nothing(monkeypatch):

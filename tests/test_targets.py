@@ -1,6 +1,7 @@
 """Patterns name the leaves they should, layouts are taken as given, and wrong requests say what to do."""
 
 import re
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorax_fn.core.errors import LoraError
-from lorax_fn.core.fitting import check_fits
+from lorax_fn.core.fitting import check_fits, misfits
 from lorax_fn.core.layouts import Layout, WeightUse
 from lorax_fn.splitting.split import split
 from lorax_fn.targets.patterns import matches
@@ -144,8 +145,8 @@ def test_stated_layouts_override_and_conventions_serve_the_rest():
         ({"q": Layout((), (0,), ())}, r"(?s)not a partition.*q/kernel.*\(8, 6\)"),
         ({"q": Layout((0,), (0,), (1,))}, "not a partition"),
         ({"q": Layout((), (0,), (-1,))}, "not a partition"),
-        ({"q": (0, 1)}, r"(?s)holds no layouts.*q: \(0, 1\)"),
-        (Layout((), (0,), (1,)), "no mapping"),
+        ({"q": (0, 1)}, r"(?s)holds what is not a layout.*q: \(0, 1\)"),
+        (Layout((), (0,), (1,)), "is not a mapping"),
     ],
 )
 def test_wrong_layouts(layout, message):
@@ -229,3 +230,131 @@ def test_check_fits_lists_every_misfit():
     )
     with pytest.raises(LoraError, match=message):
         check_fits(other, lora)
+
+
+# Keys without effect ----------------------------------------------------------------------------------
+
+MODEL = {
+    "up": {"kernel": shaped(32, 64), "bias": shaped(64)},
+    "down": {"kernel": shaped(64, 32)},
+    "lm_head": {"kernel": shaped(32, 100)},
+    "embed": {"embedding": shaped(100, 32)},
+    "norm": {"scale": shaped(32)},
+}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rank": {"upp": 8, "*": 4}}, r"(?s)rank= matches nothing.*upp.*did you mean 'up'\?"),
+        ({"rank": {"*": 4, "up": 8}}, r"(?s)key of rank= decides nothing.*got: +up\n.*by '\*' before"),
+        ({"alpha": {"u*": 4.0, "up/kernel": 8.0, "*": 2.0}}, r"(?s)alpha=.*up/kernel.*'u\*' before it"),
+        ({"rank": {"lm_head": 8, "*": 4}}, r"(?s)it names lm_head/kernel: output head by name"),
+        ({"method": {"embed": "dora", "*": "lora"}}, r"(?s)method=.*embed/embedding: embedding"),
+        ({"alpha": {"norm": 99.0, "*": 8.0}}, r"(?s)norm/scale: by convention, 'scale' names no weight"),
+        ({"scaling": {"bias": "rslora", "*": "lora"}}, r"(?s)scaling=.*up/bias: by convention"),
+        ({"targets": ["up"], "rank": {"up": 8, "down": 2}}, r"(?s)down/kernel: a weight, but not among"),
+        ({"exclude": ["down"], "init": {"down": "pissa", "*": "kaiming"}}, r"(?s)init=.*down/kernel: a w"),
+        ({"exclude": ["norm"]}, r"(?s)exclude= excludes nothing.*got: +norm\n.*norm/scale: by convention"),
+        ({"targets": ["up"], "exclude": ["down"]}, r"(?s)excludes nothing.*down/kernel: a weight, but not"),
+        ({"rows": {"embed": [1], "embed/embedding": [2]}}, r"(?s)rows= decides nothing.*'embed' before it"),
+        ({"layout": {"*": Layout((), (0,), (1,)), "up": Layout((), (1,), (0,))}}, r"layout= decides nothing"),
+    ],
+)  # fmt: skip
+def test_a_setting_without_effect_is_said(options, message):
+    with pytest.raises(LoraError, match=message):
+        split(MODEL, **({"rank": 4} | options))
+
+
+def test_a_last_star_is_a_default_and_need_not_decide():
+    assert adapted(MODEL, alpha={"up": 2.0, "down": 4.0, "*": 8.0}) == ["down/kernel", "up/kernel"]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        (re.compile("up"), r"(?s)must match the whole path: re\.compile\('\.\*\(\?:up\)\.\*'\) matches 2"),
+        (re.compile("kernel"), r"re\.compile\('\.\*kernel'\) matches 3"),
+        ("up_proj", r"did you mean 'up'"),
+        ("blocks/down_proj", r"did you mean 'down'"),
+        ("wte", r"did you mean 'embed'"),
+        ("LM_HEAD", r"did you mean 'lm_head'"),
+        ("norms", r"did you mean 'norm'"),
+    ],
+)
+def test_near_misses_are_told_what_was_meant(pattern, message):
+    with pytest.raises(LoraError, match=message):
+        split(MODEL, targets=pattern)
+
+
+def test_one_word_of_another_option_is_told_where_it_belongs():
+    with pytest.raises(LoraError, match=r"(?s)unknown method.*do: +scaling='rslora'\."):
+        split(MODEL, method="rslora")
+    with pytest.raises(LoraError, match=r"(?s)unknown scaling.*do: +method='dora'\."):
+        split(MODEL, scaling="dora")
+    with pytest.raises(LoraError, match=r"(?s)not a dict of adapters.*None.*pass \{\}"):
+        check_fits(MODEL, None)
+
+
+# What it costs ----------------------------------------------------------------------------------------
+
+
+def layers(n):
+    names = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    return {"layers": {str(i): {name: {"kernel": shaped(64, 64)} for name in names} for i in range(n)}}
+
+
+def steps(f):
+    """Calls of Python functions: work that does not depend on how busy the machine is."""
+    count = 0
+
+    def trace(frame, event, arg):
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    sys.setprofile(trace)
+    try:
+        f()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+def test_literal_patterns_cost_little_and_time_grows_linearly():
+    work = {}
+    for n in (28, 56):
+        params = layers(n)
+        paths = adapted(params)
+        literal = {"rank": dict.fromkeys(paths, 4), "alpha": dict.fromkeys(paths, 8.0), "targets": paths}
+        plain = steps(lambda params=params: split(params, rank=4))
+        work[n] = steps(lambda params=params, literal=literal: split(params, **literal))
+        assert work[n] <= 1.5 * plain
+    assert work[56] <= 2.2 * work[28]
+
+
+def test_weights_that_are_alike_are_traced_once(monkeypatch):
+    calls = []
+    real = jax.eval_shape
+    monkeypatch.setattr(jax, "eval_shape", lambda *args: calls.append(1) or real(*args))
+    _, lora = split(layers(20), rank=4)
+    assert len(lora) == 140 and len(calls) == 1
+
+
+def test_a_wrong_lora_of_many_paths_answers_at_once_and_briefly():
+    params = layers(32)
+    _, lora = split(params, rank=4)
+    wrong = {path.replace("kernel", "weight"): adapter for path, adapter in lora.items()}
+    message = r"(?s)does not fit.*layers/0/.*and 219 more.*one of \['layers/"
+    with pytest.raises(LoraError, match=message) as caught:
+        check_fits({path: shaped(64, 64) for path in lora}, wrong)
+    assert len(str(caught.value)) < 2500
+    work = steps(lambda: misfits({path: shaped(64, 64) for path in lora}, wrong))
+    assert work < 20 * len(wrong)
+
+
+def test_equal_lines_of_an_error_are_said_once():
+    with pytest.raises(LoraError) as caught:
+        split(layers(12), rank=0)
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 1 + 6 + 3 and lines[6].strip() == "and 79 more"
+    assert lines[7].split() == ["got:", "rank=0"]

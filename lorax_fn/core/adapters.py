@@ -150,6 +150,10 @@ class Adapter:
         """``dW`` in float32 on the weight's own axes, where the class ``adds``."""
         raise TypeError(f"{type(self).__name__} has no dW that is known without its weight")
 
+    def base(self, w: Any) -> Any:
+        """What of the weight stands beside `factors`: all of it, unless the adapter replaces a part."""
+        return w
+
     def axes(self) -> dict[str, tuple[int | None, ...]]:
         """Which axis of the weight each axis of each array field runs along, None for a rank.
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lorax_fn.core.adapters import is_adapter
-from lorax_fn.core.errors import error, nearest
+from lorax_fn.core.errors import SHOWN, error, nearest
 from lorax_fn.core.trees import is_array, is_float
 
 
@@ -17,8 +17,8 @@ def check_fits(leaves: Mapping[str, Any], lora: Any, *, allow_dropped: bool = Tr
       allow_dropped: whether adapters of `lorax_fn.dropout` are welcome.
 
     Raises:
-      LoraError: ``lora`` is no dict of adapters, or any adapter has no leaf, another shape, or an unwanted
-        dropout; all of them are listed.
+      LoraError: ``lora`` is not a dict of adapters, or an adapter has no leaf, another shape, or an unwanted
+        dropout; the first of them are listed, with how many more there are.
 
     Example:
       >>> from lorax_fn.core.fitting import check_fits
@@ -30,7 +30,7 @@ def check_fits(leaves: Mapping[str, Any], lora: Any, *, allow_dropped: bool = Tr
             "lora does not fit these params.",
             path=[path for path, _, _ in wrong],
             got=[got for _, got, _ in wrong],
-            want=[want for _, _, want in wrong],
+            want=_wanted(leaves, wrong),
             do="use the params that this lora was split from; for dropout, the lora from before it.",
         )
 
@@ -38,12 +38,25 @@ def check_fits(leaves: Mapping[str, Any], lora: Any, *, allow_dropped: bool = Tr
 def misfits(
     leaves: Mapping[str, Any], lora: Any, *, allow_dropped: bool = True
 ) -> list[tuple[str, str, str]]:
-    """``(path, what is there, what should be)`` of every adapter that does not fit its leaf."""
+    """``(path, what is there, what should be)`` of every adapter that does not fit its leaf.
+
+    Where params have no leaf of that path, the last is empty: to look for near names takes time, and only a
+    message needs them.
+    """
     check_lora(lora)
     return [
         (path, *found)
         for path, adapter in lora.items()
         if (found := _misfit(leaves, path, adapter, allow_dropped))
+    ]
+
+
+def _wanted(leaves: Mapping[str, Any], wrong: list[tuple[str, str, str]]) -> list[str]:
+    """What should be there, with the nearest names of the paths that a message has room for."""
+    paths = list(leaves)
+    return [
+        want or (f"one of {nearest(path, paths)}" if i <= SHOWN else "a path of params")
+        for i, (path, _, want) in enumerate(wrong)
     ]
 
 
@@ -53,6 +66,13 @@ def check_lora(lora: Any) -> None:
         strange: Any = type(lora).__name__
     else:
         strange = [f"{path}: {type(x).__name__}" for path, x in lora.items() if not is_adapter(x)]
+    if lora is None:
+        raise error(
+            "lora is not a dict of adapters.",
+            got="None",
+            want="{path: Adapter}, as lx.split returns it second",
+            do="pass {} for the model without adapters.",
+        )
     if strange:
         raise error(
             "lora is not a dict of adapters.",
@@ -67,7 +87,7 @@ def _misfit(
 ) -> tuple[str, str] | None:
     """What is there and what should be, or None where the adapter fits."""
     if path not in leaves or not is_array(leaves[path]):
-        return "no such array in params", f"one of {nearest(path, list(leaves))}"
+        return "no such array in params", ""
     leaf = leaves[path]
     problem = adapter.problem(leaf)
     if problem is not None:

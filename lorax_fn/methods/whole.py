@@ -8,7 +8,7 @@ import numpy as np
 
 from lorax_fn.core.adapters import Adapter, Factors, fact, register
 from lorax_fn.core.layouts import Layout
-from lorax_fn.core.stored import dense
+from lorax_fn.core.stored import dense, is_stored
 
 
 @register
@@ -47,21 +47,35 @@ class Full(Adapter):
 class Rows(Adapter):
     """Chosen rows of a table, such as new tokens of an embedding: ``W' = W`` but ``W'[ids] = values``.
 
-    The transform contracts it as the low-rank ``W + S (values - W[ids])``, ``S`` the columns ``ids`` of the
-    identity, so that neither a lookup nor tied logits build the table.
+    The transform contracts it as ``W0 + S values``: ``S`` holds the columns ``ids`` of the identity, and
+    ``W0`` is W with zeros for these rows. They are replaced and not added to, so that it does not matter what
+    they were before: nan, inf, or large.
+
+    A vocabulary that grew needs a base of the new size first; an adapter of the old table does not fit it:
+
+        table = params["embed"]["embedding"]
+        new = jnp.broadcast_to(table.mean(0, keepdims=True), (2, table.shape[1]))
+        params["embed"]["embedding"] = jnp.concatenate([table, new])
+        params, lora = lx.split(params, rows={"embed": [50, 51]})
+
+    Adapters that were trained on a table of 52 rows need the same two lines on a base of 50.
 
     Args:
-      values: ``[k, *m]``, the rows as they train.
-      ids: which rows of axis 0 they are, each once.
+      values: ``[k, ...]``, the rows as they train, with the axes of W but ``axis``.
+      ids: which rows they are, each once.
+      axis: the axis of W that the rows lie along: 0 for an embedding ``[V, d]``, 1 for a head ``[d, V]``.
 
     Example:
       >>> import jax.numpy as jnp, lorax_fn as lx
       >>> lx.Rows(jnp.ones((1, 2)), ids=(2,)).weight(jnp.zeros((3, 2)))[2]
       Array([1., 1.], dtype=float32)
+      >>> lx.Rows(jnp.ones((1, 3)), ids=(1,), axis=1).weight(jnp.zeros((3, 2)))[0]
+      Array([0., 1.], dtype=float32)
     """
 
     values: Any
     ids: tuple[int, ...] = fact()
+    axis: int = fact(default=0)
 
     @property
     def rank(self) -> int:
@@ -77,20 +91,43 @@ class Rows(Adapter):
         return self
 
     def weight(self, w: jax.Array) -> jax.Array:
-        return dense(w).at[np.asarray(self.ids, np.int32)].set(self.values.astype(w.dtype))
+        return dense(w).at[self._rows()].set(jnp.moveaxis(self.values, 0, self.axis).astype(w.dtype))
 
     def axes(self) -> dict[str, tuple[int | None, ...]]:
-        return {"values": (None, *range(1, len(self.values.shape)))}
+        others = (i for i in range(len(self.values.shape)) if i != self.axis)
+        return {"values": (None, *others)}
 
-    def factors(self, w: jax.Array) -> Factors:
-        ids = np.asarray(self.ids, np.int32)
-        table = np.arange(w.shape[0], dtype=np.int32)
-        a = (jnp.asarray(table)[:, None] == ids[None, :]).astype(self.values.dtype)
-        b = self.values - dense(w)[ids].astype(self.values.dtype)
-        return Factors(a, b, Layout((), (0,), tuple(range(1, w.ndim))), 1.0)
+    def base(self, w: Any) -> Any:
+        """W without the rows that train. A stored table keeps them: `factors` takes them off again."""
+        if is_stored(w):
+            return w
+        trained = np.zeros(w.shape[self.axis], bool)
+        trained[list(self.ids)] = True
+        others = [i for i in range(w.ndim) if i != self.axis]
+        return jnp.where(np.expand_dims(trained, others), jnp.zeros((), w.dtype), w)
+
+    def factors(self, w: Any) -> Factors:
+        number = np.arange(w.shape[self.axis], dtype=np.int32)
+        chosen = jnp.asarray(number)[:, None] == np.asarray(self.ids, np.int32)[None, :]  # [V, k]
+        chosen, rows = chosen.astype(self.values.dtype), self.values
+        if is_stored(w):
+            rows = rows - jnp.moveaxis(dense(w)[self._rows()], self.axis, 0).astype(rows.dtype)
+        others = tuple(i for i in range(len(w.shape)) if i != self.axis)
+        if self.axis == 0:
+            return Factors(chosen, rows, Layout((), (0,), others), 1.0)
+        return Factors(jnp.moveaxis(rows, 0, -1), chosen.T, Layout((), others, (self.axis,)), 1.0)
 
     def problem(self, w: Any) -> str | None:
-        shape = np.shape(self.values)
-        if len(w.shape) < 2 or shape != (len(self.ids), *w.shape[1:]) or max(self.ids) >= w.shape[0]:
-            return f"rows {self.ids[:8]} of shape {shape[1:]}"
+        shape, ndim = np.shape(self.values), len(w.shape)
+        others = tuple(w.shape[i] for i in range(ndim) if i != self.axis)
+        if ndim < 2 or self.axis >= ndim or shape != (len(self.ids), *others):
+            return f"rows {self.ids[:8]} along axis {self.axis}, each of shape {shape[1:]}"
+        if max(self.ids) >= w.shape[self.axis]:
+            return (
+                f"at least {max(self.ids) + 1} rows along axis {self.axis}: pad the table first, see lx.Rows"
+            )
         return None
+
+    def _rows(self) -> tuple[Any, ...]:
+        """The index of the rows in W."""
+        return (slice(None),) * self.axis + (np.asarray(self.ids, np.int32),)

@@ -4,7 +4,7 @@ import dataclasses
 import html
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +14,10 @@ from lorax_fn.core.adapters import Adapter
 from lorax_fn.core.fitting import check_fits
 from lorax_fn.core.stored import is_stored
 from lorax_fn.core.trees import PyTree, arrays, is_float
-from lorax_fn.targets.roles import classify
+from lorax_fn.methods.stuck import stuck
+from lorax_fn.targets.conventions import Role
+from lorax_fn.targets.patterns import Index
+from lorax_fn.targets.roles import roles_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,12 +28,13 @@ class Row:
       path: its path.
       shape: the weight's shape.
       method: the adapter's class.
-      rank: ``r``, one a stack entry, or None for a leaf trained whole.
+      rank: ``r``, or one per stack entry, or None for a leaf trained whole.
       alpha: numerator of the scale, or None.
-      scale: factor of ``A @ B``, one number or one a stack entry, or None.
+      scale: factor of ``A @ B``, one number or one per stack entry, or None.
       trainable: numbers that train, pads not counted.
       format: how a quantized weight is stored, such as ``"nf4"``; empty for an array.
       nbytes: bytes of the weight as it is stored.
+      stuck: why the adapter can never move, or empty where it can or where its numbers are not known.
     """
 
     path: str
@@ -42,6 +46,7 @@ class Row:
     trainable: int
     format: str = ""
     nbytes: int = 0
+    stuck: str = ""
 
     @property
     def total(self) -> int:
@@ -110,6 +115,10 @@ class Summary:
             lines.append("not adapted:")
             cells = [(s.path, str(s.shape), _reason(s)) for s in self.skipped]
             lines.extend("  " + line for line in _aligned(cells))
+        stuck = [(row.path, str(row.shape), row.stuck) for row in self.rows if row.stuck]
+        if stuck:
+            lines.append("can never move:")
+            lines.extend("  " + line for line in _aligned(stuck))
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
@@ -118,6 +127,9 @@ class Summary:
         if self.skipped:
             cells = [(s.path, str(s.shape), _reason(s)) for s in self.skipped]
             tables.append(_html_table(("not adapted", "shape", "reason"), cells))
+        stuck = [(row.path, str(row.shape), row.stuck) for row in self.rows if row.stuck]
+        if stuck:
+            tables.append(_html_table(("can never move", "shape", "reason"), stuck))
         return "".join(tables)
 
     def _table(self) -> list[tuple[str, ...]]:
@@ -135,18 +147,20 @@ class Summary:
         ]
 
 
-def summary(params: PyTree, lora: dict[str, Adapter]) -> Summary:
+def summary(params: PyTree, lora: dict[str, Adapter], *, layout: Mapping | None = None) -> Summary:
     """Lists what is adapted, what it costs, and every other leaf of two or more axes with the reason.
 
     Args:
       params: the frozen tree; abstract leaves are fine.
       lora: its adapters.
+      layout: what `split` was given; the reasons are then the ones that it went by. None is conventions.
 
     Returns:
-      A `Summary`; ``print`` it. Reasons come from conventions, as `split` applies them without ``layout=``.
+      A `Summary`; ``print`` it. Where params have numbers it also lists adapters that can never move.
 
     Raises:
-      LoraError: ``lora`` is not a dict of adapters or does not fit ``params``.
+      LoraError: ``lora`` is not a dict of adapters or does not fit ``params``; ``layout`` is not one of these
+        params.
 
     Example:
       >>> import jax.numpy as jnp, lorax_fn as lx
@@ -157,9 +171,15 @@ def summary(params: PyTree, lora: dict[str, Adapter]) -> Summary:
     leaves = arrays(params)
     check_fits(leaves, lora)
     rows = tuple(_row(path, leaf, lora[path]) for path, leaf in leaves.items() if path in lora)
-    roles = classify(params)
+    roles = roles_of(params, Index(leaves), layout)
+    least = _least_rank(lora)
     skipped = tuple(
-        Skipped(path, tuple(leaf.shape), _why(roles[path]), *(_stored(leaf) if is_stored(leaf) else ("", 0)))
+        Skipped(
+            path,
+            tuple(leaf.shape),
+            _why(roles[path], leaf, least),
+            *(_stored(leaf) if is_stored(leaf) else ("", 0)),
+        )
         for path, leaf in leaves.items()
         if path not in lora and len(leaf.shape) > 1
     )
@@ -182,9 +202,20 @@ def _reason(skipped: Skipped) -> str:
     )
 
 
-def _why(role: Any) -> str:
+def _least_rank(lora: Mapping[str, Adapter]) -> int:
+    """The smallest rank of any adapter, or 0 where none has one number."""
+    ranks = [adapter.numbers().get("rank") for adapter in lora.values() if adapter.pair() is not None]
+    return min((rank for rank in ranks if isinstance(rank, int)), default=0)
+
+
+def _why(role: Role, leaf: Any, least: int) -> str:
     if role.kind == "open":
         return f"not among targets, or left open by conventions: {role.reason}"
+    if role.kind == "linear" and role.layout is not None:
+        _, n, m = role.layout.shapes(leaf.shape)
+        limit = min(math.prod(n), math.prod(m))
+        if limit < least:
+            return f"too small for the rank of the others: it takes {limit} at most; or excluded"
     return role.reason or "a weight, but not among targets, or excluded"
 
 
@@ -195,7 +226,7 @@ def _row(path: str, leaf: Any, adapter: Adapter) -> Row:
         scale = tuple(float(x) for x in scale.ravel())
     shape, method = tuple(leaf.shape), type(adapter).__name__
     numbers = told.get("rank"), told.get("alpha"), scale
-    return Row(path, shape, method, *numbers, adapter.count(), *_stored(leaf))
+    return Row(path, shape, method, *numbers, adapter.count(), *_stored(leaf), stuck(adapter) or "")
 
 
 _HEAD = ("path", "shape", "method", "rank", "alpha", "scale", "trainable", "total", "percent")

@@ -1,4 +1,4 @@
-"""One value a target for rank, alpha, scaling, method and init, all checked before anything is built."""
+"""One value per target for rank, alpha, scaling, method and init, all checked before anything is built."""
 
 import collections
 import dataclasses
@@ -21,7 +21,8 @@ from lorax_fn.inits.base import Init
 from lorax_fn.inits.table import INITS, find_init
 from lorax_fn.methods.low_rank import SCALINGS
 from lorax_fn.methods.table import METHODS
-from lorax_fn.targets.patterns import find, matches
+from lorax_fn.targets.conventions import Role
+from lorax_fn.targets.patterns import find, first_match, label_of
 
 DEFAULTS = {"rank": 16, "alpha": 32.0, "scaling": "lora", "method": "lora", "init": "kaiming"}
 
@@ -38,9 +39,30 @@ class Plan:
     init: Init
 
 
-def make_plans(leaves: Mapping[str, Any], layouts: Mapping[str, Layout], **choices: Any) -> dict[str, Plan]:
-    """Resolves rank, alpha, scaling, method and init for each weight of ``layouts``, or raises."""
-    given = {name: _per_path(name, value, layouts, leaves) for name, value in choices.items()}
+def make_plans(
+    leaves: Mapping[str, Any],
+    layouts: Mapping[str, Layout],
+    roles: Mapping[str, Role],
+    by_default: bool = False,
+    **choices: Any,
+) -> dict[str, Plan]:
+    """Resolves rank, alpha, scaling, method and init for each weight of ``layouts``, or raises.
+
+    Args:
+      leaves: all leaves by path.
+      layouts: the weights to adapt.
+      roles: what each leaf is, to say why a key decides nothing.
+      by_default: whether nobody named these weights. Those too small for the rank that all get are then left
+        out; a weight whose rank was named by another key than ``"*"`` counts as named.
+      **choices: one value or ``{pattern: value}`` for each field of `Plan` but the layout.
+    """
+
+    def why_not(path: str) -> str:
+        return roles[path].reason or "a weight, but not among targets, or excluded"
+
+    found = {name: _per_path(name, value, layouts, leaves, why_not) for name, value in choices.items()}
+    given = {name: values for name, (values, _) in found.items()}
+    decided = found["rank"][1]
     _check_known("method", given["method"], METHODS, _named_in(METHODS, given["method"]))
     _check_known("scaling", given["scaling"], SCALINGS, _named_in(SCALINGS, given["scaling"]))
     inits = {path: find_init(init) for path, init in given["init"].items()}
@@ -52,8 +74,10 @@ def make_plans(leaves: Mapping[str, Any], layouts: Mapping[str, Layout], **choic
         ", or a value of lx.inits: lx.inits.eva(fn, batches)",
     )
     ranks = {path: _as_rank(rank) for path, rank in given["rank"].items()}
-    _check_ranks(ranks, leaves, layouts, choices["rank"], given["method"])
-    alphas = {path: _as_alpha(alpha, ranks[path]) for path, alpha in given["alpha"].items()}
+    optional = {path for path in layouts if by_default and decided.get(path, "*") == "*"}
+    left_out = _check_ranks(ranks, leaves, layouts, (choices["rank"], decided), given["method"], optional)
+    layouts = {path: layout for path, layout in layouts.items() if path not in left_out}
+    alphas = {path: _as_alpha(given["alpha"][path], ranks[path]) for path in layouts}
     _check_alphas(alphas, {path: axes.shapes(leaves[path].shape)[0] for path, axes in layouts.items()})
     words: tuple[Any, ...] = (given["scaling"], given["method"], inits)
     plans = {p: Plan(layouts[p], ranks[p], alphas[p], *(word[p] for word in words)) for p in layouts}
@@ -109,29 +133,22 @@ def _without_effect(method: Any, plan: Plan, names: Iterable[str]) -> str | None
 
 
 def _per_path(
-    name: str, value: Any, targets: Mapping[str, Layout], leaves: Mapping[str, Any]
-) -> dict[str, Any]:
-    """One value a target, from one value for all or from ``{pattern: value}``, first match first."""
+    name: str, value: Any, targets: Mapping[str, Layout], leaves: Mapping[str, Any], why_not: Callable
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """One value per target, and the pattern that decided it where ``{pattern: value}`` was given."""
     if not isinstance(value, Mapping):
-        return dict.fromkeys(targets, value)
-    for pattern in value:
-        find([pattern], leaves, name)
-    chosen, lost = {}, []
-    for path in targets:
-        hits = [v for pattern, v in value.items() if matches(pattern, path, leaves[path])]
-        if hits:
-            chosen[path] = hits[0]
-        else:
-            lost.append(path)
+        return dict.fromkeys(targets, value), {}
+    chosen, decided = first_match(value, leaves, name, targets, why_not)
+    lost = [path for path in targets if path not in chosen]
     if lost:
         raise error(
             f"{name}= has no key for these targets.",
             path=lost,
-            got=list(map(str, value)),
+            got=[str(list(map(label_of, value)))],
             want="a key that matches each target",
             do=f"end the mapping with '*': {DEFAULTS[name]!r}",
         )
-    return chosen
+    return chosen, decided
 
 
 def _named_in(table: Mapping[str, Any], names: Mapping[str, Any]) -> Callable:
@@ -143,13 +160,19 @@ def _check_known(
 ) -> None:
     unknown = [path for path in values if known(path) is None]
     if unknown:
+        first = values[unknown[0]]
+        other = next((x for x in ("method", "scaling") if x != name and _is_word_of(x, first)), "")
         raise error(
             f"unknown {name}.",
             path=unknown,
             got=[repr(values[path]) for path in unknown],
             want=f"one of {sorted(names)}{more}",
-            do=f"{name}={DEFAULTS[name]!r}, or another of these.",
+            do=f"{other}={first!r}." if other else f"{name}={DEFAULTS[name]!r}, or another of these.",
         )
+
+
+def _is_word_of(name: str, value: Any) -> bool:
+    return isinstance(value, str) and value in {"method": METHODS, "scaling": SCALINGS}[name]
 
 
 def _as_rank(rank: Any) -> Any:
@@ -168,7 +191,15 @@ def _is_int(x: Any) -> bool:
     return isinstance(x, numbers.Integral) and not isinstance(x, bool)
 
 
-def _check_ranks(ranks: Mapping[str, Any], leaves: Mapping, layouts: Mapping, given: Any, methods: Mapping):
+def _check_ranks(
+    ranks: Mapping[str, Any],
+    leaves: Mapping[str, Any],
+    layouts: Mapping[str, Layout],
+    given: tuple[Any, Mapping[str, Any]],
+    methods: Mapping[str, str],
+    optional: set[str],
+) -> set[str]:
+    """Raises where a rank cannot be; returns the ``optional`` weights that are too small for theirs."""
     wrong, too_large = {}, {}
     for path, rank in ranks.items():
         stack, n, m = layouts[path].shapes(leaves[path].shape)
@@ -184,16 +215,19 @@ def _check_ranks(ranks: Mapping[str, Any], leaves: Mapping, layouts: Mapping, gi
             path=list(wrong),
             got=[f"rank={ranks[path]!r}" for path in wrong],
             want=list(wrong.values()),
-            do="rank=16, or one int a stack entry for a stacked weight, or {pattern: rank}.",
+            do="rank=16, or one int per stack entry for a stacked weight, or {pattern: rank}.",
         )
+    if too_large.keys() <= optional and len(too_large) < len(ranks):
+        return set(too_large)
     if too_large:
         raise error(
             "a rank is larger than its weight allows.",
             path=list(too_large),
             got=[f"rank={ranks[path]} for shape {tuple(leaves[path].shape)}" for path in too_large],
             want=[f"at most {limit}{_of(methods[path])}" for path, limit in too_large.items()],
-            do=f"rank={_remedy(ranks, too_large, given)!r}",
+            do=f"rank={_remedy(ranks, too_large, *given)!r}",
         )
+    return set()
 
 
 def _of(method: str) -> str:
@@ -207,25 +241,30 @@ def _rank_problem(rank: Any, entries: int | None) -> str | None:
     if entries is None:
         return "one int: this weight is not stacked"
     if len(rank) != entries:
-        return f"{entries} ints, one a stack entry, not {len(rank)}"
+        return f"{entries} ints, one per stack entry, not {len(rank)}"
     if not all(_is_int(r) and r >= 0 for r in rank):
         return "ints of 0 (not adapted) or more"
     return None if any(rank) else "one entry above 0; to adapt none of them name the weight in exclude="
 
 
-def _remedy(ranks: Mapping[str, Any], limits: Mapping[str, int], given: Any) -> dict:
-    """The mapping to paste: the largest rank allowed where the given one does not fit, else the given."""
+def _remedy(ranks: Mapping[str, Any], limits: Mapping[str, int], given: Any, decided: Mapping) -> dict:
+    """The mapping to paste: the largest rank allowed where the given one does not fit, else the given.
+
+    Keys of the given mapping that would then decide nothing are left out.
+    """
 
     def clipped(rank, limit):
         return tuple(min(r, limit) for r in rank) if isinstance(rank, tuple) else min(rank, limit)
 
     fitting = {glob.escape(path): clipped(ranks[path], limit) for path, limit in limits.items()}
-    others = given if isinstance(given, Mapping) else {"*": _as_rank(given)}
-    return fitting | {pattern: rank for pattern, rank in others.items() if pattern not in fitting}
+    if not isinstance(given, Mapping):
+        return fitting | {"*": _as_rank(given)}
+    used = {pattern for path, pattern in decided.items() if path not in limits} | ({"*"} & given.keys())
+    return fitting | {pattern: rank for pattern, rank in given.items() if pattern in used - fitting.keys()}
 
 
 def _as_alpha(alpha: Any, rank: int | tuple[int, ...]) -> Any:
-    """A float, or one a stack entry where alpha is a function of ranks that differ."""
+    """A float, or one per stack entry where alpha is a function of ranks that differ."""
     if not callable(alpha):
         return _number(alpha)
     if isinstance(rank, tuple):
@@ -260,20 +299,31 @@ def _check_alphas(alphas: Mapping[str, Any], stacks: Mapping[str, tuple[int, ...
         )
 
 
-def make_row_plans(leaves: Mapping[str, Any], rows: Any) -> dict[str, tuple[int, ...]]:
-    """The rows to train of each leaf that ``rows={pattern: ids}`` names, or raises."""
+def make_row_plans(
+    leaves: Mapping[str, Any], roles: Mapping[str, Role], rows: Any
+) -> dict[str, tuple[tuple[int, ...], int]]:
+    """The rows to train of each leaf that ``rows={pattern: ids}`` names and their axis, or raises.
+
+    Rows of an embedding lie along the axis that is looked up, those of an output head along its outputs:
+    token 3 is row 3 of both. Of any other leaf they lie along axis 0.
+    """
     if rows is None:
         return {}
     if not isinstance(rows, Mapping):
         raise error(
-            "rows= is no mapping.", got=repr(rows), want="{pattern: ids}", do="rows={'embed': [3, 7]}"
+            "rows= is not a mapping.", got=repr(rows), want="{pattern: ids}", do="rows={'embed': [3, 7]}"
         )
-    ids: dict[str, Any] = {}
-    for pattern, given in rows.items():
-        ((_, hits),) = find([pattern], leaves, "rows")
-        tables = [path for path in hits if is_float(leaves[path]) and len(leaves[path].shape) > 1]
-        ids.update((path, given) for path in tables or hits if path not in ids)
-    wrong = {path: why for path, given in ids.items() if (why := _rows_problem(given, leaves[path]))}
+    hits = {
+        pattern: paths for pattern, (_, paths) in zip(rows, find(list(rows), leaves, "rows"), strict=True)
+    }
+    tables = {path for path, leaf in leaves.items() if is_float(leaf) and len(leaf.shape) > 1}
+    alone = {path for paths in hits.values() for path in paths if tables.isdisjoint(paths)}
+    among = dict.fromkeys(tables | alone)
+    ids, _ = first_match(rows, leaves, "rows", among, lambda path: "not a float table")
+    axes = {path: _row_axis(roles[path]) for path in ids}
+    wrong = {
+        p: why for p, given in ids.items() if (why := _rows_problem(given, leaves[p], roles[p], axes[p]))
+    }
     if wrong:
         raise error(
             "rows= cannot be trained as asked.",
@@ -282,19 +332,32 @@ def make_row_plans(leaves: Mapping[str, Any], rows: Any) -> dict[str, tuple[int,
             want=list(wrong.values()),
             do="rows={'embed': [3, 7]}: each id once, from 0 to the number of rows less one.",
         )
-    return {path: tuple(int(i) for i in given) for path, given in ids.items()}
+    return {path: (tuple(int(i) for i in given), axes[path] or 0) for path, given in ids.items()}
 
 
-def _rows_problem(ids: Any, leaf: Any) -> str | None:
+def _row_axis(role: Role) -> int | None:
+    """The axis that rows are counted along; None where it is open."""
+    if role.kind not in ("embedding", "head"):
+        return 0
+    if role.layout is None:
+        return None
+    axes = role.layout.inputs if role.kind == "embedding" else role.layout.outputs
+    return axes[0] if len(axes) == 1 and not role.layout.stack else None
+
+
+def _rows_problem(ids: Any, leaf: Any, role: Role, axis: int | None) -> str | None:
     if not is_float(leaf) or len(leaf.shape) < 2:
         return "a float table of two or more axes"
+    if axis is None:
+        known = role.layout or "its layout is open"
+        return f"a table with one axis of rows, told by layout=: {role.reason}, {known}"
     listed = isinstance(ids, Sequence) and not isinstance(ids, str) or isinstance(ids, np.ndarray | jax.Array)
     ids = list(np.asarray(ids)) if listed and np.ndim(ids) == 1 else []
     if not ids or not all(map(_is_int, ids)):
         return "a sequence of one or more ints"
     counts = collections.Counter(map(int, ids))
-    outside = sorted(i for i in counts if not 0 <= i < leaf.shape[0])
+    outside = sorted(i for i in counts if not 0 <= i < leaf.shape[axis])
     if outside:
-        return f"ids from 0 to {leaf.shape[0] - 1}, not {outside[:8]}"
+        return f"ids from 0 to {leaf.shape[axis] - 1}, not {outside[:8]}: axis {axis} holds the rows"
     twice = sorted(i for i, count in counts.items() if count > 1)
     return f"each id once: {twice[:8]} repeat" if twice else None

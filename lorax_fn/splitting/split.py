@@ -4,6 +4,7 @@ Both are pure functions on trees. Every check comes before anything is built, so
 a result.
 """
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,17 +12,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lorax_fn.core.adapters import Adapter
+from lorax_fn.core.adapters import Adapter, is_number
 from lorax_fn.core.errors import error
 from lorax_fn.core.keys import checked_key, leaf_key
 from lorax_fn.core.stored import dense, is_stored
 from lorax_fn.core.trees import PyTree, arrays, is_abstract, is_concrete, replace_leaves, run
 from lorax_fn.methods.low_rank import Start
+from lorax_fn.methods.stuck import LoraStuckWarning, stuck
 from lorax_fn.methods.table import METHODS
 from lorax_fn.methods.whole import Full, Rows
 from lorax_fn.splitting.plans import Plan, make_plans, make_row_plans
-from lorax_fn.targets.patterns import Pattern, Patterns
-from lorax_fn.targets.roles import choose, classify
+from lorax_fn.targets.patterns import Index, Pattern, Patterns
+from lorax_fn.targets.roles import choose, is_default, roles_of
 
 
 def split(
@@ -59,10 +61,13 @@ def split(
         or `lorax_fn.inits.loftq`, which also quantizes W; or one from data, `lorax_fn.inits.eva`,
         `lorax_fn.inits.lora_ga` or `lorax_fn.inits.corda`.
       targets: patterns: a glob over whole path components, a compiled regex, or ``f(path, leaf) -> bool``;
-        one or a sequence. None is every linear weight: no embedding, norm, convolution or output head.
+        one or a sequence. None, or ``"all-linear"``, is every linear weight: no embedding, norm,
+        convolution or output head, and none that is too small for the rank; `summary` lists those left out.
       exclude: patterns that win over ``targets``.
-      full: patterns of leaves trained whole, which win over both.
-      rows: ``{pattern: ids}``: rows of a table to train, such as new tokens of an embedding; see `Rows`.
+      full: patterns of leaves trained whole, which win over both. Running statistics (``batch_stats``,
+        `nnx.BatchStat`, ...) are left alone unless a pattern is their whole path; so they are by ``targets``.
+      rows: ``{pattern: ids}``: rows of a table to train, such as new tokens of an embedding or of an output
+        head; see `Rows`, which also says what to do for a vocabulary that grew.
       layout: `lorax_fn.usage` of the function, or ``{pattern: Layout}``; without it conventions decide.
       key: PRNG key; None is ``jax.random.key(0)``. Each leaf folds in the crc32 of its path, so that another
         target never changes the values of the others.
@@ -74,9 +79,9 @@ def split(
       is that leaf of ``params`` another: what remains of it.
 
     Raises:
-      LoraError: a pattern matches nothing; a rank, alpha, method, scaling, init, key or dtype is not valid,
-        or not for a weight; ids of rows are out of range or repeat; a weight is not float or its layout is
-        open; there is no weight. All offending paths are listed.
+      LoraError: a pattern matches or decides nothing; a rank, alpha, method, scaling, init, key or dtype is
+        not valid, or not for a weight; ids of rows are out of range or repeat; a weight is not float or its
+        layout is open; there is no weight. The first offending paths are listed, and how many more there are.
 
     Example:
       >>> import jax.numpy as jnp, lorax_fn as lx
@@ -87,25 +92,51 @@ def split(
     if not jnp.issubdtype(dtype, jnp.floating):
         raise error("adapters train in a float dtype.", got=f"dtype={dtype!r}", do="dtype=jnp.float32.")
     key = checked_key(jax.random.key(0) if key is None else key)
-    leaves = arrays(params)
-    roles = classify(params, layout)
-    chosen_rows = make_row_plans(leaves, rows)
+    leaves = Index(arrays(params))
+    roles = roles_of(params, leaves, layout)
+    chosen_rows = make_row_plans(leaves, roles, rows)
     layouts, whole = choose(leaves, roles, targets, exclude, full, list(chosen_rows))
-    plans = make_plans(leaves, layouts, rank=rank, alpha=alpha, scaling=scaling, method=method, init=init)
+    choices = {"rank": rank, "alpha": alpha, "scaling": scaling, "method": method, "init": init}
+    plans = make_plans(leaves, layouts, roles, is_default(targets), **choices)
 
     starts = _starts(params, leaves, plans)
     lora: dict[str, Adapter] = {}
     residuals: dict[str, Any] = {}
+    known: dict[Any, tuple[Adapter, Any]] = {}
     for path in leaves:
         if path in plans:
-            lora[path], frozen = _build(plans[path], starts[path], key, path, leaves[path], dtype)
+            lora[path], frozen = _build(plans[path], starts[path], key, path, leaves[path], dtype, known)
             if frozen is not leaves[path]:
                 residuals[path] = frozen
         elif path in whole:
             lora[path] = Full(_copy(leaves[path], dtype))
         elif path in chosen_rows:
-            lora[path] = run(lambda w, ids=chosen_rows[path]: _rows(w, ids, dtype), leaves[path])
+            lora[path] = run(
+                lambda w, rows=chosen_rows[path]: _rows(w, rows[0], rows[1], dtype), leaves[path]
+            )
+    _warn_of_stuck(lora, plans, residuals)
     return replace_leaves(params, residuals), lora
+
+
+def _warn_of_stuck(
+    lora: Mapping[str, Adapter], plans: Mapping[str, Plan], residuals: Mapping[str, Any]
+) -> None:
+    """Says which adapters can never move, where a method or an init makes factors of the weight itself."""
+    asked = [path for path in plans if path in residuals or type(lora[path]).frozen]
+    why = {path: reason for path in asked if (reason := stuck(lora[path]))}
+    if why:
+        plan = plans[next(iter(why))]
+        text = error(
+            "these adapters can never move.",
+            path=list(why),
+            got=[
+                f"method={plans[p].method!r}, init={plans[p].init!r}: {reason}" for p, reason in why.items()
+            ],
+            want="factors that are not all zero: these are made of a weight of zeros",
+            do=f"exclude={list(why)!r}, or start them otherwise: "
+            f"method={{{next(iter(why))!r}: 'lora', '*': {plan.method!r}}}, init='kaiming'.",
+        )
+        warnings.warn(str(text), LoraStuckWarning, stacklevel=3)
 
 
 def _starts(params: PyTree, leaves: Mapping[str, Any], plans: Mapping[str, Plan]) -> dict[str, Callable]:
@@ -129,19 +160,33 @@ def _starts(params: PyTree, leaves: Mapping[str, Any], plans: Mapping[str, Plan]
     return starts
 
 
-def _build(plan: Plan, init: Callable, key: jax.Array, path: str, w: Any, dtype: Any) -> tuple[Adapter, Any]:
-    """The adapter of one weight, and the weight to freeze."""
+def _build(
+    plan: Plan, init: Callable, key: jax.Array, path: str, w: Any, dtype: Any, known: dict
+) -> tuple[Adapter, Any]:
+    """The adapter of one weight, and the weight to freeze.
+
+    Of weights without numbers that are alike, only the first is traced: ``known`` holds what it gave.
+    """
     facts = (plan.layout, plan.rank, plan.alpha, plan.scaling)
-    start = Start(leaf_key(key, path), key, *facts, init, dtype)
     create = METHODS[plan.method].create
-    if is_abstract(w):
-        adapter, frozen = jax.eval_shape(lambda w: create(w, start), w)
-        return adapter, frozen if is_stored(frozen) and not is_stored(w) else w
-    return create(w, start)
+    if not is_abstract(w):
+        return create(w, Start(leaf_key(key, path), key, *facts, init, dtype))
+    alike = None
+    if isinstance(w, jax.ShapeDtypeStruct) and is_number(plan.alpha):
+        alike = (w.shape, w.dtype, w.sharding, *facts, plan.method, id(plan.init))
+    if alike in known:
+        return known[alike][0], w
+    start = Start(leaf_key(key, path), key, *facts, init, dtype)
+    adapter, frozen = jax.eval_shape(lambda w: create(w, start), w)
+    frozen = frozen if is_stored(frozen) and not is_stored(w) else w
+    if alike is not None and frozen is w:
+        known[alike] = adapter, frozen
+    return adapter, frozen
 
 
-def _rows(w: Any, ids: tuple[int, ...], dtype: Any) -> Rows:
-    return Rows(jnp.asarray(dense(w))[np.asarray(ids, np.int32)].astype(dtype), ids)
+def _rows(w: Any, ids: tuple[int, ...], axis: int, dtype: Any) -> Rows:
+    rows = jnp.moveaxis(jnp.asarray(dense(w)), axis, 0)[np.asarray(ids, np.int32)]
+    return Rows(rows.astype(dtype), ids, axis)
 
 
 def _copy(leaf: Any, dtype: Any) -> Any:

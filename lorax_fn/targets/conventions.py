@@ -12,35 +12,27 @@ from typing import Any
 
 from lorax_fn.core.layouts import Layout, WeightUse
 from lorax_fn.core.trees import PyTree, flatten_with_paths, is_float
+from lorax_fn.targets.names import (
+    EMBEDDING_NAMES,
+    OUT_IN_NAMES,
+    WEIGHT_NAMES,
+    is_head,
+    is_norm,
+    is_table,
+    may_be_table,
+    module_of,
+)
 from lorax_fn.targets.patterns import components
-
-WEIGHT_NAMES = ("kernel", "w", "weight", "weight_ih", "weight_hh")
-
-
-OUT_IN_NAMES = ("weight", "weight_ih", "weight_hh")  # torch and Equinox; `kernel` and `w` are (in, out)
-
-
-EMBEDDING_NAMES = ("embedding", "embeddings")
-
-
-HEAD_NAMES = ("lm_head", "head", "logits", "unembed", "classifier", "output_projection")
-
 
 PASTE = "layout=lx.usage(fn, params, *args)"
 
 
-# Torch-style trees call every parameter `weight`, so there the module's name must tell what it is.
-_TORCH_NORM = re.compile(r"(.*norm|ln|bn)(_?(\d+|[a-z]))?", re.IGNORECASE)
-
-
-_TORCH_EMBEDDING = re.compile(
-    r"(.*[_-])?(emb|embed|embedding|embeddings|embed_tokens|embed_positions|embed_in|wte|wpe)(_?\d+)?",
-    re.IGNORECASE,
-)
-
-
 # The names that Linen and Haiku themselves give to convolutions that are not transposed.
 _PLAIN_CONVOLUTION = re.compile(r"Conv_\d+|conv\d_d(_\d+)?")
+
+
+# Torch keeps the window of a convolution in the last axes; no linear weight is as small.
+_WINDOWS = ((1, 1), (3, 3), (5, 5), (7, 7))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,14 +42,17 @@ class Role:
     Args:
       kind: ``"linear"`` is adapted by default; ``"head"``, ``"embedding"``, ``"convolution"`` and ``"used"``
         only where named; ``"open"`` (a weight whose layout nothing decides) and ``"unserved"`` (a weight that
-        cannot be adapted) raise where they are asked for; ``"other"`` is no weight.
+        cannot be adapted) raise where they are asked for; ``"statistic"`` is left alone unless its whole path
+        is named; ``"other"`` is not a weight.
       layout: its axes, or None where they are open.
       reason: why it is not adapted by default; empty for ``"linear"``.
+      traced: whether a traced function told all this, so that tracing it again would tell nothing new.
     """
 
     kind: str
     layout: Layout | None = None
     reason: str = ""
+    traced: bool = False
 
 
 def by_convention(path: str, leaf: Any, leaves: Mapping[str, Any], node: Any) -> Role:
@@ -72,10 +67,17 @@ def by_convention(path: str, leaf: Any, leaves: Mapping[str, Any], node: Any) ->
         return Role("other", reason="fewer than two axes")
     if node is not None:
         return _by_node(path, ndim, *node)
-    module = _module(path)
-    if name == "weight" and _TORCH_NORM.fullmatch(module):
+    # Torch-style trees call every parameter `weight`, so there the module's name must tell what it is.
+    module, torch = module_of(path), name == "weight"
+    if torch and is_norm(module):
         return Role("other", reason=f"norm, by its module's name {module!r}")
-    if name in EMBEDDING_NAMES or (name == "weight" and _TORCH_EMBEDDING.fullmatch(module)):
+    bias, window = _sibling_bias(path, name, leaves), tuple(leaf.shape[-2:])
+    if torch and ndim >= 4 and bias is None and window in _WINDOWS:
+        return Role(
+            "convolution", reason=f"convolution, by its last axes {window}; which it contracts is open"
+        )
+    biased = bias == tuple(leaf.shape[:1])  # a table has no bias
+    if name in EMBEDDING_NAMES or (torch and is_table(path) and not biased and not is_head(path)):
         if ndim == 2:
             return Role("embedding", Layout((), (0,), (1,)), "embedding")
         return Role("embedding", reason="embedding; which axis holds its rows is open")
@@ -101,7 +103,7 @@ def _by_bias(path: str, leaf: Any, leaves: Mapping[str, Any], module: str, name:
     shape, bias = tuple(leaf.shape), _sibling_bias(path, name, leaves)
     if bias == shape:
         return Role("other", reason="elementwise: its bias has its own shape")
-    if name == "weight" and len(shape) == 2 and "emb" in module.lower():
+    if name == "weight" and len(shape) == 2 and may_be_table(module) and bias is None and not is_head(path):
         return _open(path, f"{module!r} may be an embedding (rows are inputs) or a projection")
     fits = _layouts(shape, bias, name in OUT_IN_NAMES)
     found = fits[0] if len(fits) == 1 else None
@@ -121,7 +123,7 @@ def _by_bias(path: str, leaf: Any, leaves: Mapping[str, Any], module: str, name:
 
 
 def _may_be_transposed(module: str, shape: tuple[int, ...], found: Layout, out_in: bool) -> bool:
-    """Transposed convolutions may swap in and out: with as many of both, a bias fits either way round."""
+    """A transposed convolution may store outputs first: with as many inputs, a bias fits either way round."""
     if "transpose" in module.lower():
         return True
     (out_axis,) = found.outputs[-1:]
@@ -148,6 +150,11 @@ def _layouts(shape: tuple[int, ...], bias: tuple[int, ...] | None, out_in: bool)
 
 def by_use(path: str, leaf: Any, use: WeightUse | None) -> Role:
     """A leaf as the traced function uses it."""
+    return dataclasses.replace(_by_use(path, leaf, use), traced=True)
+
+
+def _by_use(path: str, leaf: Any, use: WeightUse | None) -> Role:
+    """What `by_use` says, but for ``traced``."""
     name = components(path)[-1]
     weight_like = name in WEIGHT_NAMES and len(leaf.shape) >= 2
     if not is_float(leaf):
@@ -170,7 +177,7 @@ def by_use(path: str, leaf: Any, use: WeightUse | None) -> Role:
 
 
 def equinox_layers(params: PyTree) -> dict[str, tuple[str, int]]:
-    """``{path of a weight: (kind, axes that are no stack)}`` of the Equinox layers in a tree.
+    """``{path of a weight: (kind, axes that are not a stack)}`` of the Equinox layers in a tree.
 
     Asked of Equinox only where it is loaded: a tree cannot hold its layers otherwise.
     """
@@ -195,22 +202,12 @@ def equinox_layers(params: PyTree) -> dict[str, tuple[str, int]]:
 
 def linear_or_head(path: str, layout: Layout) -> Role:
     """A linear weight; as an output head it waits to be named."""
-    return Role("head", layout, "output head by name") if _is_head(path) else Role("linear", layout)
+    return Role("head", layout, "output head by name") if is_head(path) else Role("linear", layout)
 
 
 def _open(path: str, why: str) -> Role:
     """A head is not adapted by default, so nobody needs its layout then."""
-    return Role("head" if _is_head(path) else "open", reason=why)
-
-
-def _is_head(path: str) -> bool:
-    """Whether a component of the path names an output head; never decided by being last."""
-    return any(part in HEAD_NAMES for part in components(path))
-
-
-def _module(path: str) -> str:
-    """The name of the module that owns a leaf: the last component before it that is not an index."""
-    return next((part for part in reversed(components(path)[:-1]) if not part.isdigit()), "")
+    return Role("head" if is_head(path) else "open", reason=why)
 
 
 def _sibling_bias(path: str, name: str, leaves: Mapping[str, Any]) -> tuple[int, ...] | None:

@@ -122,4 +122,4 @@ def wrap(path: str, base: Any, adapter: Adapter | None) -> Any:
     if adapter is None:
         return Factored(base, {}, 1.0, 0.0, (path,)) if is_stored(base) else base
     factors = adapter.factors(base)
-    return adapter.weight(base) if factors is None else factor(path, base, factors)
+    return adapter.weight(base) if factors is None else factor(path, adapter.base(base), factors)

@@ -1,0 +1,73 @@
+"""Adapters that can never move: where nothing that trains changes the weight, no step will ever do so."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lorax_fn.core.adapters import Adapter
+from lorax_fn.core.trees import is_concrete, is_float
+
+
+class LoraStuckWarning(UserWarning):
+    """Adapters were made that no training can move, such as those of PiSSA for a weight of zeros.
+
+    Example:
+      >>> import warnings, jax.numpy as jnp, lorax_fn as lx
+      >>> with warnings.catch_warnings(record=True) as caught:
+      ...     warnings.simplefilter("always")
+      ...     _ = lx.split({"kernel": jnp.zeros((3, 2))}, rank=1, init="pissa")
+      >>> caught[0].category.__name__
+      'LoraStuckWarning'
+    """
+
+
+def stuck(adapter: Adapter) -> str | None:
+    """Why an adapter cannot move, or None where it can or where its numbers are not known.
+
+    To first order, ``d(A B) = dA B + A dB``. With random dA and dB of what trains it is zero where one factor
+    of each product is zero: the gradient is then zero at every step.
+
+    Args:
+      adapter: of any method; one without factors moves.
+
+    Returns:
+      One sentence, which names the stack entries if not all of them are stuck.
+    """
+    if not is_concrete(adapter) or adapter.is_stacked or adapter.pair() is None:
+        return None
+    moves = np.asarray(_moves(adapter))
+    rank = adapter.numbers().get("rank")
+    used = np.reshape(rank, moves.shape) > 0 if isinstance(rank, tuple) else True
+    entries = np.flatnonzero(~moves & used)
+    if not entries.size:
+        return None
+    where = f" in stack entries {', '.join(map(str, entries[:8]))}" if entries.size < moves.size else ""
+    return f"all that trains is multiplied by zeros{where}"
+
+
+def _moves(adapter: Any) -> Any:
+    """``[*s]`` bool: whether a change of what trains changes ``A @ B``."""
+    rng = np.random.default_rng(0)
+    still = jax.tree.map(lambda x: jnp.zeros_like(x) if is_float(x) else x, adapter)
+    step = {
+        name: jnp.asarray(rng.normal(size=x.shape), x.dtype)
+        for name in adapter.trained()
+        if is_float(x := getattr(adapter, name))
+    }
+
+    def factors(x):
+        pair: Any = x.pair()
+        return pair.a, pair.b
+
+    (a, b), (da, db) = jax.jvp(factors, (adapter,), (dataclasses.replace(still, **step),))
+
+    def any_of(x, axes):
+        return jnp.any(x != 0, axis=tuple(range(x.ndim - axes, x.ndim)))
+
+    layout = adapter.layout
+    n, m = len(layout.inputs) + 1, len(layout.outputs) + 1
+    moves = (any_of(da, n) & any_of(b, m)) | (any_of(a, n) & any_of(db, m))
+    return jnp.broadcast_to(moves, any_of(b, m).shape)
