@@ -209,7 +209,7 @@ def compare_merges(
     for name in args.merge:
         stored = lx.quantize(params, name, block=args.block, layout=layout)
 
-        def trained_with(function):
+        def trained_with(function, stored=stored):
             _, lora = lx.split(stored, rank=args.rank, key=jax.random.key(args.seed))  # the step consumes it
             return train(args, function, stored, lora, rows)[0].lora
 

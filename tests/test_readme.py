@@ -1,4 +1,4 @@
-"""Every Python block of README.md runs, top to bottom, in one fresh process; warnings are errors."""
+"""Every Python block of README.md and of each page of docs/ runs, top to bottom, in a process of its own."""
 
 import os
 import pathlib
@@ -26,15 +26,32 @@ def python_blocks(text):
     return "\n".join(script) + "\n"
 
 
-def test_blocks_run_top_to_bottom(tmp_path):
-    script = tmp_path / "README.md"
-    script.write_text(python_blocks(README))
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_blocks_run_top_to_bottom(page, tmp_path):
+    blocks = python_blocks(page.read_text())
+    if page.name in ("README.md", "training.md", "methods.md"):
+        assert blocks.strip()
+    script = tmp_path / page.name
+    script.write_text(blocks)
     run = [sys.executable, "-W", "error", str(script)]
     done = subprocess.run(
         run, cwd=tmp_path, env={**os.environ, **STRICT}, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert README.count("```python\n") >= 6
+
+
+def test_the_readme_is_short_and_has_blocks():
+    assert README.count("```python\n") >= 5
+    assert len(README.splitlines()) <= 210
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files(page):
+    links = re.findall(r"\]\((?!https?:)([^)#]+)(?:#[^)]*)?\)", page.read_text())
+    assert not [link for link in links if not (page.parent / link).exists()]
 
 
 def test_blocks_keep_their_line_numbers():
@@ -48,7 +65,13 @@ def test_the_two_commands_come_first():
     assert commands == ["make demo", "make test"]
 
 
-NAMED = sorted(set(re.findall(r"`((?:tests|examples|benchmarks)/[\w/]+\.\w+)`", README)))
+NAMED = sorted(
+    {
+        name
+        for page in PAGES
+        for name in re.findall(r"`((?:tests|examples|benchmarks)/[\w/]+\.\w+)`", page.read_text())
+    }
+)
 
 
 @pytest.mark.parametrize("name", NAMED)
