@@ -122,7 +122,7 @@ def main() -> int:
     outputs = 4 * SIZES.batch * SIZES.tokens * SIZES.layers * (5 * SIZES.width + SIZES.hidden)
     dora, lora, frozen_a = (found[name] for name in ("dora", "lora", "lora_fa"))
     clock, processor = np.median(taken["dora"] / taken["lora"], axis=0)
-    checks = [  # what issue 4 asks for
+    checks = [
         ("dora clock / lora", clock, 1.15),
         ("dora processor / lora", processor, 1.15),
         ("dora flops / lora", dora["flops"] / lora["flops"], 1.10),

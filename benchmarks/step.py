@@ -29,7 +29,7 @@ import optax
 import lorax_fn as lx
 
 FULL, MERGE, HAND, ADAPT = "full", "merge in loss", "by hand", "adapt"
-TARGETS = {  # what issue 2 asks for: (measure, against) -> at most
+TARGETS = {  # (measure, against) -> at most
     ("time", HAND): 0.95,
     ("time", FULL): 0.75,
     ("flops", HAND): 1.002,

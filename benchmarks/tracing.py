@@ -31,7 +31,7 @@ SHAPES = {
     "up": (WIDTH, HIDDEN),
     "down": (HIDDEN, WIDTH),
 }
-MOST = {"seconds": 1.5, "lines": 1.0}  # adapt / by hand, from issue 3
+MOST = {"seconds": 1.5, "lines": 1.0}  # adapt / by hand
 
 
 def norm(x, scale):

@@ -32,7 +32,7 @@ def covariance(fn, w, x, layout, basis=None):
 
 
 def of(*inputs):
-    """What the covariances should be: one a stack entry."""
+    """What the covariances should be: one per stack entry."""
     return np.stack([np.asarray(x, np.float64).T @ np.asarray(x, np.float64) for x in inputs])
 
 
@@ -63,7 +63,7 @@ def times(w, x):
 times.defjvp(lambda primals, tangents: (times(*primals), tangents[1] @ primals[0] + primals[1] @ tangents[0]))
 WIDE = np.concatenate([X, 2 * X], 1)
 ROWS = np.arange(1.0, 6.0, dtype=np.float32)
-# name -> (fn, the weight, x, its layout, its inputs as matrices, one a stack entry)
+# name -> (fn, the weight, x, its layout, its inputs as matrices, one per stack entry)
 CASES = {
     "dense": (lambda p, x: x @ p["w"], (5, 4), X, DENSE, [X]),
     "in a jit": (jax.jit(lambda p, x: x @ p["w"]), (5, 4), X, DENSE, [X]),

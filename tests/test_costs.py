@@ -62,7 +62,7 @@ def test_gradient_of_a_layer_costs_half_of_full_fine_tuning():
 
 
 def test_48_gradient_has_exactly_the_leaves_of_lora():
-    """Acceptance 48: 512 x 256 at rank 8 is 24,576 bytes; a cotangent of W would be 524,288 more."""
+    """512 x 256 at rank 8 is 24,576 bytes; a cotangent of W would be 524,288 more."""
     params, lora = lx.split({"w": normal(1, (512, 256)), "b": jnp.zeros(256)}, rank=8, layout={"w": IO})
     run = lx.adapt(lambda p, x: jnp.tanh(x @ p["w"] + p["b"][None]), fallback="error")
 

@@ -35,7 +35,7 @@ def identity(*stack):
 
 
 def test_rate_zero_is_the_identity():
-    """Acceptance 13, evaluation: without dropout nothing is random."""
+    """Without dropout nothing is random."""
     assert lx.dropout(LORA, 0.0, jax.random.key(0)) is LORA
 
 
@@ -46,7 +46,7 @@ def test_rates_out_of_range_raise(rate):
 
 
 def test_13_mean_over_keys_is_the_undropped_change():
-    """Acceptance 13, training: stochastic and unbiased."""
+    """Stochastic and unbiased."""
     keys = jax.random.split(jax.random.key(1), 4000)
     changes = jax.vmap(lambda key: change(key, rate=0.25))(keys)
     want = X @ lx.delta(LORA)["w"]

@@ -63,7 +63,7 @@ def caught(fn, *args):
 
 @pytest.mark.parametrize("name", FALLBACKS)
 def test_warns_once_with_path_shape_primitive_and_line(name):
-    """Acceptance 8, the negative half: a use without a rule is said, and its value is right."""
+    """A use without a rule is said, and its value is right."""
     fn, primitive, has_line = FALLBACKS[name]
     run = adapted(name, "warn")
     got, messages = caught(run, PARAMS, LORA, X)

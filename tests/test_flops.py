@@ -23,7 +23,7 @@ def prepared(name):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_gradient_costs_what_the_factored_form_must(name):
-    """Issue 3 allows 1 %; the contractions agree to the last FLOP."""
+    """The contractions agree to the last FLOP."""
     check_flops(*prepared(name))
 
 

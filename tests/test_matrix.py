@@ -225,7 +225,7 @@ def test_shard_map_shards_the_factors_as_the_weight(spec):
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 def test_15_sharded_base_gives_the_plain_models_sharding(kind):
-    """Acceptance 15: W (16, 8, 10) over ('fsdp', 'tp', None), x over fsdp, rank 3, alpha 6."""
+    """W (16, 8, 10) over ('fsdp', 'tp', None), x over fsdp, rank 3, alpha 6."""
     mesh = jax.make_mesh((2, 2), ("fsdp", "tp"), axis_types=(kind,) * 2)
     layout = lx.Layout((), (0,), (1, 2))
     adapter = make_adapter((16, 8, 10), layout, rank=3, alpha=6.0)

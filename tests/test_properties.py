@@ -67,7 +67,7 @@ def sizes(letters):
 @many
 @given(einsums(), st.data(), st.sampled_from([jnp.float32, jnp.bfloat16]))
 def test_any_einsum_with_any_layout(spec, data, dtype):
-    """Acceptance 12 and 26: the factors of every two-operand einsum, whichever letters it uses."""
+    """The factors of every two-operand einsum, whichever letters it uses."""
     w, x, _, _ = spec
     layout = data.draw(layouts(len(w)))
     fn = product(*spec)

@@ -176,7 +176,7 @@ MESH_W = lx.Layout((), (0,), (1, 2))
     ((4, 2, 3), lx.Layout((), (0, 1), (2,)), (1, 2, 3)),
 ], ids=["dense", "einsum"])  # fmt: skip
 def test_31_int4_kernels(shape, layout, scales):
-    """Acceptance 31: Dense (4, 2), scales (1, 2). Einsum (4, 2, 3): blocks along one input axis, not both."""
+    """Dense (4, 2), scales (1, 2). Einsum (4, 2, 3): blocks along one input axis, not both."""
     w = normal(1, shape)
     q = lx.quantize({"w": w}, "int4", block=4, double=False, targets="w", layout={"w": layout})["w"]
     assert q.scales.shape == scales
@@ -189,7 +189,7 @@ def test_31_int4_kernels(shape, layout, scales):
     (AxisType.Auto, "nf4"), (AxisType.Explicit, "nf4"), (AxisType.Explicit, "int4"),
 ], ids=["auto", "explicit", "explicit int4"])  # fmt: skip
 def test_15_a_sharded_quantized_base_gives_the_plain_models_sharding(kind, format):
-    """Acceptance 15, quantized: W (16, 8, 10) over ('fsdp', 'tp', None); codes and scales as the weight."""
+    """W (16, 8, 10) over ('fsdp', 'tp', None); codes and scales as the weight."""
     mesh = jax.make_mesh((2, 2), ("fsdp", "tp"), axis_types=(kind,) * 2)
     w, x = normal(1, (16, 8, 10)), normal(2, (4, 5, 16))
     params, lora = lx.split(

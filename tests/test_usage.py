@@ -95,7 +95,7 @@ def test_unserved_use_names_its_source_line():
 
 
 def test_17_constants_and_vectors():
-    """Acceptance 17: a constant operand is no parameter, a fully contracted vector is skipped."""
+    """A constant operand is no parameter, a fully contracted vector is skipped."""
     params = {"w": abstract(8, 6), "v": abstract(8), "step": abstract(dtype=jnp.int32)}
     use = lx.usage(lambda p, x: (x @ p["w"]) @ jnp.ones((6, 2)) + (x @ p["v"])[..., None], params, X)
     assert set(use) == {"w", "v", "step"}
@@ -103,7 +103,7 @@ def test_17_constants_and_vectors():
 
 
 def test_20_scan_stacked_kernel_and_tied_table():
-    """Acceptance 20: (3, 8, 8) gives A (3, 8, 2) and B (3, 2, 8); a tied table has one layout."""
+    """(3, 8, 8) gives A (3, 8, 2) and B (3, 2, 8); a tied table has one layout."""
 
     def fn(p, ids):
         x = jnp.tanh(p["embed"][ids])
@@ -167,7 +167,7 @@ def test_what_a_number_picks_is_a_layer_a_lookup_or_open(name):
 
 
 def test_28_module_called_twice_has_one_adapter():
-    """Acceptance 28: Dense(2) applied twice, x (1, 4) padded back: one adapter, A (4, 1), B (1, 2)."""
+    """Dense(2) applied twice, x (1, 4) padded back: one adapter, A (4, 1), B (1, 2)."""
 
     class Twice(nn.Module):
         @nn.compact
@@ -188,7 +188,7 @@ def test_28_module_called_twice_has_one_adapter():
 
 
 def test_32_dtypes_follow_the_function():
-    """Acceptance 32: float16 compute over float32 params stays float16; a bfloat16 base stays bfloat16."""
+    """Float16 compute over float32 params stays float16; a bfloat16 base stays bfloat16."""
     x = jnp.ones((1, 3))
     half = lx.adapt(lambda p, x: x.astype(jnp.float16) @ p["w"].astype(jnp.float16), fallback="error")
     lora = {"w": make_adapter((3, 4), IO)}
@@ -278,7 +278,7 @@ PEERS = {
 
 @pytest.mark.parametrize("name", PEERS)
 def test_peers_shapes(name):
-    """Acceptance 6, 7, 18, 19, 29, 48: the factors that `usage` gives, and the function on them."""
+    """The factors that `usage` gives, and the function on them."""
     fn, shape, x, rank, a, b = PEERS[name]
     x = jnp.arange(143).reshape(11, 13) * 30 if x is None else normal(2, x)
     params = {"w": normal(1, shape)}

@@ -36,7 +36,7 @@ def product(factors: Factors, shape: tuple[int, ...], dtype: Any = jnp.float32) 
 
 
 def entries(w, layout: Layout) -> jax.Array:
-    """A weight as float32 matrices ``[s, n, m]``, one a stack entry, whatever its axes."""
+    """A weight as float32 matrices ``[s, n, m]``, one per stack entry, whatever its axes."""
     w = dense(w)
     stack, n, m = layout.shapes(w.shape)
     order = (*layout.stack, *layout.inputs, *layout.outputs)

@@ -36,10 +36,10 @@ class Quantized(Stored):
     Args:
       codes: the weight's shape, int8; or uint8, half as long (rounded up) along ``block_axis``, where two
         codes of 4 bits share a byte, the first in its high half.
-      scales: one a block along ``block_axis``: float32, uint8 under double quantization, float16 in GGUF's.
+      scales: one per block along ``block_axis``: float32, uint8 under double quantization, float16 in GGUF's.
       groups: float32, one for 256 scales along ``group_axis``; None without double quantization.
-      offset: float32, one a stack entry: the mean scale; None without double quantization.
-      minimum: float16, one a block, what its code 0 stands for: in ``"q4_1"``, else None.
+      offset: float32, one per stack entry: the mean scale; None without double quantization.
+      minimum: float16, one per block, what its code 0 stands for: in ``"q4_1"``, else None.
       format: ``"nf4"``, ``"int4"``, ``"int8"``; or ``"q4_1"``, ``"q8_0"``: blocks of a GGUF file.
       block: weights that share a scale.
       shape: the weight's.
@@ -145,7 +145,7 @@ def _codes(q: Quantized) -> jax.Array:
 
 
 def with_codes(q: Quantized, codes: jax.Array) -> Quantized:
-    """The same scales with other codes, which come one a weight, on the weight's axes."""
+    """The same scales with other codes, which come one per weight, on the weight's axes."""
     return dataclasses.replace(q, codes=_packed(codes, q.block_axis) if READ[q.format].bits == 4 else codes)
 
 

@@ -59,7 +59,7 @@ def reallocate(lora: dict[str, Adapter], scores: Mapping[str, Any], budget: int)
     Args:
       lora: adapters by path; those without scores stay as they are.
       scores: ``{path: [*s, r]}``, concrete; from `sensitivity`, for instance.
-      budget: how many ranks to keep, counted over stack entries; at least one an adapter.
+      budget: how many ranks to keep, counted over stack entries; at least one per adapter.
 
     Returns:
       New adapters of the same methods. The optimizer's state has to start anew: shapes change.

@@ -80,7 +80,7 @@ def fit(
       checkpoint_dir: where checkpoints go: adapters, optimizer state, step, key, ``extra`` and the position
         in the batches, written while training goes on. None writes none.
       max_to_keep: how many of the newest are kept; None keeps all.
-      metrics_file: a file of JSON lines, one a step and one an evaluation. Lines of later steps than the
+      metrics_file: a file of JSON lines, one per step and one per evaluation. Lines of later steps than the
         state's (after a restart: the checkpoint's) are cut off. NaN is written as a string; leaves of ``aux``
         that have axes are not written.
       callbacks: each is called with a copy of each of these rows, a dict, as soon as it is known, one step

@@ -44,7 +44,7 @@ def pack(
     starts = [0] * len(tokens) if prompts is None else [int(n) for n in prompts]
     if len(starts) != len(tokens):
         raise error(
-            "prompts are not one a sequence.",
+            "there is not one prompt per sequence.",
             got=f"{len(starts)} prompts, {len(tokens)} sequences",
             do="prompts=[number of prompt tokens of each sequence].",
         )

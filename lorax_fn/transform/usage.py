@@ -152,7 +152,7 @@ def usage(fn: Callable, params: PyTree, *args: Any, argnum: int = 0, **kwargs: A
 def _with_lookups(uses: list[Use], leaf: Any) -> list[Use]:
     """Rows picked by a number are lookups in a table where a product uses the table whole, for logits.
 
-    Without one they may as well be biases or norm scales, one a layer: then they have no layout.
+    Without one they may as well be biases or norm scales, one per layer: then they have no layout.
     """
     whole = [use.layout for use in uses if use.layout is not None]
     if _layout(uses, leaf) is None:
