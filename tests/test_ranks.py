@@ -122,7 +122,7 @@ def test_messages():
         lx.ranks.truncate(lora)
     with pytest.raises(lx.LoraError, match="energy is a share"):
         lx.ranks.truncate(lora, energy=1.5)
-    with pytest.raises(lx.LoraError, match=r"(?s)names no LoRA.*path: +bias"):
+    with pytest.raises(lx.LoraError, match=r"(?s)names what is not a LoRA.*path: +bias"):
         lx.ranks.truncate(lora, {"bias": 2})
     with pytest.raises(lx.LoraError, match=r"(?s)rank is not valid.*path: +w\n.*rank=0"):
         lx.ranks.resize(lora, 0)
@@ -173,3 +173,28 @@ def test_reallocate_keeps_the_best_ranks_bit_for_bit(scaling):
         lx.ranks.reallocate(lora, scores, budget=1)
     with pytest.raises(lx.LoraError, match=r"(?s)scores do not fit.*path: +bias\n +one\n.*shape \(3,\)"):
         lx.ranks.reallocate(lora, {"bias": jnp.ones(3), "one": jnp.ones(2)}, budget=2)
+
+
+def test_new_columns_differ_by_path_and_key_and_train_after_zero_a():
+    params = {"q": {"kernel": jnp.ones((8, 6))}, "k": {"kernel": jnp.ones((8, 6))}}
+    _, lora = lx.split(params, rank=2, init="zero_a")
+    wide = lx.ranks.resize(lora, 4)
+    q, k = (wide[path].a[:, 2:] for path in ("q/kernel", "k/kernel"))
+    assert float(jnp.abs(q).max()) > 0.05 and float(jnp.abs(wide["q/kernel"].b[2:]).max()) == 0.0
+    cosine = jnp.vdot(q, k) / (jnp.linalg.norm(q) * jnp.linalg.norm(k))
+    assert abs(float(cosine)) < 0.9
+    other = lx.ranks.resize(lora, 4, key=jax.random.key(1))["q/kernel"].a[:, 2:]
+    assert not jnp.allclose(q, other)
+
+
+def test_methods_without_another_rank_and_missing_gradients_are_named():
+    params = {"q": {"kernel": jnp.ones((8, 6))}, "k": {"kernel": jnp.ones((8, 6)), "bias": jnp.ones(6)}}
+    _, lora = lx.split(params, rank=2, method={"q": "loha", "*": "lora"}, full="bias")
+    for change in (lx.ranks.truncate, lx.ranks.resize):
+        with pytest.raises(lx.LoraError, match=r"(?s)q/kernel.*LoHa"):
+            change(lora, 1)
+        assert change(lora, {"k/kernel": 1})["k/kernel"].rank == 1
+    with pytest.raises(lx.LoraError, match=r"(?s)q/kernel.*LoHa"):
+        lx.ranks.truncate(lora, energy=0.9)
+    with pytest.raises(lx.LoraError, match=r"(?s)do not hold.*k/kernel"):
+        lx.ranks.sensitivity(lora, {})

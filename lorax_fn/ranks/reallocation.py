@@ -29,7 +29,7 @@ def sensitivity(lora: dict[str, Adapter], grads: dict[str, Adapter]) -> dict[str
       ``{path: [*s, r]}`` float32, of each `LoRA`, `DoRA` and `LoRAFA`.
 
     Raises:
-      LoraError: ``lora`` is not a dict of adapters.
+      LoraError: ``lora`` is not a dict of adapters, or one of them has no gradient in ``grads``.
 
     Example:
       >>> import jax.numpy as jnp, lorax_fn as lx
@@ -39,6 +39,15 @@ def sensitivity(lora: dict[str, Adapter], grads: dict[str, Adapter]) -> dict[str
       Array([1.5, 1.5], dtype=float32)
     """
     check_unstacked(lora)
+    missing = [path for path, adapter in lora.items() if adapter.owns_factors and path not in grads]
+    if missing:
+        raise error(
+            "grads do not hold every adapter of lora.",
+            path=missing,
+            got=sorted(grads),
+            want="the tree that jax.grad by lora gives",
+            do="lx.ranks.sensitivity({path: lora[path] for path in grads}, grads).",
+        )
     scores = {}
     adapter: Any
     for path, adapter in lora.items():

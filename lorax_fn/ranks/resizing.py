@@ -1,9 +1,6 @@
-"""Rank as an object of research: spectra of dW, adapters of another rank, plain ones from residual ones.
+"""Adapters of another rank: the best of a lower one, or more ranks that start at zero."""
 
-Nothing here builds a dW: singular values come from the QR of both factors, ``A = Qa Ra``, ``B^T = Qb Rb``,
-so that ``svd(A B) = svd(Ra Rb^T)``, an ``[r, r]`` matrix.
-"""
-
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +11,7 @@ import numpy as np
 from lorax_fn.core.adapters import Adapter
 from lorax_fn.core.errors import error
 from lorax_fn.core.fitting import check_unstacked
+from lorax_fn.core.keys import checked_key, leaf_key
 from lorax_fn.core.matrices import factor_entries, used_ranks
 from lorax_fn.methods.lora import LoRA
 from lorax_fn.ranks.spectra import product_svd, spectrum
@@ -28,7 +26,7 @@ def truncate(
     adapter of that rank undercuts (Eckart and Young). The scale stays what it is; dW is not built.
 
     Args:
-      lora: adapters by path; those that are no `LoRA` (or `DoRA`, `LoRAFA`) are returned as they are.
+      lora: adapters by path: `LoRA`, `DoRA` and `LoRAFA`. Leaves trained whole stay as they are.
       rank: the largest rank to keep, or ``{path: rank}``; adapters of that rank or less stay as they are.
       energy: instead of ``rank``, the share of ``sum(values^2)`` to keep, above 0, at most 1: each adapter
         gets the smallest rank that keeps it in every stack entry (at least 1). Needs concrete arrays.
@@ -37,7 +35,8 @@ def truncate(
       New adapters of the same methods, ``A`` and ``B`` balanced as the roots of the singular values.
 
     Raises:
-      LoraError: not exactly one of ``rank`` and ``energy``, or one out of range, or of no adapter.
+      LoraError: not exactly one of ``rank`` and ``energy``, or one out of range, or of no adapter; a method
+        whose factors are not its own (`VeRA`, `LoHa`, `LoKr`, `LoRAXS`) is among those to cut.
 
     Example:
       >>> import jax.numpy as jnp, lorax_fn as lx
@@ -61,6 +60,7 @@ def truncate(
             raise error(
                 "energy is a share.", got=f"energy={energy!r}", want="0 < energy <= 1", do="energy=0.99."
             )
+        _check_served(lora, list(lora))
         ranks = {path: _rank_of_energy(x, energy) for path, x in lora.items() if x.owns_factors}
     else:
         ranks = _asked_ranks(lora, rank)
@@ -70,22 +70,25 @@ def truncate(
     }
 
 
-def resize(lora: dict[str, Adapter], rank: int | Mapping[str, int]) -> dict[str, Adapter]:
+def resize(
+    lora: dict[str, Adapter], rank: int | Mapping[str, int], *, key: jax.Array | None = None
+) -> dict[str, Adapter]:
     """Adapters of another rank and the same scale: cut by `truncate`, or padded with ranks that are zero.
 
     Padding changes neither dW nor the gradient of what was there. New columns of A are normal numbers of A's
-    own size where B's rows are the zeros, so that they train.
+    own size (of the size of a new A, where A is zero), and B's rows are the zeros, so that they train.
 
     Args:
-      lora: adapters by path; those that are no `LoRA` are returned as they are.
+      lora: adapters by path: `LoRA`, `DoRA` and `LoRAFA`. Leaves trained whole stay as they are.
       rank: the new rank, or ``{path: rank}``; paths that it does not name stay as they are.
+      key: PRNG key of the new columns, of which each path has its own; None is ``jax.random.key(0)``.
 
     Returns:
       New adapters of the same methods.
 
     Raises:
-      LoraError: a rank is not an int of 1 or more, or is of no adapter; or an adapter to enlarge has ranks
-        that differ along its stack.
+      LoraError: a rank is not an int of 1 or more, or is of no adapter; an adapter to enlarge has ranks that
+        differ along its stack; or a method cannot be resized, as in `truncate`.
 
     Example:
       >>> import jax.numpy as jnp, lorax_fn as lx
@@ -106,11 +109,28 @@ def resize(lora: dict[str, Adapter], rank: int | Mapping[str, int]) -> dict[str,
             want="one rank for the whole stack",
             do="split again with the ranks you want.",
         )
+    key = checked_key(jax.random.key(0) if key is None else key)
     new = dict(lora)
     for path, r in ranks.items():
         width = _width(lora[path])
-        new[path] = _cut(lora[path], r) if r < width else _padded(lora[path], r) if r > width else lora[path]
+        if r < width:
+            new[path] = _cut(lora[path], r)
+        elif r > width:
+            new[path] = _padded(lora[path], r, leaf_key(key, path))
     return new
+
+
+def _check_served(lora: Mapping[str, Adapter], paths: list[str]) -> None:
+    """Raises a `LoraError` where a low-rank method is asked for another rank that it cannot take."""
+    wrong = [p for p in paths if p in lora and lora[p].pair() is not None and not lora[p].owns_factors]
+    if wrong:
+        raise error(
+            "these methods have no other rank.",
+            path=wrong,
+            got=[type(lora[path]).__name__ for path in wrong],
+            want="LoRA, DoRA or LoRAFA, whose change is scale * a @ b",
+            do="name the paths of the others: rank={path: rank}, or split again.",
+        )
 
 
 def _width(adapter: Any) -> int:
@@ -127,11 +147,15 @@ def _rank_of_energy(adapter: Any, energy: float) -> int:
 def _asked_ranks(lora: Mapping[str, Adapter], rank: Any) -> dict[str, int]:
     """The rank asked of each `LoRA`, checked."""
     able = {path for path, adapter in lora.items() if adapter.owns_factors}
+    _check_served(lora, list(rank if isinstance(rank, Mapping) else lora))
     asked: Any = rank if isinstance(rank, Mapping) else {path: rank for path in lora if path in able}
     unknown = [path for path in asked if path not in able]
     if unknown:
         raise error(
-            "rank= names no LoRA.", path=unknown, want=sorted(able), do="name paths of lora: {path: rank}."
+            "rank= names what is not a LoRA.",
+            path=unknown,
+            want=sorted(able),
+            do="name paths of lora: {path: rank}.",
         )
     wrong = [p for p, r in asked.items() if isinstance(r, bool) or not isinstance(r, int) or r < 1]
     if wrong:
@@ -153,11 +177,13 @@ def _cut(adapter: Any, rank: int) -> LoRA:
     return adapter.with_factors(u[:, :, :rank] * root[:, None, :], root[:, :, None] * vt[:, :rank], new)
 
 
-def _padded(adapter: Any, rank: int) -> LoRA:
+def _padded(adapter: Any, rank: int, key: jax.Array) -> LoRA:
     a, b, _ = factor_entries(adapter)
-    count, extra = a.shape[0], rank - a.shape[-1]
-    # a fixed key: any numbers of A's size will do, and B's zeros keep dW
-    draw = jax.random.normal(jax.random.key(rank), (count, a.shape[1], extra), jnp.float32)
-    a = jnp.concatenate([a, draw * jnp.sqrt(jnp.mean(jnp.square(a)))], axis=-1)
+    count, n, extra = a.shape[0], a.shape[1], rank - a.shape[-1]
+    # Any numbers of A's size will do, for B's zeros keep dW. Where A is zero, as after init="zero_a", they
+    # are as large as those of a new A: with both factors zero the new ranks would never train.
+    size = jnp.sqrt(jnp.mean(jnp.square(a)))
+    size = jnp.where(size > 0, size, jnp.full_like(size, 1.0 / math.sqrt(3.0 * n)))
+    a = jnp.concatenate([a, size * jax.random.normal(key, (count, n, extra), jnp.float32)], axis=-1)
     b = jnp.concatenate([b, jnp.zeros((count, extra, b.shape[-1]), jnp.float32)], axis=1)
     return adapter.with_factors(a, b, rank)

@@ -1,4 +1,8 @@
-"""Singular values of what adapters add, and how many of them matter."""
+"""Singular values of what adapters add, and how many of them matter.
+
+They come from the QR of both factors, ``A = Qa Ra`` and ``B^T = Qb Rb``: ``svd(A B)`` is that of ``Ra
+Rb^T``, an ``[r, r]`` matrix, and no dW is built unless the rank is larger than a side of the weight.
+"""
 
 import dataclasses
 from typing import Any
