@@ -289,6 +289,40 @@ def test_forgeries_that_are_refused_even_when_sealed_again(written, tmp_path, wh
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 1 << 20  # kilobytes
 
 
+def edited(**values):
+    def change(entry):
+        entry["static"] |= values
+
+    return change
+
+
+def swapped(entry):
+    first, second = list(entry["arrays"])[:2]
+    entry["arrays"] = {first: entry["arrays"][second], second: entry["arrays"][first]}
+
+
+MEANINGFUL = {
+    "alpha": edited(alpha=64.0),
+    "scaling": edited(scaling="rslora"),
+    "rank": edited(rank=1),
+    "method": lambda entry: entry.update(method="LoRAFA"),
+    "shapes": swapped,
+}
+
+
+@pytest.mark.parametrize("what", MEANINGFUL)
+def test_facts_that_make_sense_are_bound_to_their_arrays(written, tmp_path, what):
+    """Every one of these would be read as other numbers by its crc32 alone."""
+    root, want = written
+    for name in want:
+        shutil.copytree(root / name, tmp_path / name)
+        facts = json.loads(facts_file(tmp_path / name).read_text())
+        MEANINGFUL[what](next(entry for entry in facts["adapters"] if entry["method"] == "LoRA"))
+        put(tmp_path / name, facts, seal=False)
+        with pytest.raises(lx.LoraError, match=r"alpha, shapes, methods(.|\n)*not those that the arrays"):
+            checkpoint.load(tmp_path / name)
+
+
 def test_an_array_directory_elsewhere_is_refused(written, tmp_path):
     root, want = written
     for name in want:

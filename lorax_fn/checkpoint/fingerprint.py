@@ -90,7 +90,7 @@ def places(size: int, version: int = VERSION) -> np.ndarray:
     stride = round(GOLDEN * size)
     while math.gcd(stride, size) > 1:
         stride += 1
-    return np.sort([i * stride % size for i in range(SAMPLE)])
+    return np.sort(np.arange(SAMPLE, dtype=np.int64) * stride % size)
 
 
 def _sample(leaf: Any, version: int) -> np.ndarray:
@@ -99,7 +99,8 @@ def _sample(leaf: Any, version: int) -> np.ndarray:
         leaf = jax.random.key_data(leaf)
     shape = np.shape(leaf)
     size = math.prod(shape)
-    if not shape or not size:
+    small = version > 1 and size <= SAMPLE and getattr(leaf, "is_fully_addressable", True)
+    if not shape or not size or small:
         return np.asarray(leaf)
     index = np.unravel_index(places(size, version), shape)
     sharding = getattr(leaf, "sharding", None)

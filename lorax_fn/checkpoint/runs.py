@@ -171,7 +171,7 @@ class Snapshots:
                 write_seal(stage / "arrays", facts)
                 write_facts(stage / FACTS, facts)
                 final = self.folder / stage.name.removeprefix(".")
-                if is_snapshot(final):  # of a run that was started over; the new one is on disk already
+                if is_snapshot(final):  # A run was started over; its new checkpoint is on disk already.
                     _remove(final)
                 if os.path.lexists(final):
                     move_aside(final)

@@ -207,7 +207,7 @@ def _methods() -> dict[str, list[type[Adapter]]]:
         cls = queue.pop()
         queue += cls.__subclasses__()
         classes.setdefault(cls.__name__, []).append(cls)
-    for name, found in classes.items():  # a user's class of the same name takes no method's place
+    for name, found in classes.items():  # a user's class does not take the place of a method
         classes[name] = [cls for cls in found if cls.__module__.startswith("lorax_fn.")] or found
     return classes
 
