@@ -295,3 +295,19 @@ def test_a_float_weight_that_nothing_serves_is_not_told_to_be_cast():
     with pytest.raises(LoraError, match=r"(?s)complex64.*real and imaginary") as caught:
         split(complexes, rank=1, targets="kernel")
     assert "cast" not in str(caught.value)
+
+
+def test_a_weight_that_no_gradient_reaches_is_no_target():
+    def fn(params, x):
+        x = jax.jit(lambda w, x: x @ w)(params["body"]["kernel"], x)
+        jnp.tanh(x @ params["pooler"]["kernel"])
+        frozen = jax.lax.stop_gradient(x @ params["teacher"]["kernel"])
+        return x @ params["out"]["kernel"] + frozen
+
+    params = {name: {"kernel": shaped(4, 4)} for name in ("body", "pooler", "teacher", "out")}
+    used = usage(fn, params, shaped(2, 4))
+    assert sorted(split(params, rank=1, layout=used)[1]) == ["body/kernel", "out/kernel"]
+    with pytest.raises(LoraError, match=r"(?s)cannot be adapted.*teacher/kernel.*no gradient reaches it"):
+        split(params, rank=1, layout=used, targets=["teacher", "out"])
+    with pytest.raises(LoraError, match=r"(?s)names no weight.*pooler/kernel.*not used"):
+        split(params, rank=1, layout=used, targets=["pooler", "out"])

@@ -62,6 +62,7 @@ class WeightUse:
       flops: floating point operations of those uses.
       served: whether every use has a low-rank rule.
       source: for each use without a rule, its primitive and source line.
+      moves: False where no gradient reaches it: its results are not returned, or all pass ``stop_gradient``.
 
     Example:
       >>> import jax.numpy as jnp, lorax_fn as lx
@@ -79,3 +80,4 @@ class WeightUse:
     flops: int
     served: bool
     source: tuple[str, ...]
+    moves: bool = True

@@ -51,7 +51,8 @@ def survival(adapter: Adapter, w: Any, merged: Any) -> jax.Array:
     meant = adapter.weight(before)
     largest = float(jnp.finfo(merged.dtype).max)
     cut = jnp.sum(jnp.isfinite(meant) & (jnp.abs(meant) > largest), dtype=jnp.int32).astype(wide)
-    change, done = meant - before, after - before
+    known = jnp.isfinite(before)  # a row that was inf is replaced: there is no change to lose
+    change, done = (jnp.where(known, x - before, jnp.zeros_like(x)) for x in (meant, after))
     peak = jnp.max(jnp.abs(change))  # squares of small changes would underflow
     unit = jnp.where(peak > 0, peak, jnp.ones_like(peak))
     square = jnp.sum(jnp.square(change / unit))

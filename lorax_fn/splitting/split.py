@@ -76,7 +76,8 @@ def split(
     Returns:
       ``(params, lora)``: the same tree of the same objects, and ``{path: Adapter}``. `LoRA` holds
       ``a [*s, *n, r]`` and ``b [*s, r, *m]``; step 0 is the base model. Only where an init takes a part of W
-      is that leaf of ``params`` another: what remains of it.
+      is that leaf of ``params`` another: what remains of it. ``lora`` is a dict, so ``lora | other`` keeps
+      one adapter of each path that both have; ``adapt(adapt(fn))(params, new, old, x)`` adds both.
 
     Raises:
       LoraError: a pattern matches or decides nothing; a rank, alpha, method, scaling, init, key or dtype is

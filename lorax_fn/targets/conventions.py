@@ -161,6 +161,9 @@ def _by_use(path: str, leaf: Any, use: WeightUse | None) -> Role:
         return Role("unserved" if weight_like else "other", reason=f"not float ({leaf.dtype})")
     if use is None or not use.ops:
         return Role("other", reason="not used by the traced function")
+    if not use.moves:
+        reason = "no gradient reaches it: its result is not returned, or passes stop_gradient"
+        return Role("unserved" if weight_like else "other", use.layout, reason)
     ops = ", ".join(use.ops)
     if use.layout is None:
         source = "; ".join(use.source)

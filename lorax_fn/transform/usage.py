@@ -11,6 +11,7 @@ from lorax_fn.core.layouts import Layout, WeightUse
 from lorax_fn.core.trees import PyTree, flatten_with_paths, is_array, is_float
 from lorax_fn.methods.lora import LoRA
 from lorax_fn.transform.factored import wrap
+from lorax_fn.transform.reach import reached
 from lorax_fn.transform.traces import Leaves, Traces
 from lorax_fn.transform.views import PRODUCTS, Reader, Ref, Use
 from lorax_fn.transform.walk import Report, Walk
@@ -119,6 +120,9 @@ def usage(fn: Callable, params: PyTree, *args: Any, argnum: int = 0, **kwargs: A
         refs.append([] if leaf is None else [Ref(path, tuple((i,) for i in range(len(leaf.shape))))])
     reader = Reader(found)
     reader.leave("return", "", reader.read(trace.jaxpr, refs, 1), 1)
+    alive = {
+        named[i][0] for i, on in zip(trace.slots, reached(trace.jaxpr), strict=True) if on and i is not None
+    }
     leaf_of = dict(named)
     found = {path: _with_lookups(uses, leaf_of[path]) for path, uses in found.items()}
     layouts = {path: _layout(uses, leaf_of[path]) for path, uses in found.items()}
@@ -144,6 +148,7 @@ def usage(fn: Callable, params: PyTree, *args: Any, argnum: int = 0, **kwargs: A
                 flops=sum(use.flops * use.times for use in uses),
                 served=layout is not None and not source,
                 source=tuple(source),
+                moves=path in alive,
             )
         )
     return Usage(result)
