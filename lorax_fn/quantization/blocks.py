@@ -180,9 +180,11 @@ def nudged(q: Quantized, change: jax.Array) -> Quantized:
     codes = jnp.where(_chance(q.shape) * gap < jnp.abs(inside - near), other, code)
     beyond = (value - inside) * jnp.where(some, scales, 1.0)
     cut, rounded = jnp.sum(jnp.square(beyond)), jnp.sum(jnp.square(gap * scales)) / 12.0
-    return jax.lax.cond(
-        cut > rounded, lambda: q.store(_dense(q).astype(jnp.float32) + change), lambda: with_codes(q, codes)
-    )
+
+    def again():
+        return dataclasses.replace(q.store(_dense(q).astype(jnp.float32) + change), dtype=q.dtype)
+
+    return jax.lax.cond(cut > rounded, again, lambda: with_codes(q, codes))
 
 
 def _chance(shape: tuple[int, ...]) -> jax.Array:
