@@ -39,7 +39,7 @@ class Quantized(Stored):
       scales: one per block along ``block_axis``: float32, uint8 under double quantization, float16 in GGUF's.
       groups: float32, one for 256 scales along ``group_axis``; None without double quantization.
       offset: float32, one per stack entry: the mean scale; None without double quantization.
-      minimum: float16, one per block, what its code 0 stands for: in ``"q4_1"``, else None.
+      minimum: float16, one per block, what its code 0 stands for; None but in ``"q4_1"``.
       format: ``"nf4"``, ``"int4"``, ``"int8"``; or ``"q4_1"``, ``"q8_0"``: blocks of a GGUF file.
       block: weights that share a scale.
       shape: the weight's.
@@ -145,7 +145,7 @@ def _codes(q: Quantized) -> jax.Array:
 
 
 def with_codes(q: Quantized, codes: jax.Array) -> Quantized:
-    """The same scales with other codes, which come one per weight, on the weight's axes."""
+    """The same scales with other codes, which come unpacked, on the weight's axes."""
     return dataclasses.replace(q, codes=_packed(codes, q.block_axis) if READ[q.format].bits == 4 else codes)
 
 
