@@ -101,7 +101,7 @@ class Quantized(Stored):
 
 
 def encode(w: Any, layout: Layout, format: str, block: int, double: bool) -> Quantized:
-    """A weight as `Quantized`. All runs along the weight's own axes: a stack is as good as its entries."""
+    """A weight as `Quantized`. Blocks run along the weight's axes, and each stack entry is coded alone."""
     form, shape = READ[format], tuple(w.shape)
     axis, across = _axis(layout.inputs, shape, block), _axis(layout.outputs, shape, GROUP)
     wide, minimum = w.astype(jnp.float32), None
@@ -125,7 +125,7 @@ def encode(w: Any, layout: Layout, format: str, block: int, double: bool) -> Qua
 
 
 def _inverse(x: jax.Array) -> jax.Array:
-    """1 / x for numbers that are not negative; finite for a block of zeros. Bitsandbytes multiplies, too."""
+    """1 / x of numbers that are not negative, finite at 0. bitsandbytes multiplies by it, too."""
     return 1.0 / jnp.maximum(x, jnp.finfo(jnp.float32).tiny)
 
 
@@ -203,7 +203,7 @@ def _dense(q: Quantized) -> jax.Array:
     w = READ[q.format].decode(_codes(q)) * read_scales(q)
     if q.minimum is not None:
         w = w + _spread(code_as_float(q.minimum), q.block_axis, q.block, q.shape[q.block_axis])
-    # said twice, as XLA drops a cast to bfloat16 and back: the same weight for every use of it
+    # XLA may drop a cast to bfloat16 and back, but no reduce_precision: every use sees the same weight
     kind = jnp.finfo(q.dtype)
     return jax.lax.reduce_precision(w, kind.nexp, kind.nmant).astype(q.dtype)
 
@@ -214,7 +214,7 @@ def _axis(axes: tuple[int, ...], shape: tuple[int, ...], size: int) -> int:
 
 
 def _folded(x: jax.Array, axis: int, size: int) -> jax.Array:
-    """``axis`` as two: runs, and ``size`` neighbors in each; padded with zeros."""
+    """``axis`` as two, runs and the ``size`` neighbors in each; the last run is padded with zeros."""
     extra = -x.shape[axis] % size
     x = _gathered(x, axis, -(-x.shape[axis] // size))
     if extra:

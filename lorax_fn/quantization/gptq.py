@@ -64,9 +64,9 @@ def gptq(
       code, which is logged (logger ``lorax_fn``).
 
     Raises:
-      LoraError: as `lorax_fn.quantize`. Also where params have no numbers, where ``damping`` is not above 0 or
-        is too small for float32, and where a weight contracts no inputs that reach an output, contracts inputs
-        that are not finite, or has a use without a rule.
+      LoraError: as `lorax_fn.quantize`. Also where params have no numbers, where ``damping`` is not above 0
+        or is too small for float32, and where a weight contracts no inputs that reach an output, contracts
+        inputs that are not finite, or has a use without a rule.
 
     Example:
       >>> import jax, jax.numpy as jnp, lorax_fn as lx
@@ -116,7 +116,7 @@ def gptq(
         )
     if unfed:
         lines = [f"  {path}: stack entries {entries}" for path, entries in unfed.items()]
-        head = "gptq: no input reached these, as no token does some experts; they are rounded to the nearest code"
+        head = "gptq: no input reached these stack entries; they are rounded to the nearest code"
         LOG.warning("%s", "\n".join([head, *lines]))
     return replace_leaves(params, made)
 
@@ -146,11 +146,12 @@ def _fed_back(
 
 
 def _root_of_inverse(c: jax.Array, damping: float) -> jax.Array:
-    """Upper ``U`` with ``U^T U = H^-1``, of ``C`` damped; an input that is always 0 stands alone."""
+    """Upper ``U`` with ``U^T U = H^-1`` of the damped ``C``; an input that is always 0 feeds nothing back."""
     diagonal = jnp.diagonal(c)
     mean = jnp.mean(diagonal)
     h = (c + c.T) / (2.0 * mean) + jnp.diag(damping + (diagonal == 0).astype(c.dtype))
-    # H = R R^T of an upper R is Cholesky from the last input to the first; U = R^-1, and no H^-1 is rounded
+    # Cholesky from the last input to the first gives H = R R^T with an upper R. Then U = R^-1, and H^-1
+    # itself, which rounding would spoil, is never made.
     r = jnp.linalg.cholesky(h[::-1, ::-1])[::-1, ::-1]
     eye = jnp.eye(c.shape[0], dtype=c.dtype)
     return jnp.triu(jax.scipy.linalg.solve_triangular(r, eye, lower=False))
