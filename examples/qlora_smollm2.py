@@ -197,38 +197,34 @@ def compare_runs(runs: dict[str, Run]) -> None:
 
 
 def compare_merges(
-    args: argparse.Namespace, model: Any, params: Any, layout: Any, rows: np.ndarray, texts: dict
+    args: argparse.Namespace, name: str, model: Any, params: Any, layout: Any, rows: np.ndarray, texts: dict
 ) -> None:
     """What merges into codes keep of the gain that the unmerged adapter of ordinary training has."""
+    stored = lx.quantize(params, name, block=args.block, layout=layout)
     apply = lx.adapt(model.apply, fallback="error")
     evaluate = evaluation(apply)
 
     def aware(params, lora, tokens):
         return apply(*lx.quantization.merge_aware(params, lora), tokens)
 
-    for name in args.merge:
-        stored = lx.quantize(params, name, block=args.block, layout=layout)
+    def nll(params, lora):
+        return measure(evaluate, params, lora, texts)[HAMLET]
 
-        def trained_with(function, stored=stored):
-            _, lora = lx.split(stored, rank=args.rank, key=jax.random.key(args.seed))  # the step consumes it
-            return train(args, function, stored, lora, rows)[0].lora
+    def trained_with(function):
+        _, lora = lx.split(stored, rank=args.rank, key=jax.random.key(args.seed))  # the step consumes it
+        return train(args, function, stored, lora, rows)[0].lora
 
-        def nll(params, lora):
-            return measure(evaluate, params, lora, texts)[HAMLET]
-
-        start = nll(stored, {})
-        table = {name: ["NLL", "gain kept"], "before training": [f"{start:.3f}", ""]}
-        trained = {"plain": trained_with(apply)}
-        whole = start - nll(stored, trained["plain"])
-        trained["merge-aware"] = trained_with(aware)
-        for way, found in trained.items():
-            rows_of = {"unmerged": (stored, found)}
-            rows_of["merged, nearest codes"] = (lx.merge(stored, found, requantize=True), {})
-            rows_of["merged, unbiased"] = (lx.merge(stored, found, requantize="unbiased"), {})
-            for label, pair in rows_of.items():
-                loss = nll(*pair)
-                table[f"{way}: {label}"] = [f"{loss:.4f}", f"{(start - loss) / whole:.3f}"]
-        print_table(f"merges into {name}, {args.steps} steps", table)
+    start, plain = nll(stored, {}), trained_with(apply)
+    whole = start - nll(stored, plain)
+    table = {name: ["NLL", "gain kept"], "before training": [f"{start:.3f}", ""]}
+    for way, lora in {"plain": plain, "merge-aware": trained_with(aware)}.items():
+        models = {"unmerged": (stored, lora)}
+        models["merged, nearest codes"] = (lx.merge(stored, lora, requantize=True), {})
+        models["merged, unbiased"] = (lx.merge(stored, lora, requantize="unbiased"), {})
+        for label, pair in models.items():
+            loss = nll(*pair)
+            table[f"{way}: {label}"] = [f"{loss:.4f}", f"{(start - loss) / whole:.3f}"]
+    print_table(f"merges into {name}, {args.steps} steps", table)
 
 
 def problems(runs: dict[str, Run]) -> list[str]:
@@ -256,7 +252,9 @@ def main(args: argparse.Namespace) -> None:
     model = Llama(config)
     layout = lx.usage(model.apply, params, jnp.zeros((BATCH, LENGTH), jnp.int32))
     if args.merge:
-        return compare_merges(args, model, params, layout, rows, texts)
+        for name in args.merge:
+            compare_merges(args, name, model, params, layout, rows, texts)
+        return
     if not args.smoke:
         compare_formats(args, model, params, layout, texts)
     runs = {}

@@ -118,6 +118,28 @@ def test_an_input_that_is_always_zero_and_a_block_of_zeros():
     np.testing.assert_array_equal(made.dense()[3], nearest.dense()[3])
 
 
+def test_an_expert_without_tokens_is_rounded_to_the_nearest_and_said(caplog):
+    rng = np.random.default_rng(2)
+    params = {"kernel": jnp.asarray(rng.normal(size=(3, 80, 24)), jnp.float32)}
+    layout = {"kernel": lx.Layout((0,), (1,), (2,))}
+
+    def experts(params, x):
+        return jnp.einsum("ebn,enm->ebm", x, params["kernel"])
+
+    x = np.stack([X, 0 * X, X])
+    with caplog.at_level("WARNING", "lorax_fn"):
+        made = lx.quantization.gptq(
+            experts, params, [x], "int8", double=False, layout=layout, damping=DAMPING
+        )["kernel"]
+    assert "kernel: stack entries [1]" in caplog.text
+    plain = lx.quantize(params, "int8", double=False, layout=layout)["kernel"]
+    np.testing.assert_array_equal(made.codes[1], plain.codes[1])
+    for entry in (0, 2):
+        alone = {"kernel": params["kernel"][entry]}
+        want = lx.quantization.gptq(linear, alone, [X], "int8", double=False, damping=DAMPING)["kernel"]
+        np.testing.assert_array_equal(made.codes[entry], want.codes)
+
+
 def test_errors_name_the_weights():
     params = {"a": {"kernel": jnp.ones((4, 4))}, "b": {"kernel": jnp.ones((4, 4))}}
 
@@ -140,7 +162,7 @@ def test_errors_name_the_weights():
         lx.quantization.gptq(straight, params, [x * jnp.nan])
     with pytest.raises(lx.LoraError, match=both + r"\n +got: +not positive definite.*damping=1e-12"):
         lx.quantization.gptq(straight, params, [jnp.ones((1, 4))], damping=1e-12)
-    with pytest.raises(lx.LoraError, match=r"(?s)looks at numbers.*a/kernel.*lx.quantize has the same"):
+    with pytest.raises(lx.LoraError, match=r"(?s)looks at numbers.*a/kernel.*lx.quantize gives the same"):
         lx.quantization.gptq(straight, jax.eval_shape(lambda: params), [x])
     with pytest.raises(lx.LoraError, match=r"(?s)looks at numbers.*a/kernel"):
         jax.jit(lambda p: lx.quantization.gptq(straight, p, [x]))(params)

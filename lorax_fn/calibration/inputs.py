@@ -91,7 +91,7 @@ def input_products(fn: Callable, params: PyTree, layouts: Mapping[str, Layout]) 
 def covariances(
     fn: Callable, params: PyTree, layouts: Mapping[str, Layout], batches: Iterable, at_once: int | None
 ) -> Iterator[tuple[str, jax.Array]]:
-    """``(path, X^T X)`` of each weight, ``[s, n, n]`` float32; so many weights a pass through the batches."""
+    """``(path, X^T X)`` of each weight, ``[s, n, n]`` float32, ``at_once`` weights in each pass."""
     leaves = arrays(params)
     sums = input_products(fn, params, layouts)
     for group in groups(layouts, batches, at_once):
@@ -135,7 +135,7 @@ def _check_contracted(fn: Callable, params: PyTree, batch: Any, paths: list[str]
 
 
 def problem_of(sizes: Any, ranks: np.ndarray, needed: Any = True) -> str | None:
-    """What keeps spectra ``[s, k]`` from starting entries of these ranks, or None."""
+    """Why spectra ``[s, k]`` cannot start stack entries of these ranks, or None where they can."""
     sizes = np.asarray(sizes, np.float64)
     if not np.isfinite(sizes).all():
         return "not finite"

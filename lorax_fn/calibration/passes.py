@@ -11,7 +11,7 @@ from lorax_fn.core.trees import PyTree, is_array
 
 
 def groups(paths: Iterable[str], batches: Iterable, at_once: int | None) -> Iterator[list[str]]:
-    """The paths, so many at once, where the batches can be passed through again for the next ones."""
+    """The paths in groups of ``at_once``, each of which takes a pass through the batches."""
     paths = list(paths)
     size = len(paths) if at_once is None else at_once
     if size < len(paths):
@@ -21,7 +21,7 @@ def groups(paths: Iterable[str], batches: Iterable, at_once: int | None) -> Iter
 
 
 def check_again(batches: Iterable, why: str) -> None:
-    """Raises a `LoraError` where the batches can be passed through only once."""
+    """Raises a `LoraError` where the batches are an iterator, which allows one pass only."""
     if iter(batches) is batches:
         raise error(
             "batches have to be passed through more than once.",

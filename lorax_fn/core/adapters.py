@@ -134,7 +134,7 @@ class Adapter:
     )
 
     def weight(self, w: jax.Array) -> jax.Array:
-        """The changed weight, accumulated in float32 and returned in ``w``'s dtype, ``w``'s shape."""
+        """The changed weight, summed in float32 or wider and returned in ``w``'s dtype, ``w``'s shape."""
         raise TypeError(f"{type(self).__name__} must define weight(w)")
 
     def factors(self, w: jax.Array) -> Factors | None:

@@ -39,7 +39,7 @@ class Quantized(Stored):
       scales: one per block along ``block_axis``: float32, uint8 under double quantization, float16 in GGUF's.
       groups: float32, one for 256 scales along ``group_axis``; None without double quantization.
       offset: float32, one per stack entry: the mean scale; None without double quantization.
-      minimum: float16, one per block, what its code 0 stands for: in ``"q4_1"``, else None.
+      minimum: float16, one per block, what its code 0 stands for; None but in ``"q4_1"``.
       format: ``"nf4"``, ``"int4"``, ``"int8"``; or ``"q4_1"``, ``"q8_0"``: blocks of a GGUF file.
       block: weights that share a scale.
       shape: the weight's.
@@ -101,7 +101,7 @@ class Quantized(Stored):
 
 
 def encode(w: Any, layout: Layout, format: str, block: int, double: bool) -> Quantized:
-    """A weight as `Quantized`. All runs along the weight's own axes: a stack is as good as its entries."""
+    """A weight as `Quantized`. Blocks run along the weight's axes, and each stack entry is coded alone."""
     form, shape = READ[format], tuple(w.shape)
     axis, across = _axis(layout.inputs, shape, block), _axis(layout.outputs, shape, GROUP)
     wide, minimum = w.astype(jnp.float32), None
@@ -125,7 +125,7 @@ def encode(w: Any, layout: Layout, format: str, block: int, double: bool) -> Qua
 
 
 def _inverse(x: jax.Array) -> jax.Array:
-    """1 / x for numbers that are not negative; finite for a block of zeros. Bitsandbytes multiplies, too."""
+    """1 / x of numbers that are not negative, finite at 0. bitsandbytes multiplies by it, too."""
     return 1.0 / jnp.maximum(x, jnp.finfo(jnp.float32).tiny)
 
 
@@ -145,7 +145,7 @@ def _codes(q: Quantized) -> jax.Array:
 
 
 def with_codes(q: Quantized, codes: jax.Array) -> Quantized:
-    """The same scales with other codes, which come one per weight, on the weight's axes."""
+    """The same scales with other codes, which come unpacked, on the weight's axes."""
     return dataclasses.replace(q, codes=_packed(codes, q.block_axis) if READ[q.format].bits == 4 else codes)
 
 
@@ -180,9 +180,11 @@ def nudged(q: Quantized, change: jax.Array) -> Quantized:
     codes = jnp.where(_chance(q.shape) * gap < jnp.abs(inside - near), other, code)
     beyond = (value - inside) * jnp.where(some, scales, 1.0)
     cut, rounded = jnp.sum(jnp.square(beyond)), jnp.sum(jnp.square(gap * scales)) / 12.0
-    return jax.lax.cond(
-        cut > rounded, lambda: q.store(_dense(q).astype(jnp.float32) + change), lambda: with_codes(q, codes)
-    )
+
+    def again():
+        return dataclasses.replace(q.store(_dense(q).astype(jnp.float32) + change), dtype=q.dtype)
+
+    return jax.lax.cond(cut > rounded, again, lambda: with_codes(q, codes))
 
 
 def _chance(shape: tuple[int, ...]) -> jax.Array:
@@ -201,7 +203,7 @@ def _dense(q: Quantized) -> jax.Array:
     w = READ[q.format].decode(_codes(q)) * read_scales(q)
     if q.minimum is not None:
         w = w + _spread(code_as_float(q.minimum), q.block_axis, q.block, q.shape[q.block_axis])
-    # said twice, as XLA drops a cast to bfloat16 and back: the same weight for every use of it
+    # XLA may drop a cast to bfloat16 and back, but no reduce_precision: every use sees the same weight
     kind = jnp.finfo(q.dtype)
     return jax.lax.reduce_precision(w, kind.nexp, kind.nmant).astype(q.dtype)
 
@@ -212,7 +214,7 @@ def _axis(axes: tuple[int, ...], shape: tuple[int, ...], size: int) -> int:
 
 
 def _folded(x: jax.Array, axis: int, size: int) -> jax.Array:
-    """``axis`` as two: runs, and ``size`` neighbors in each; padded with zeros."""
+    """``axis`` as two, runs and the ``size`` neighbors in each; the last run is padded with zeros."""
     extra = -x.shape[axis] % size
     x = _gathered(x, axis, -(-x.shape[axis] // size))
     if extra:

@@ -135,7 +135,8 @@ def check_options(format: Any, block: Any) -> None:
         )
 
 
-# by the place of a code's highest bit; the last is that of the one value, 1, which is no middle of a fraction
+# The power of ten at the place of a code's highest bit. The last code stands for 1 itself, and not for the
+# middle of a fraction as the others do, so that its power is chosen to give 1.
 POWERS = np.array([*(10.0 ** (bits - 6) for bits in range(7)), 1 / (0.1 + 0.9 * 0.5 / 128)], np.float32)
 
 

@@ -1,6 +1,7 @@
-"""GPTQ: codes chosen with knowledge of a weight's inputs, so that later ones make up for earlier errors."""
+"""GPTQ: the codes of a weight are chosen by its inputs, so that later codes make up for earlier errors."""
 
 import functools
+import logging
 from collections.abc import Callable, Iterable, Mapping
 
 import jax
@@ -18,6 +19,7 @@ from lorax_fn.quantization.formats import READ
 from lorax_fn.quantization.trees import chosen, rounded
 from lorax_fn.targets.patterns import Patterns
 
+LOG = logging.getLogger("lorax_fn")
 LAZY = 64  # inputs whose errors reach all later inputs in one product
 
 
@@ -58,12 +60,13 @@ def gptq(
 
     Returns:
       The same tree as of `lorax_fn.quantize`, with other codes. Only uses that contract the layout's inputs
-      count.
+      count. Stack entries that no input reached, such as experts without tokens, are rounded to the nearest
+      code, which is logged (logger ``lorax_fn``).
 
     Raises:
-      LoraError: as `lorax_fn.quantize`; or params have no numbers; a weight is not contracted with inputs, or
-        with none that outputs show, or with ones that are not finite; a use of it has no rule; ``damping``
-        is not above 0, or too small for float32.
+      LoraError: as `lorax_fn.quantize`. Also where params have no numbers, where ``damping`` is not above 0
+        or is too small for float32, and where a weight contracts no inputs that reach an output, contracts
+        inputs that are not finite, or has a use without a rule.
 
     Example:
       >>> import jax, jax.numpy as jnp, lorax_fn as lx
@@ -90,10 +93,14 @@ def gptq(
             do="call it outside jax.jit; for abstract params, lx.quantize gives the same shapes.",
         )
     made = rounded(leaves, layouts, format, block, double)
-    wrong = {}
+    wrong, unfed = {}, {}
     for path, c in covariances(fn, params, layouts, batches, at_once):
-        power = jnp.trace(c, axis1=1, axis2=2)[:, None]
-        problem = problem_of(power, np.zeros(c.shape[0]))
+        power = np.asarray(jnp.trace(c, axis1=1, axis2=2))
+        empty = power == 0
+        if empty.any() and not empty.all():
+            unfed[path] = np.flatnonzero(empty).tolist()
+            c = _as_if_even(c, empty)
+        problem = problem_of(power[:, None], np.zeros(c.shape[0]), needed=empty.all())
         if problem is None:
             made[path], good = _fed_back(leaves[path], made[path], c, np.float32(damping), layouts[path])
             problem = None if bool(good) else f"not positive definite in float32 with damping={damping}"
@@ -104,10 +111,20 @@ def gptq(
             "the inputs of these weights cannot guide rounding.",
             path=list(wrong),
             got=list(wrong.values()),
-            want="finite inputs, some of them not zero, in each stack entry",
+            want="finite inputs, some of them not zero",
             do="more batches, damping=0.1, or name the others in targets= and lx.quantize these.",
         )
+    if unfed:
+        lines = [f"  {path}: stack entries {entries}" for path, entries in unfed.items()]
+        head = "gptq: no input reached these stack entries; they are rounded to the nearest code"
+        LOG.warning("%s", "\n".join([head, *lines]))
     return replace_leaves(params, made)
+
+
+@jax.jit
+def _as_if_even(c: jax.Array, empty: jax.Array) -> jax.Array:
+    """``C [s, n, n]`` with the identity for empty entries: inputs that do not correlate feed nothing back."""
+    return jnp.where(empty[:, None, None], jnp.eye(c.shape[-1], dtype=c.dtype)[None], c)
 
 
 @functools.partial(jax.jit, static_argnums=4)
@@ -129,11 +146,12 @@ def _fed_back(
 
 
 def _root_of_inverse(c: jax.Array, damping: float) -> jax.Array:
-    """Upper ``U`` with ``U^T U = H^-1``, of ``C`` damped; an input that is always 0 stands alone."""
+    """Upper ``U`` with ``U^T U = H^-1`` of the damped ``C``; an input that is always 0 feeds nothing back."""
     diagonal = jnp.diagonal(c)
     mean = jnp.mean(diagonal)
     h = (c + c.T) / (2.0 * mean) + jnp.diag(damping + (diagonal == 0).astype(c.dtype))
-    # H = R R^T of an upper R is Cholesky from the last input to the first; U = R^-1, and no H^-1 is rounded
+    # Cholesky from the last input to the first gives H = R R^T with an upper R. Then U = R^-1, and H^-1
+    # itself, which rounding would spoil, is never made.
     r = jnp.linalg.cholesky(h[::-1, ::-1])[::-1, ::-1]
     eye = jnp.eye(c.shape[0], dtype=c.dtype)
     return jnp.triu(jax.scipy.linalg.solve_triangular(r, eye, lower=False))

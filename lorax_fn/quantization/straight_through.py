@@ -101,6 +101,7 @@ def _where_changed(which: jax.Array, new: Any, old: Any) -> Any:
     """``new``, but ``old`` for stack entries of which no number changes: their scales stay, too."""
     inner = [i for i in range(which.ndim) if i not in old.layout.stack]
     some = jnp.any(which, inner, keepdims=True)
+    new = dataclasses.replace(new, dtype=old.dtype)
     return jax.tree.map(lambda x, y: jnp.where(some, x, y), new, old)
 
 

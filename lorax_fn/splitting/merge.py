@@ -28,8 +28,8 @@ def merge(
     Sums are taken in float32, or in the dtype of the weight where that is wider, and are rounded once. A
     number that the adapter does not change keeps its bits. Rounding may take more than an adapter adds:
     `surviving` says how much of each change is left; it is logged (logger ``lorax_fn``), and a
-    `LoraMergeWarning` names the weights that keep less than half, and what helps. Under a transformation,
-    such as `jax.jit`, nothing is reported.
+    `LoraMergeWarning` names the weights that keep less than half, and what helps. Merges in
+    float32 or wider need no report, and under a transformation, such as `jax.jit`, there is none.
 
     Args:
       params: the frozen tree that `split` returned.

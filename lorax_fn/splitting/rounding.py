@@ -17,9 +17,12 @@ LOG = logging.getLogger("lorax_fn")
 HALF = 0.5  # a smaller share that survives is warned of
 LISTED = 5  # weights that a warning names
 # What helps, by what the merged weight is kept in.
-CODES = 'requantize="unbiased", best after training by lx.quantization.merge_aware; or requantize=False.'
-FLOAT8 = "dtype=jnp.bfloat16 for weights that are served; or keep the adapters beside the float8 weights."
-NARROW = "dtype=jnp.float32."
+CODES = (
+    'lx.merge(params, lora, requantize="unbiased"), best after training by lx.quantization.merge_aware; '
+    "or lx.merge(params, lora), which gives floats."
+)
+FLOAT8 = "lx.merge(params, lora, dtype=jnp.bfloat16); or keep the adapters beside the float8 weights."
+NARROW = "lx.merge(params, lora, dtype=jnp.float32); or keep the adapters beside the weights."
 
 
 class LoraMergeWarning(UserWarning):
@@ -51,13 +54,15 @@ def survival(adapter: Adapter, w: Any, merged: Any) -> jax.Array:
     meant = adapter.weight(before)
     largest = float(jnp.finfo(merged.dtype).max)
     cut = jnp.sum(jnp.isfinite(meant) & (jnp.abs(meant) > largest), dtype=jnp.int32).astype(wide)
-    known = jnp.isfinite(before)  # a row that was inf is replaced: there is no change to lose
+    # A row that was inf is replaced: there is no change to lose.
+    known = jnp.isfinite(before) & jnp.isfinite(meant)
     change, done = (jnp.where(known, x - before, jnp.zeros_like(x)) for x in (meant, after))
     peak = jnp.max(jnp.abs(change))  # squares of small changes would underflow
     unit = jnp.where(peak > 0, peak, jnp.ones_like(peak))
     square = jnp.sum(jnp.square(change / unit))
     share = jnp.where(peak > 0, jnp.sum(done / unit * (change / unit)) / jnp.maximum(square, 1.0), 1.0)
-    rounded, changed, whole = (jnp.linalg.norm(jnp.ravel(x)) for x in (done - change, change, meant))
+    whole = jnp.where(known, meant, jnp.zeros_like(meant))
+    rounded, changed, whole = (jnp.sqrt(jnp.sum(jnp.square(x))) for x in (done - change, change, whole))
     whole = jnp.maximum(whole, jnp.finfo(wide).tiny)
     return jnp.stack([share, rounded / whole, changed / whole, cut])
 
@@ -92,10 +97,14 @@ def surviving(params: PyTree, lora: Mapping[str, Adapter], merged: PyTree) -> di
 
 
 def report(before: Mapping[str, Any], lora: Mapping[str, Adapter], merged: Mapping[str, Any]) -> None:
-    """Logs what survived, and warns of what did not; silent under a transformation, where no numbers are."""
-    if not lora or not is_concrete([lora, [(before[path], merged[path]) for path in lora]]):
+    """Logs what survived, and warns of what did not; silent under a transformation, where no numbers are.
+
+    Not of weights that are merged in float32 or wider: sums are taken in no wider dtype.
+    """
+    paths = [p for p in lora if is_stored(merged[p]) or merged[p].dtype.itemsize < 4]
+    if not is_concrete([(lora[path], before[path], merged[path]) for path in paths]):
         return
-    found = jax.device_get({path: survival(lora[path], before[path], merged[path]) for path in lora})
+    found = jax.device_get({path: survival(lora[path], before[path], merged[path]) for path in paths})
     packed = {path: numbers for path, numbers in found.items() if is_stored(merged[path])}
     plain = {path: numbers for path, numbers in found.items() if path not in packed}
     if packed:
@@ -128,7 +137,5 @@ def _warn(found: Mapping[str, Any], merged: Mapping[str, Any]) -> None:
     if told:
         more = [f"  and {len(told) - LISTED} more"] if len(told) > LISTED else []
         head = "this merge loses what adapters add, as rounding is coarser than their change."
-        text = "\n".join(
-            [head, *told[:LISTED], *more, *(f"  do: lx.merge(params, lora, {x})" for x in cures)]
-        )
+        text = "\n".join([head, *told[:LISTED], *more, *(f"  do: {x}" for x in cures)])
         warnings.warn(text, LoraMergeWarning, stacklevel=4)
