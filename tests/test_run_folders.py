@@ -189,7 +189,7 @@ def test_the_extra_of_a_run_is_read_by_itself(tmp_path):
 
 
 def test_checkpoints_of_version_1_are_gone_on_from(tmp_path, monkeypatch):
-    """Made of one of today: without sizes, extra, key and seal, each array alone, with the old fingerprint."""
+    """Made of one of today: no sizes, extra, key and seal, each array alone, the old fingerprint."""
     with monkeypatch.context() as patch:
         patch.setattr(snapshots, "_packs", lambda: False)
         fit(tmp_path, 4)
