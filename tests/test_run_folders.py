@@ -188,12 +188,14 @@ def test_the_extra_of_a_run_is_read_by_itself(tmp_path):
     assert float(want.extra["bn"][0][0]) == 3.0
 
 
-def test_checkpoints_of_version_1_are_gone_on_from(tmp_path):
-    """Made of one of today: without sizes, extra, key and seal, and with the old fingerprint."""
-    fit(tmp_path, 4)
+def test_checkpoints_of_version_1_are_gone_on_from(tmp_path, monkeypatch):
+    """Made of one of today: no sizes, extra, key and seal, each array alone, the old fingerprint."""
+    with monkeypatch.context() as patch:
+        patch.setattr(snapshots, "_packs", lambda: False)
+        fit(tmp_path, 4)
     for folder in tmp_path.iterdir():
         facts = json.loads((folder / "train.json").read_text())
-        del facts["extra"], facts["key"]
+        del facts["extra"], facts["key"], facts["packed"]
         facts |= {"version": 1, "base": snapshots.fingerprint(PARAMS, 1)}
         facts["files"] = {name: file["crc32"] for name, file in facts["files"].items()}
         files.write_facts(folder / "train.json", facts)

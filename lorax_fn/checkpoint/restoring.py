@@ -20,9 +20,11 @@ from lorax_fn.checkpoint.storage import (
     check_known,
     describe,
     named_facts,
+    packed_facts,
     raw,
     read_arrays,
     to_device,
+    unpacked,
 )
 from lorax_fn.checkpoint.trees import leaf_facts, leaves_of, restored
 from lorax_fn.core.errors import error
@@ -111,7 +113,10 @@ def step_of(path: pathlib.Path) -> int:
 def read_snapshot(path: pathlib.Path, facts: dict) -> dict[str, np.ndarray]:
     """Every array of a checkpoint that `find_snapshot` found."""
     rest = {f"state.{i}": fact for i, fact in enumerate(facts["state"])}
-    return read_arrays(path / "arrays", named_facts(facts["adapters"]) | rest)
+    every = named_facts(facts["adapters"]) | rest
+    if not facts.get("packed"):
+        return read_arrays(path / "arrays", every)
+    return unpacked(read_arrays(path / "arrays", packed_facts(every)), every)
 
 
 def _checked(path: pathlib.Path) -> dict:

@@ -7,7 +7,8 @@ A ``checkpoint_dir`` holds ``step-<number>/`` directories, each with
     train.json          format, version, step, files {name: {size, crc32}}, adapters (as in `storage`), state
                         (facts of all other leaves), weak (paths of those weakly typed), extra (its
                         structure), key (the one that the run began with), base (fingerprint of the frozen
-                        tree), loop (evaluations so far), crc32 of all that
+                        tree), loop (evaluations so far), packed (whether arrays of one dtype lie end to
+                        end), crc32 of all that
 
 It is written as ``.step-<number>`` by a thread, and appears by one rename when everything is on disk. What is
 damaged afterwards is found by the sums, renamed to ``step-<number>.damaged`` and passed over with a warning.
@@ -56,7 +57,7 @@ from lorax_fn.checkpoint.restoring import (
     step_of,
     steps,
 )
-from lorax_fn.checkpoint.storage import checkpointer, describe, storable
+from lorax_fn.checkpoint.storage import checkpointer, describe, host_writer, packed, storable
 from lorax_fn.checkpoint.trees import by_name, leaf_facts, leaves_of, skeleton, together, weak_paths
 from lorax_fn.core.errors import LoraError, error
 from lorax_fn.core.trees import PyTree
@@ -85,6 +86,7 @@ class Snapshots:
             if _first_process():
                 self._take()
         self.checkpointer = checkpointer(together=True)
+        self.writer = host_writer()
         self.thread = ThreadPoolExecutor(1, "lorax_fn.fit")
 
     def _take(self) -> None:
@@ -149,6 +151,7 @@ class Snapshots:
             "key": self.key,
             "base": self.base,
             "loop": loop,
+            "packed": _packs(),
         }
         try:
             if _first_process():
@@ -158,13 +161,18 @@ class Snapshots:
             _meet("stage")
             own = stage / f"batches-{jax.process_index()}.json"
             own.write_text(json.dumps(position), "utf-8")
-            self.checkpointer.save(stage / "arrays", storable(jax.tree.map(_whole, arrays)))
+            if facts["packed"]:
+                arrays = packed(jax.device_get(arrays))
+            else:
+                self.checkpointer.save(stage / "arrays", storable(jax.tree.map(_whole, arrays)))
         except Exception as failure:
             raise self._failed(stage, failure) from failure
-        self.pending = self.thread.submit(self._publish, stage, facts)
+        self.pending = self.thread.submit(self._publish, stage, facts, arrays)
 
-    def _publish(self, stage: pathlib.Path, facts: dict) -> None:
+    def _publish(self, stage: pathlib.Path, facts: dict, arrays: dict) -> None:
         try:
+            if facts["packed"]:
+                self.writer.save(stage / "arrays", storable(arrays))
             self.checkpointer.wait_until_finished()
             if _first_process():
                 facts["files"] = file_sums(stage)
@@ -218,6 +226,7 @@ class Snapshots:
         """Lets a checkpoint under way be finished; says nothing of its failure (`wait` does that)."""
         self.thread.shutdown(wait=True)
         self.checkpointer.close()
+        self.writer.close()
         if self.lock is not None:
             self.lock.release()
 
@@ -243,6 +252,11 @@ def _whole(x: Any) -> Any:
     """What Orbax can write: global arrays, or numpy where each process holds all of it."""
     local_only = isinstance(x, jax.Array) and x.is_fully_addressable and jax.process_count() > 1
     return np.asarray(x) if local_only else x
+
+
+def _packs() -> bool:
+    """Whether arrays are written end to end; of several processes each writes its part of every array."""
+    return jax.process_count() == 1
 
 
 def _first_process() -> bool:

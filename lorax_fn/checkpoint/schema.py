@@ -307,5 +307,5 @@ def training_facts(version: int) -> Form:
         "crc32": CRC,
     }
     key = record({"impl": either(null, text(40)), "words": listed(integer(0, 2**64), 64)})
-    later = {"extra": structure, "key": key}
+    later = {"extra": structure, "key": key, "packed": flag}
     return record(forms | (later if version > 1 else {}))

@@ -38,7 +38,11 @@ def scalars(metrics: PyTree) -> dict:
 
     def read(x):
         if isinstance(x, jax.Array):
-            x = x.addressable_shards[0].data if mapped or x.is_fully_replicated else None
+            if not isinstance(x.dtype, np.dtype):  # a key
+                return None
+            if x.ndim == 0:  # it lies whole on every device
+                return x.item()
+            x = x.addressable_shards[0].data if mapped else None
         if x is not None and np.size(x) == 1 and np.ndim(x) <= mapped:
             return np.asarray(x).reshape(()).item()
         return None
