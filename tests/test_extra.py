@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from test_checkpoint import bits, lora_of, normal, params_of
 
+import lorax_fn as lx
 from lorax_fn import checkpoint
 from lorax_fn.checkpoint import files
 from lorax_fn.checkpoint.fingerprint import fingerprint, places
@@ -108,3 +109,16 @@ def test_a_checkpoint_of_version_1_is_read(tmp_path):
         checkpoint.load(tmp_path / "ck", params=params | {"key": jax.random.key(6)})
     checkpoint.save(tmp_path / "ck", lora_of(2.0))  # replaced by one of version 2
     assert bits(checkpoint.load(tmp_path / "ck")) == bits(lora_of(2.0))
+
+
+def test_adapters_that_took_a_part_of_w_are_not_saved_alone_in_silence(tmp_path):
+    original = {"kernel": jax.random.normal(jax.random.key(0), (8, 6))}
+    params, lora = lx.split(original, rank=2, init="pissa")
+    with pytest.warns(lx.LoraCheckpointWarning, match=r"(?s)took a part of W \(kernel\).*to_plain"):
+        lx.checkpoint.save(tmp_path / "alone", lora)
+    lx.checkpoint.save(tmp_path / "with", lora, params=params)
+    lx.checkpoint.save(tmp_path / "plain", lx.ranks.to_plain(original, params, lora))
+    assert lx.checkpoint.load(tmp_path / "with", params=params)["kernel"].residual
+    with pytest.raises(lx.LoraError, match="to_plain"):
+        lx.checkpoint.load(tmp_path / "with", params=original)
+    assert not lx.split(original, rank=2)[1]["kernel"].residual

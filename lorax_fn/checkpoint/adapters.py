@@ -118,6 +118,8 @@ def save(
     if params is not None:
         check_fits(dict(flatten_with_paths(params)[0]), lora)
         _check_statistics(params, extra)
+    else:
+        _warn_of_residuals(path, lora)
     adapters, arrays = describe(lora)
     named = leaves_of(extra)
     facts = {
@@ -178,7 +180,8 @@ def load(path: str | os.PathLike, *, params: PyTree = None, strict: bool = True)
     folder, facts, arrays, _ = _found(local(path))
     given = None if params is None else fingerprint(params, facts["version"])
     if given is not None and strict:
-        check_base(folder, facts["base"], given)
+        moved = any(entry["static"].get("residual") for entry in facts["adapters"])
+        check_base(folder, facts["base"], given, moved=moved)
     stored = named_facts(facts["adapters"])
     lora = build(facts["adapters"], {name: to_device(arrays[name], fact) for name, fact in stored.items()})
     return lora if given is None or strict else _fitting(folder, facts["base"], params, given, lora)
@@ -271,6 +274,21 @@ def _fitting(
         text = f"{path} belongs to another base; {len(skipped)} of {len(lora)} adapters were skipped:"
         warnings.warn("\n".join([text, *lines]), LoraCheckpointWarning, stacklevel=3)
     return {name: adapter for name, adapter in lora.items() if name not in skipped}
+
+
+def _warn_of_residuals(path: Any, lora: dict[str, Adapter]) -> None:
+    """Says that adapters which took a part of W are of no use without the base that is left of it."""
+    moved = [name for name, adapter in lora.items() if getattr(adapter, "residual", False)]
+    if moved:
+        listed = ", ".join(moved[:3]) + (f" and {len(moved) - 3} more" if len(moved) > 3 else "")
+        warnings.warn(
+            f"{path} is saved without the params that its adapters belong to: their init took a part of W "
+            f"({listed}), so that on the original weights they give other numbers.\n"
+            "  do: save(path, lora, params=params) with the params that split returned, or save what "
+            "lx.ranks.to_plain(original, params, lora) makes for the original ones.",
+            LoraCheckpointWarning,
+            stacklevel=3,
+        )
 
 
 def _check_statistics(params: PyTree, extra: PyTree) -> None:

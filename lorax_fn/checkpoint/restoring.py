@@ -34,8 +34,13 @@ FORMAT, VERSION, FACTS = "lorax_fn.training", 2, "train.json"
 NAME = re.compile(r"step-(\d{8,})")
 
 
-def check_base(path: pathlib.Path, saved: list[dict] | None, given: list[dict]) -> None:
-    """Raises a `LoraError` that lists every path in which two fingerprints differ: saved, and of params."""
+def check_base(
+    path: pathlib.Path, saved: list[dict] | None, given: list[dict], *, moved: bool = False
+) -> None:
+    """Raises a `LoraError` that lists every path in which two fingerprints differ: saved, and of params.
+
+    ``moved`` says that the init of these adapters took a part of W, so that their base is not the original one.
+    """
     if saved is None:
         raise error(
             "the checkpoint was saved without its base.",
@@ -50,7 +55,10 @@ def check_base(path: pathlib.Path, saved: list[dict] | None, given: list[dict]) 
             path=[f"{name}: {what}" for name, what in found.items()],
             got=f"{len(found)} leaves that differ",
             want="the same paths, shapes, dtypes and content",
-            do="load the base that the adapters were trained on.",
+            do="pass the params that split returned beside this lora, or save adapters of the original ones: "
+            "lx.ranks.to_plain(original, params, lora)."
+            if moved
+            else "load the base that the adapters were trained on.",
         )
 
 

@@ -36,6 +36,7 @@ class DoRA(LoRA):
       layout: as in `LoRA`.
       key: as in `LoRA`.
       rate: as in `LoRA`.
+      residual: as in `LoRA`.
       magnitude: ``[*s, *m]``, starts as the norm of ``W``.
 
     Example:
@@ -53,7 +54,7 @@ class DoRA(LoRA):
         plain, frozen = super().create(w, start)
         norm = by_entry(_norm, w, start.layout)
         facts = (plain.a, plain.b, plain.alpha, plain.rank, plain.scaling, plain.layout)
-        return cls(*facts, magnitude=norm.astype(start.dtype)), frozen
+        return cls(*facts, magnitude=norm.astype(start.dtype), residual=plain.residual), frozen
 
     def axes(self) -> dict[str, tuple[int | None, ...]]:
         return super().axes() | {"magnitude": (*self.layout.stack, *self.layout.outputs)}

@@ -34,6 +34,8 @@ class LoRA(LowRank):
       layout: which axes of the weight are stack, inputs and outputs.
       key: PRNG keys ``[*s]``; set by `lorax_fn.dropout` only.
       rate: share of A's inputs dropped; set by `lorax_fn.dropout` only.
+      residual: whether the init took a part of W into the factors (PiSSA, OLoRA, ...), so that they belong to
+        the params that `lorax_fn.split` returned and not to the original ones.
 
     Example:
       >>> import jax.numpy as jnp, lorax_fn as lx
@@ -54,6 +56,7 @@ class LoRA(LowRank):
     layout: Layout = fact()
     key: Any = None
     rate: Any = number(default=0.0)
+    residual: bool = fact(default=False, kw_only=True)
 
     @classmethod
     def create(cls, w: Any, start: Start) -> tuple["LoRA", Any]:
@@ -62,7 +65,8 @@ class LoRA(LowRank):
         a, b, frozen = start.init(start.key, w, start.layout, start.rank, scale, start.dtype)
         if isinstance(start.rank, tuple):
             a, b = _zero_pads(a, b, start.rank, len(stack))
-        return cls(a, b, start.alpha, start.rank, start.scaling, start.layout), frozen
+        facts = (start.alpha, start.rank, start.scaling, start.layout)
+        return cls(a, b, *facts, residual=frozen is not w), frozen
 
     @classmethod
     def refuses(cls, shape: tuple[int, ...], start: Any) -> str | None:

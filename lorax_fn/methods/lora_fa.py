@@ -24,6 +24,7 @@ class LoRAFA(LoRA):
       layout: as in `LoRA`.
       key: as in `LoRA`.
       rate: as in `LoRA`.
+      residual: as in `LoRA`.
 
     Example:
       >>> import jax, jax.numpy as jnp, lorax_fn as lx

@@ -1,5 +1,6 @@
 """`to_plain`: adapters of residual weights as ordinary ones of the original weights."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -109,8 +110,12 @@ def _relative_to(adapter: Any, w0: Any, w: Any) -> tuple[LoRA, jax.Array]:
     a0, b0 = u[:, :, :r] * root[:, None, :], (root * jnp.sign(s))[:, :, None] * vt[:, :r]
     a, b = jnp.concatenate([a, a0], axis=-1), jnp.concatenate([b, -b0], axis=1)
     if not isinstance(adapter.rank, tuple):
-        return adapter.with_factors(a, b, 2 * adapter.rank), share
+        return _plain(adapter.with_factors(a, b, 2 * adapter.rank)), share
     # pads go behind both parts, as everywhere
     order = np.argsort(1 - np.concatenate([used_ranks(adapter.rank, a.shape[0])] * 2, -1), kind="stable")
     a, b = jnp.take_along_axis(a, order[:, None, :], -1), jnp.take_along_axis(b, order[:, :, None], 1)
-    return adapter.with_factors(a, b, tuple(2 * r for r in adapter.rank)), share
+    return _plain(adapter.with_factors(a, b, tuple(2 * r for r in adapter.rank))), share
+
+
+def _plain(adapter: LoRA) -> LoRA:
+    return dataclasses.replace(adapter, residual=False)
