@@ -39,7 +39,7 @@ def check_base(
 ) -> None:
     """Raises a `LoraError` that lists every path in which two fingerprints differ: saved, and of params.
 
-    ``moved`` says that the init of these adapters took a part of W, so that their base is not the original one.
+    ``moved`` says that the init of these adapters took a part of W: their base is not the original one.
     """
     if saved is None:
         raise error(
