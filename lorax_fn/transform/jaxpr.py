@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+from jax import export
 from jax.extend import source_info_util
 from jax.extend.core import DropVar, Literal
 from jax.extend.core import primitives as prims
@@ -16,6 +17,14 @@ from jax.extend.core import primitives as prims
 def opened(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
     """The equations' owner and its constants, for a closed or an open jaxpr of any JAX version."""
     return getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ())
+
+
+def surely(comparison: Callable[[], bool]) -> bool:
+    """A comparison of sizes, False where a symbolic size (of `jax.export`) leaves it open."""
+    try:
+        return bool(comparison())
+    except export.InconclusiveDimensionOperation:
+        return False
 
 
 def is_literal(atom: Any) -> bool:
@@ -58,17 +67,17 @@ def name_stack(eqn: Any) -> str:
     return str(eqn.source_info.name_stack)
 
 
-def order(jaxpr: Any) -> list[tuple[int, Any, list[Any]]]:
-    """What to run: ``(position, equation, variables nobody reads afterwards)``.
+def order(jaxpr: Any) -> list[tuple[Any, list[Any]]]:
+    """What to run: ``(equation, variables nobody reads afterwards)``.
 
     Left out is every equation without effects whose results nobody reads.
     """
     needed = {v for v in jaxpr.outvars if not is_literal(v)}
     steps = []
-    for index, eqn in reversed(list(enumerate(jaxpr.eqns))):
+    for eqn in reversed(jaxpr.eqns):
         if eqn.effects or any(v in needed for v in eqn.outvars):
             read = {v for v in eqn.invars if not is_literal(v)}
-            steps.append((index, eqn, list(read - needed)))
+            steps.append((eqn, list(read - needed)))
             needed |= read
     return steps[::-1]
 
@@ -87,7 +96,8 @@ def before_bias(jaxpr: Any) -> set[Any]:
     for var, (eqn, *more) in readers.items():
         if eqn.primitive is prims.add_p and not more and var not in jaxpr.outvars:
             (other,) = [v for v in eqn.invars if v is not var]
-            if not is_literal(other) and (other in broadcast or other.aval.size < var.aval.size):
+            smaller = not is_literal(other) and surely(lambda a=other, b=var: a.aval.size < b.aval.size)
+            if smaller or (not is_literal(other) and other in broadcast):
                 found.add(var)
     return found
 

@@ -1,6 +1,6 @@
 """Primitive -> rule: what each operation does to a factored weight.
 
-A rule is ``rule(eqn, index, values) -> list of results``, or NotImplemented where the weight has to be
+A rule is ``rule(walk, eqn, values) -> list of results``, or NotImplemented where the weight has to be
 built. ``values`` are the equation's operands, at least one of them `Factored`; ``index`` is the
 equation's position in its jaxpr. The base always goes through the very operation of the program; a rule
 adds what the low-rank parts need, which for most is a renaming of axes.
@@ -20,19 +20,24 @@ from lorax_fn.transform.contractions import align
 from lorax_fn.transform.factored import RANK, Factored, Part, is_factored
 from lorax_fn.transform.stored import lookup, moved
 
-Rule = Callable[[Any, int, Sequence[Any]], Any]
-RULES: dict[str, Rule] = {}
+Rule = Callable[[Any, Any, Sequence[Any]], Any]
 
 
-def rule(*primitives: Any) -> Callable[[Rule], Rule]:
-    """Registers a function as the rule of some primitives (objects, or names of those without one)."""
+class Rules(dict[str, Rule]):
+    """A table of rules by the name of their primitive."""
 
-    def register(fn: Rule) -> Rule:
-        for primitive in primitives:
-            RULES[primitive if isinstance(primitive, str) else primitive.name] = fn
-        return fn
+    def of(self, *primitives: Any) -> Callable[[Rule], Rule]:
+        """Puts a function into the table, for primitives or for names of primitives that are not public."""
 
-    return register
+        def register(fn: Rule) -> Rule:
+            for primitive in primitives:
+                self[primitive if isinstance(primitive, str) else primitive.name] = fn
+            return fn
+
+        return register
+
+
+MOVES = Rules()
 
 
 def _one(eqn: Any, *values: Any) -> Any:
@@ -42,27 +47,27 @@ def _one(eqn: Any, *values: Any) -> Any:
 # Operations that leave every axis where it is.
 
 
-@rule(prims.copy_p, prims.sharding_constraint_p, prims.name_p, "reshard")
-def _same(eqn, index, values):
+@MOVES.of(prims.copy_p, prims.sharding_constraint_p, prims.name_p, "reshard")
+def _same(walk, eqn, values):
     (w,) = values
     return [dataclasses.replace(w, base=_one(eqn, w.base))]
 
 
-@rule(prims.stop_gradient_p, prims.device_put_p, "pvary", "pcast")
-def _everywhere(eqn, index, values):
+@MOVES.of(prims.stop_gradient_p, prims.device_put_p, "pvary", "pcast")
+def _everywhere(walk, eqn, values):
     (w,) = values
     return [w.with_parts(_one(eqn, w.base), lambda part: Part(_one(eqn, part.array), part.axes))]
 
 
-@rule(prims.convert_element_type_p)
-def _convert(eqn, index, values):
+@MOVES.of(prims.convert_element_type_p)
+def _convert(walk, eqn, values):
     if not jnp.issubdtype(eqn.params["new_dtype"], jnp.floating):
         return NotImplemented
-    return _same(eqn, index, values)
+    return _same(walk, eqn, values)
 
 
-@rule("optimization_barrier")
-def _barrier(eqn, index, values):
+@MOVES.of("optimization_barrier")
+def _barrier(walk, eqn, values):
     bases = lax.optimization_barrier([v.base if is_factored(v) else v for v in values])
     return [
         dataclasses.replace(v, base=base) if is_factored(v) else base
@@ -70,14 +75,14 @@ def _barrier(eqn, index, values):
     ]
 
 
-@rule(prims.neg_p)
-def _negative(eqn, index, values):
+@MOVES.of(prims.neg_p)
+def _negative(walk, eqn, values):
     (w,) = values
     return [dataclasses.replace(w, base=_one(eqn, w.base), scale=-w.scale)]
 
 
-@rule(prims.mul_p, prims.div_p)
-def _scaled(eqn, index, values):
+@MOVES.of(prims.mul_p, prims.div_p)
+def _scaled(walk, eqn, values):
     left, right = values
     w, by = (left, right) if is_factored(left) else (right, left)
     if is_factored(by) or (w is right and eqn.primitive is prims.div_p):
@@ -107,8 +112,8 @@ def _scaled(eqn, index, values):
 # Renaming, adding and removing axes.
 
 
-@rule(prims.transpose_p)
-def _transpose(eqn, index, values):
+@MOVES.of(prims.transpose_p)
+def _transpose(walk, eqn, values):
     (w,) = values
     place = {old: new for new, old in enumerate(eqn.params["permutation"])}
     return [w.with_parts(_one(eqn, w.base), lambda part: part.renamed(place.__getitem__))]
@@ -120,8 +125,8 @@ def _without(part: Part, gone: Sequence[int]) -> Part:
     return Part(lax.squeeze(part.array, drop), tuple(axis for axis in part.axes if axis not in gone))
 
 
-@rule(prims.squeeze_p, prims.reduce_sum_p)
-def _squeeze(eqn, index, values):
+@MOVES.of(prims.squeeze_p, prims.reduce_sum_p)
+def _squeeze(walk, eqn, values):
     """A sum over axes of size 1 alone is how `jax.numpy.einsum` drops them."""
     (w,) = values
     dims = eqn.params["axes"] if eqn.primitive is prims.reduce_sum_p else eqn.params["dimensions"]
@@ -132,8 +137,8 @@ def _squeeze(eqn, index, values):
     return [w.with_parts(_one(eqn, w.base), lambda part: _without(part, gone).renamed(place.__getitem__))]
 
 
-@rule(prims.broadcast_in_dim_p)
-def _broadcast(eqn, index, values):
+@MOVES.of(prims.broadcast_in_dim_p)
+def _broadcast(walk, eqn, values):
     w, *sizes = values
     shape, place = eqn.params["shape"], eqn.params["broadcast_dimensions"]
     grown = [i for i in range(w.ndim) if shape[place[i]] != w.shape[i]]
@@ -141,8 +146,8 @@ def _broadcast(eqn, index, values):
     return [w.with_parts(base, lambda part: _without(part, grown).renamed(place.__getitem__))]
 
 
-@rule(prims.reshape_p)
-def _reshape(eqn, index, values):
+@MOVES.of(prims.reshape_p)
+def _reshape(walk, eqn, values):
     w, *sizes = values
     if sizes or eqn.params.get("dimensions") is not None:
         return NotImplemented
@@ -200,8 +205,8 @@ def _sliced(part: Part, start: Sequence[int], limit: Sequence[int], strides: Seq
     return Part(lax.slice(part.array, *zip(*where, strict=True)), part.axes)
 
 
-@rule(prims.slice_p)
-def _slice(eqn, index, values):
+@MOVES.of(prims.slice_p)
+def _slice(walk, eqn, values):
     (w,) = values
     start, limit = eqn.params["start_indices"], eqn.params["limit_indices"]
     strides = eqn.params["strides"] or (1,) * w.ndim
@@ -219,8 +224,8 @@ def _looked_up(w: Factored, cut: Factored) -> Factored:
     return dataclasses.replace(cut, lookup=w.lookup or row)
 
 
-@rule("split")
-def _split(eqn, index, values):
+@MOVES.of("split")
+def _split(walk, eqn, values):
     (w,) = values
     axis, results, start = eqn.params["axis"], [], 0
     for size, base in zip(eqn.params["sizes"], moved(eqn, [w.base]), strict=True):
@@ -232,8 +237,8 @@ def _split(eqn, index, values):
     return results
 
 
-@rule("unstack")
-def _unstack(eqn, index, values):
+@MOVES.of("unstack")
+def _unstack(walk, eqn, values):
     (w,) = values
     axis = eqn.params["axis"]
 
@@ -247,8 +252,8 @@ def _unstack(eqn, index, values):
     return [_looked_up(w, w.with_parts(base, partial(entry, i=i))) for i, base in bases]
 
 
-@rule(prims.dynamic_slice_p)
-def _dynamic_slice(eqn, index, values):
+@MOVES.of(prims.dynamic_slice_p)
+def _dynamic_slice(walk, eqn, values):
     w, *starts = values
     sizes = eqn.params["slice_sizes"]
 
@@ -263,8 +268,8 @@ def _dynamic_slice(eqn, index, values):
     return [_looked_up(w, w.with_parts(_one(eqn, w.base, *starts), sliced))]
 
 
-@rule("tile")
-def _tile(eqn, index, values):
+@MOVES.of("tile")
+def _tile(walk, eqn, values):
     (w,) = values
     reps = eqn.params["reps"]
 
@@ -276,8 +281,8 @@ def _tile(eqn, index, values):
     return [w.with_parts(_one(eqn, w.base), tiled)]
 
 
-@rule(prims.pad_p)
-def _pad(eqn, index, values):
+@MOVES.of(prims.pad_p)
+def _pad(walk, eqn, values):
     w, fill = values
     edges = eqn.params["padding_config"]
     padded = [i for i, edge in enumerate(edges) if tuple(edge) != (0, 0, 0)]
@@ -295,8 +300,8 @@ def _pad(eqn, index, values):
     return [w.with_parts(_one(eqn, w.base, fill), grown)]
 
 
-@rule(prims.rev_p)
-def _reverse(eqn, index, values):
+@MOVES.of(prims.rev_p)
+def _reverse(walk, eqn, values):
     (w,) = values
     turned = eqn.params["dimensions"]
 
@@ -306,8 +311,8 @@ def _reverse(eqn, index, values):
     return [w.with_parts(_one(eqn, w.base), flip)]
 
 
-@rule(prims.gather_p)
-def _gather(eqn, index, values):
+@MOVES.of(prims.gather_p)
+def _gather(walk, eqn, values):
     """Rows of a stack axis, of ``A`` (an embedding lookup) or of ``B``; the other factor stays whole."""
     w, indices = values
     if not is_factored(w) or is_factored(indices):

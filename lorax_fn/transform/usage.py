@@ -190,15 +190,14 @@ def _unserved(trace: Any, named: list, layouts: dict[str, Layout | None]) -> dic
     values = [
         value if slot is None else leaves[slot] for value, slot in zip(trace.values, trace.slots, strict=True)
     ]
-    walk, reports = Walk("allow"), []
+    walk = Walk("allow").waiting()
 
     def run(consts, values):
-        with walk.collecting(reports):
-            return walk.returned(walk.evaluate(trace.jaxpr, consts, values))
+        return walk.returned(walk.evaluate(trace.jaxpr, consts, values))
 
     jax.eval_shape(run, trace.consts, values)
     by_path: dict[str, list[Report]] = {}
-    for report in dict.fromkeys(reports):
+    for report in dict.fromkeys(walk.notes.reports):
         for path in report.path.split(" + "):
             by_path.setdefault(path, []).append(report)
     return by_path

@@ -54,7 +54,7 @@ class Reader:
 
     def read(self, jaxpr: Any, refs: Sequence[list[Ref]], times: int) -> list[list[Ref]]:
         env = dict(zip(jaxpr.invars, refs, strict=True))
-        for _, eqn, _ in jx.order(jaxpr):
+        for eqn, _ in jx.order(jaxpr):
             views = [[] if jx.is_literal(v) else env.get(v, []) for v in eqn.invars]
             results = self._equation(eqn, views, times) if any(views) else [[]] * len(eqn.outvars)
             env.update(zip(eqn.outvars, results, strict=True))
