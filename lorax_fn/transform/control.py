@@ -16,7 +16,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from lorax_fn.transform import jaxpr as jx
-from lorax_fn.transform.contractions import Refused
+from lorax_fn.transform.contractions import Refused, absorbed
 from lorax_fn.transform.factored import Factored, Part, folded, is_factored
 from lorax_fn.transform.stored import Later, along_axes, is_unbuilt, local, restacked, scanned
 
@@ -328,6 +328,8 @@ def custom_jvp(walk, eqn, values):
         return jx.bind(eqn, walk.dense(eqn, values))
     if any(v.tap for v in values if is_factored(v)):  # taps answer to no cotangent, so to no rule of one
         return walk.dense(eqn, walk.evaluate(jaxpr, consts, values))
+    # A scale that is an array trains too (in VeRA), so it goes into the factors, which have tangents.
+    values = [_without_scale(v) if is_factored(v) else v for v in values]
     floats = [i for i, v in enumerate(values) if jnp.issubdtype(v.dtype, jnp.floating)]
     count = len(values)
 
@@ -365,8 +367,15 @@ def custom_jvp(walk, eqn, values):
     return inner(*values)
 
 
+def _without_scale(w: Factored) -> Factored:
+    if "scale" not in w.parts:
+        return w
+    a, b = absorbed(w, jnp.result_type(*(part.array.dtype for part in w.parts.values())))
+    return dataclasses.replace(w, parts={"a": a, "b": b}, scale=1.0)
+
+
 def _with_factors(tangent: Any, primal: Any, **factors: Any) -> Any:
-    """A tangent with some of its factors; all else (the constant scale) is the primal's."""
+    """A tangent with some of its factors; the others are the primal's."""
     if not is_factored(tangent):
         return tangent
     parts = {**primal.parts, **{name: weight.parts[name] for name, weight in factors.items()}}

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
-from jax import export
+from jax import export, lax
 from jax.extend import source_info_util
 from jax.extend.core import DropVar, Literal
 from jax.extend.core import primitives as prims
@@ -37,6 +37,8 @@ def is_dropped(var: Any) -> bool:
 
 def bind(eqn: Any, values: Sequence[Any]) -> list[Any]:
     """Runs one equation as it is; always a list of results."""
+    if eqn.primitive.name == "ragged_dot_general":
+        values = [vmapped_first(value) for value in values]
     results = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))
     return list(results) if eqn.primitive.multiple_results else [results]
 
@@ -44,6 +46,14 @@ def bind(eqn: Any, values: Sequence[Any]) -> list[Any]:
 def bind_with(eqn: Any, values: Sequence[Any], **changed: Any) -> list[Any]:
     """Runs one equation with some of its parameters changed."""
     return [eqn.primitive.bind(*values, **{**eqn.params, **changed})]
+
+
+def vmapped_first(x: Any) -> Any:
+    """``x`` itself, unless `jax.vmap` is around: then its batch axis comes first.
+
+    JAX batches ragged products along axis 0 only, and a weight that was built may have its batch axis elsewhere.
+    """
+    return lax.reshape(lax.reshape(x, (x.size,)), x.shape) if x.ndim > 1 else x
 
 
 @contextlib.contextmanager

@@ -35,7 +35,8 @@ def _dot_general(walk, eqn, values):
         else:
             return NotImplemented
     w, x = (lhs, rhs) if is_factored(lhs) else (rhs, lhs)
-    (lhs_sum, rhs_sum), (lhs_batch, rhs_batch) = eqn.params["dimension_numbers"]
+    # int: vmap writes numpy integers into equations, and those compare elementwise with other names.
+    (lhs_sum, rhs_sum), (lhs_batch, rhs_batch) = jax.tree.map(int, eqn.params["dimension_numbers"])
     w_first = w is lhs
     w_sum, x_sum = (lhs_sum, rhs_sum) if w_first else (rhs_sum, lhs_sum)
     w_batch, x_batch = (lhs_batch, rhs_batch) if w_first else (rhs_batch, lhs_batch)
@@ -207,7 +208,7 @@ def _grouped(rows: Any, part: Part, axes: list[int], sizes: Any, **options: Any)
     """``rows`` times a factor: that of the row's expert, or the one that all share."""
     whole = align(part.array, part.axes, axes)
     if axes[0] in part.axes:
-        return lax.ragged_dot(rows, whole, sizes, **options)
+        return lax.ragged_dot(jx.vmapped_first(rows), jx.vmapped_first(whole), sizes, **options)
     return lax.dot_general(rows, whole[0], (((1,), (0,)), ((), ())), **options)
 
 

@@ -321,13 +321,15 @@ def _gather(walk, eqn, values):
     index_axes = indices.ndim - 1  # the last axis of indices is the index vector
     out_ndim = index_axes + len(dims.offset_dims)
     kept = [i for i in range(w.ndim) if i not in (*dims.collapsed_slice_dims, *dims.operand_batching_dims)]
-    place = dict(zip(kept, sorted(dims.offset_dims), strict=True))  # base axis -> result axis
+    # int: vmap writes numpy integers into equations, and those compare elementwise with other names.
+    place = dict(zip(kept, map(int, sorted(dims.offset_dims)), strict=True))  # base axis -> result axis
     index_place = [i for i in range(out_ndim) if i not in dims.offset_dims]  # axis of indices -> result axis
 
     def gathered(part: Part) -> Part:
         where = {axis: i for i, axis in enumerate(part.axes) if axis != RANK}
         columns = [c for c, axis in enumerate(dims.start_index_map) if axis in where]
         batching = [c for c, axis in enumerate(dims.operand_batching_dims) if axis in where]
+        batching.sort(key=lambda c: where[dims.operand_batching_dims[c]])  # a part has its own order of axes
         if not columns and not batching:
             cut = _sliced(part, (0,) * w.ndim, sizes, (1,) * w.ndim)
             return cut.renamed(place.__getitem__)

@@ -102,7 +102,7 @@ class Walk:
             values = [v.val if jx.is_literal(v) else env[v] for v in eqn.invars]
             with jx.equation_context(eqn):
                 if any(map(is_factored, values)):
-                    values = [v.added() if isinstance(v, Sum) else v for v in values]
+                    values = [v.added() if isinstance(v, Sum) else _nonempty(v) for v in values]
                     results = self._apply(eqn, values, env)
                 elif any(isinstance(value, Sum) for value in values):
                     results = _bias_first(eqn, values)
@@ -119,6 +119,8 @@ class Walk:
 
     def _apply(self, eqn: Any, values: list, env: dict) -> Sequence[Any]:
         name = eqn.primitive.name
+        if not any(map(is_factored, values)):  # weights of no entries
+            return jx.bind(eqn, values)
         if name in CONTROL:
             return CONTROL[name](dataclasses.replace(self, around=(*self.around, eqn)), eqn, values)
         results = RULES[name](self, eqn, values) if name in RULES else NotImplemented
@@ -259,6 +261,11 @@ class Walk:
         self.notes.reports.extend(notes.reports)
         self.count(notes.draws)
         return results
+
+
+def _nonempty(value: Any) -> Any:
+    """The value; a weight of no entries is an ordinary array, as there is nothing to keep apart."""
+    return jnp.zeros(value.shape, value.dtype) if is_factored(value) and 0 in value.shape else value
 
 
 def _draws(value: Any) -> bool:
