@@ -61,7 +61,7 @@ def dropout(lora: dict[str, Adapter], rate: float | jax.Array, key: jax.Array) -
             path=strange,
             got=[type(lora[path]).__name__ for path in strange],
             want="adapters with the fields key and rate, handed on by pair()",
-            do="give the method both fields, as methods/lora.py does, or call lx.dropout on the others alone.",
+            do="give the method both fields, as methods/lora.py does, or drop the others alone.",
         )
     keys = _keys(key, paths)
     rate = float(rate) if number else jnp.asarray(rate, jnp.float32)

@@ -27,11 +27,13 @@ def adapt(fn: Callable, *, argnum: int = 0, fallback: str = "warn") -> Callable:
     https://arxiv.org/abs/2106.09685). Neither ``W + AB`` nor, in the gradient by ``lora``, a cotangent of
     ``W`` is ever built. As under `jax.jit`, ``fn`` is traced once per set of argument types, and what it
     closes over or prints counts at that time: a number, array or attribute that changes afterwards is not
-    seen, also in eager calls, so hand such things over as arguments. Arrays and Python floats are traced (a float that ``fn`` needs as a number,
-    as in ``if rate > 0``, is static), everything else is static: bools, integers, strings, callables, and
-    whatever else is a leaf of ``params``. It works under and over every JAX transformation. Called eagerly,
-    it runs operation by operation. What ``fn`` writes into Variables of a Flax NNX module is written into
-    the module that was passed, as an unadapted call does.
+    seen, also in eager calls, so hand such things over as arguments. Arrays and Python floats are traced (but
+    a float that ``fn`` needs as a number, as in ``if rate > 0``, is static); bools, integers, strings,
+    callables, and whatever else than an array is a leaf of ``params``, are static.
+
+    It works under and over every JAX transformation. Called eagerly, it runs operation by operation. What
+    ``fn`` writes into Variables of a Flax NNX module is written into the module that was passed, as in an
+    unadapted call.
 
     No gradient is stopped: ``jax.grad`` by ``params`` is that of the merged function. Differentiate by
     ``argnums=1``, the adapters, and the base costs nothing.
@@ -77,7 +79,7 @@ class Adapted:
     def __init__(self, fn: Callable, argnum: int, fallback: str):
         functools.update_wrapper(self, fn)
         # jax.jit reads the signature for static_argnames: it must be that of the function with lora in it.
-        del self.__wrapped__
+        del self.__dict__["__wrapped__"]
         signature = _with_lora(fn, argnum)
         if signature is not None:
             self.__signature__ = signature

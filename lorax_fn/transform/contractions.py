@@ -1,5 +1,6 @@
 """Products of a factored weight: ``x A`` first, then ``B``, over flattened tokens."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -11,7 +12,7 @@ from jax import lax
 
 from lorax_fn.core.errors import LoraError, error
 from lorax_fn.transform import jaxpr as jx
-from lorax_fn.transform.factored import Factored, Part
+from lorax_fn.transform.factored import RANK, Factored, Part
 from lorax_fn.transform.meshes import axis_specs, explicit_mesh, result_sharding
 from lorax_fn.transform.stored import built
 from lorax_fn.transform.taps import EXACT, echo, inputs_of_tap
@@ -84,9 +85,7 @@ def _with_flat_gradient(factor: Any, other: Any) -> Any:
     """
     if factor.ndim != 2 or other.ndim != 2:
         return factor
-    tall = jx.surely(
-        lambda: min(factor.shape[0], *other.shape) >= 64 and factor.shape[1] < factor.shape[0]
-    )
+    tall = jx.surely(lambda: min(factor.shape[0], *other.shape) >= 64 and factor.shape[1] < factor.shape[0])
     return _same(factor) if tall else factor
 
 
@@ -249,7 +248,7 @@ def _dropped(x, keys, rate, xs, names, stack):
 
 
 def absorbed(w: Factored, dtype: Any) -> tuple[Part, Part]:
-    """``a`` and ``b`` in ``dtype`` with the scale multiplied in: into ``b`` if that has all its axes, else ``a``.
+    """``a`` and ``b`` in ``dtype``, with the scale in ``b`` if that has all its axes, else in ``a``.
 
     Where neither has them (VeRA shares A along a stack), ``a`` is repeated along those that it lacks.
     """
@@ -265,6 +264,42 @@ def absorbed(w: Factored, dtype: Any) -> tuple[Part, Part]:
     if w.scale != 1.0:
         a = Part(a.array * w.scale, a.axes)
     return a, b
+
+
+def scale_absorbed(w: Factored) -> Factored:
+    """The weight with an array scale multiplied into a factor."""
+    if "scale" not in w.parts:
+        return w
+    a, b = absorbed(w, jnp.result_type(*(w.parts[name].array.dtype for name in ("a", "b", "scale"))))
+    parts = {name: part for name, part in w.parts.items() if name != "scale"}
+    return dataclasses.replace(w, parts={**parts, "a": a, "b": b}, scale=1.0)
+
+
+def stack_into_rank(w: Factored, axis: int, side: str) -> Factored | None:
+    """The same weight with a stack axis in one factor alone: entries stand side by side in the rank.
+
+    For ``side="a"``, ``a'[s, n, (s', r)]`` is ``a[s, n, r]`` where ``s' = s`` and else 0, and
+    ``b'[(s', r), m]`` is ``b[s', r, m]``. None where that takes more than the weight itself, or where mesh
+    axes would have to be split.
+    """
+    w = scale_absorbed(w)
+    mine, other = w.parts[side], w.parts["b" if side == "a" else "a"]
+    if explicit_mesh(mine.array, other.array):
+        return None
+    size, rank = w.shape[axis], mine.array.shape[mine.axes.index(RANK)]
+    my_rest = [i for i in mine.axes if i not in (axis, RANK)]
+    others = [i for i in other.axes if i not in (axis, RANK)]
+    entries = size * math.prod(w.shape[i] for i in my_rest) + math.prod(w.shape[i] for i in others)
+    if not jx.surely(lambda: entries * size * rank <= math.prod(w.shape)):
+        return None
+    # [s, n, 1, r] times the identity [s, 1, s', 1] is [s, n, s', r], of which the last two become the rank.
+    array = lax.expand_dims(align(mine.array, mine.axes, [axis, *my_rest, RANK]), [len(my_rest) + 1])
+    same = jnp.eye(size, dtype=array.dtype).reshape(size, *(1,) * len(my_rest), size, 1)
+    array = (array * same).reshape(*array.shape[:-2], size * rank)
+    flat = align(other.array, other.axes, [axis, RANK, *others])
+    flat = flat.reshape(size * rank, *flat.shape[2:])
+    mine, other = Part(array, (axis, *my_rest, RANK)), Part(flat, (RANK, *others))
+    return dataclasses.replace(w, parts={"a": mine, "b": other} if side == "a" else {"a": other, "b": mine})
 
 
 class Refused(LoraError):

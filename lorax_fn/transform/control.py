@@ -16,7 +16,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from lorax_fn.transform import jaxpr as jx
-from lorax_fn.transform.contractions import Refused, absorbed
+from lorax_fn.transform.contractions import Refused, scale_absorbed
 from lorax_fn.transform.factored import Factored, Part, folded, is_factored
 from lorax_fn.transform.stored import Later, along_axes, is_unbuilt, local, restacked, scanned
 
@@ -147,7 +147,9 @@ def cond(walk, eqn, values):
     return walk.in_one_piece(eqn, run, which, *walk.entering(operands))
 
 
-LOOP = np.uint32(0xFFFFFFFF)  # folded into keys of dropout ahead of iteration numbers: no draw has this number
+LOOP = np.uint32(
+    0xFFFFFFFF
+)  # folded into keys of dropout ahead of iteration numbers: no draw has this number
 
 
 def _any_dropped(values: Any) -> bool:
@@ -157,8 +159,7 @@ def _any_dropped(values: Any) -> bool:
 def _at(values: Sequence[Any], number: Any) -> list[Any]:
     """Weights under dropout with keys of their own for one iteration, or for the loop as such."""
     return [
-        v.with_part(v.base, "key", folded(v.parts["key"], number)) if _any_dropped([v]) else v
-        for v in values
+        v.with_part(v.base, "key", folded(v.parts["key"], number)) if _any_dropped([v]) else v for v in values
     ]
 
 
@@ -311,9 +312,7 @@ def shard_map(walk, eqn, values):
         in_specs = tuple(specs(v, s) for v, s in zip(args, eqn.params["in_specs"], strict=True))
         return jx.shard_map_like(eqn, inner, in_specs)(*args)
 
-    values = [
-        walk.dense(eqn, [v])[0] if is_factored(v) and isinstance(v.base, Later) else v for v in values
-    ]
+    values = [walk.dense(eqn, [v])[0] if is_factored(v) and isinstance(v.base, Later) else v for v in values]
     return walk.in_one_piece(eqn, run, *walk.entering(values))
 
 
@@ -329,7 +328,7 @@ def custom_jvp(walk, eqn, values):
     if any(v.tap for v in values if is_factored(v)):  # taps answer to no cotangent, so to no rule of one
         return walk.dense(eqn, walk.evaluate(jaxpr, consts, values))
     # A scale that is an array trains too (in VeRA), so it goes into the factors, which have tangents.
-    values = [_without_scale(v) if is_factored(v) else v for v in values]
+    values = [scale_absorbed(v) if is_factored(v) else v for v in values]
     floats = [i for i, v in enumerate(values) if jnp.issubdtype(v.dtype, jnp.floating)]
     count = len(values)
 
@@ -365,13 +364,6 @@ def custom_jvp(walk, eqn, values):
         return out, d_out
 
     return inner(*values)
-
-
-def _without_scale(w: Factored) -> Factored:
-    if "scale" not in w.parts:
-        return w
-    a, b = absorbed(w, jnp.result_type(*(part.array.dtype for part in w.parts.values())))
-    return dataclasses.replace(w, parts={"a": a, "b": b}, scale=1.0)
 
 
 def _with_factors(tangent: Any, primal: Any, **factors: Any) -> Any:

@@ -42,9 +42,9 @@ class Factored:
     """A weight in the walk, kept apart: ``column * (base + scale * a @ b)``.
 
     ``parts`` holds ``a`` and ``b``, and where they exist ``scale`` (an array along stack axes, the rank, or
-    neither), ``column``, and for dropout ``key``, ``rate`` (if it is an array) and ``draws`` (how many products
-    have dropped inputs before the function that this weight entered); a stored weight without an adapter has
-    none. ``lookup`` marks rows
+    neither), ``column``, and for dropout ``key``, ``rate`` (if it is an array) and ``draws`` (how many
+    products dropped inputs before the inner function that this weight entered). A stored weight without an
+    adapter has none. ``lookup`` marks rows
     that were gathered by array indices: they are an activation as much as a weight, so building them is no
     loss.
     """

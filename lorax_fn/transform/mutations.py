@@ -40,10 +40,10 @@ class Watched:
         if not self.before:
             return {}
         now = variables(self.tree)
-        if len(now) != len(self.before) or any(v is not old for v, (old, _) in zip(now, self.before, strict=True)):
+        if [id(v) for v in now] != [id(v) for v, _ in self.before]:
             raise error(
-                "the function adds, removes or replaces Variables of an nnx.Module, which a traced call cannot "
-                "hand to its caller.",
+                "the function adds, removes or replaces Variables of an nnx.Module: a traced call cannot "
+                "hand them to its caller.",
                 got=f"{len(now)} Variables after the call",
                 want=f"the {len(self.before)} from before it",
                 do="graphdef, params, rest = nnx.split(model, nnx.Param, ...), and adapt "
@@ -67,7 +67,7 @@ def write_back(changes: Mapping[int, Any], tree: Any, adapted: Sequence[Any] = (
       LoraError: a value for one of ``adapted``.
     """
     own = variables(tree) if changes else []
-    for i, value in changes.items():
+    for i in changes:
         if any(own[i].get_raw_value() is array for array in adapted):
             raise error(
                 "the function writes to a Variable that has an adapter.",

@@ -16,9 +16,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import primitives as prims
 
-from lorax_fn.transform.contractions import align
+from lorax_fn.transform.contractions import align, stack_into_rank
 from lorax_fn.transform.factored import RANK, Factored, Part, is_factored
-from lorax_fn.transform.stored import lookup, moved
+from lorax_fn.transform.stored import is_unbuilt, lookup, moved
 
 Rule = Callable[[Any, Any, Sequence[Any]], Any]
 
@@ -40,7 +40,7 @@ class Rules(dict[str, Rule]):
 MOVES = Rules()
 
 
-def _one(eqn: Any, *values: Any) -> Any:
+def one(eqn: Any, *values: Any) -> Any:
     return moved(eqn, values)[0]
 
 
@@ -50,13 +50,13 @@ def _one(eqn: Any, *values: Any) -> Any:
 @MOVES.of(prims.copy_p, prims.sharding_constraint_p, prims.name_p, "reshard")
 def _same(walk, eqn, values):
     (w,) = values
-    return [dataclasses.replace(w, base=_one(eqn, w.base))]
+    return [dataclasses.replace(w, base=one(eqn, w.base))]
 
 
 @MOVES.of(prims.stop_gradient_p, prims.device_put_p, "pvary", "pcast")
 def _everywhere(walk, eqn, values):
     (w,) = values
-    return [w.with_parts(_one(eqn, w.base), lambda part: Part(_one(eqn, part.array), part.axes))]
+    return [w.with_parts(one(eqn, w.base), lambda part: Part(one(eqn, part.array), part.axes))]
 
 
 @MOVES.of(prims.convert_element_type_p)
@@ -78,7 +78,7 @@ def _barrier(walk, eqn, values):
 @MOVES.of(prims.neg_p)
 def _negative(walk, eqn, values):
     (w,) = values
-    return [dataclasses.replace(w, base=_one(eqn, w.base), scale=-w.scale)]
+    return [dataclasses.replace(w, base=one(eqn, w.base), scale=-w.scale)]
 
 
 @MOVES.of(prims.mul_p, prims.div_p)
@@ -89,7 +89,7 @@ def _scaled(walk, eqn, values):
         return NotImplemented
     bases = [v.base if v is w else v for v in values]
     if not w.parts:
-        return [dataclasses.replace(w, base=_one(eqn, *bases))]
+        return [dataclasses.replace(w, base=one(eqn, *bases))]
     operation = jnp.divide if eqn.primitive is prims.div_p else jnp.multiply
     varies = [i for i, size in enumerate(jnp.shape(by)) if size != 1]
     for name, other in (("b", "a"), ("a", "b")):
@@ -101,7 +101,7 @@ def _scaled(walk, eqn, values):
             by_part = align(by_part, varies, axes).astype(part.array.dtype)
             return [
                 w.with_part(
-                    _one(eqn, *bases),
+                    one(eqn, *bases),
                     name,
                     Part(operation(align(part.array, part.axes, axes), by_part), axes),
                 )
@@ -116,7 +116,7 @@ def _scaled(walk, eqn, values):
 def _transpose(walk, eqn, values):
     (w,) = values
     place = {old: new for new, old in enumerate(eqn.params["permutation"])}
-    return [w.with_parts(_one(eqn, w.base), lambda part: part.renamed(place.__getitem__))]
+    return [w.with_parts(one(eqn, w.base), lambda part: part.renamed(place.__getitem__))]
 
 
 def _without(part: Part, gone: Sequence[int]) -> Part:
@@ -125,16 +125,16 @@ def _without(part: Part, gone: Sequence[int]) -> Part:
     return Part(lax.squeeze(part.array, drop), tuple(axis for axis in part.axes if axis not in gone))
 
 
-@MOVES.of(prims.squeeze_p, prims.reduce_sum_p)
+@MOVES.of(prims.squeeze_p)
 def _squeeze(walk, eqn, values):
-    """A sum over axes of size 1 alone is how `jax.numpy.einsum` drops them."""
     (w,) = values
-    dims = eqn.params["axes"] if eqn.primitive is prims.reduce_sum_p else eqn.params["dimensions"]
-    gone = [d % w.ndim for d in dims]
-    if any(w.shape[d] != 1 for d in gone):
-        return NotImplemented
+    return [without_axes(w, one(eqn, w.base), [d % w.ndim for d in eqn.params["dimensions"]])]
+
+
+def without_axes(w: Factored, base: Any, gone: Sequence[int]) -> Factored:
+    """The weight on a base that has lost axes, along which its parts have one entry or do not run."""
     place = {old: new for new, old in enumerate(i for i in range(w.ndim) if i not in gone)}
-    return [w.with_parts(_one(eqn, w.base), lambda part: _without(part, gone).renamed(place.__getitem__))]
+    return w.with_parts(base, lambda part: _without(part, gone).renamed(place.__getitem__))
 
 
 @MOVES.of(prims.broadcast_in_dim_p)
@@ -142,21 +142,24 @@ def _broadcast(walk, eqn, values):
     w, *sizes = values
     shape, place = eqn.params["shape"], eqn.params["broadcast_dimensions"]
     grown = [i for i in range(w.ndim) if shape[place[i]] != w.shape[i]]
-    base = _one(eqn, w.base, *sizes)
+    base = one(eqn, w.base, *sizes)
     return [w.with_parts(base, lambda part: _without(part, grown).renamed(place.__getitem__))]
 
 
 @MOVES.of(prims.reshape_p)
 def _reshape(walk, eqn, values):
-    w, *sizes = values
-    if sizes or eqn.params.get("dimensions") is not None:
+    w: Any = values[0]
+    if len(values) > 1 or eqn.params.get("dimensions") is not None:
         return NotImplemented
     groups = reshape_groups(w.shape, eqn.params["new_sizes"])
-    if any(not _moves_together(w, old) for old, _ in groups):
-        return NotImplemented
+    for old, _ in groups:
+        if not _moves_together(w, old):  # a stack axis may merge with inputs or outputs, at a higher rank
+            w = _stack_with(w, old)
+            if w is None:
+                return NotImplemented
     return [
         w.with_parts(
-            _one(eqn, w.base), lambda part: _regrouped(part, groups, w.shape, eqn.params["new_sizes"])
+            one(eqn, w.base), lambda part: _regrouped(part, groups, w.shape, eqn.params["new_sizes"])
         )
     ]
 
@@ -177,6 +180,19 @@ def reshape_groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[in
 def _moves_together(w: Factored, axes: Sequence[int]) -> bool:
     """Whether every part has either all of these axes or none."""
     return all(len(set(axes) & set(part.axes)) in (0, len(axes)) for part in w.parts.values())
+
+
+def _stack_with(w: Factored, axes: Sequence[int]) -> Factored | None:
+    """The weight with the stack axes among ``axes`` as inputs or as outputs, whichever stand beside them."""
+    stack = [i for i in axes if w.has("a", i) and w.has("b", i)]
+    rest = [i for i in axes if i not in stack]
+    side = next((name for name in "ab" if all(w.has(name, i) for i in rest)), None)
+    if side is None or set(w.parts) - {"a", "b", "scale"} or is_unbuilt(w.base):
+        return None
+    for axis in stack:
+        if w is not None:
+            w = stack_into_rank(w, axis, side)
+    return w
 
 
 def _regrouped(part: Part, groups: list, old: Sequence[int], new: Sequence[int]) -> Part:
@@ -210,10 +226,10 @@ def _slice(walk, eqn, values):
     (w,) = values
     start, limit = eqn.params["start_indices"], eqn.params["limit_indices"]
     strides = eqn.params["strides"] or (1,) * w.ndim
-    return [_looked_up(w, w.with_parts(_one(eqn, w.base), lambda part: _sliced(part, start, limit, strides)))]
+    return [looked_up(w, w.with_parts(one(eqn, w.base), lambda part: _sliced(part, start, limit, strides)))]
 
 
-def _looked_up(w: Factored, cut: Factored) -> Factored:
+def looked_up(w: Factored, cut: Factored) -> Factored:
     """One row or column, taken by its number, is an activation as one taken by an array of numbers is."""
 
     def entries(w: Factored, name: str) -> int:
@@ -232,7 +248,7 @@ def _split(walk, eqn, values):
         begin = [start if i == axis else 0 for i in range(w.ndim)]
         end = [start + int(size) if i == axis else n for i, n in enumerate(w.shape)]
         piece = w.with_parts(base, lambda part, b=begin, e=end: _sliced(part, b, e, (1,) * w.ndim))
-        results.append(_looked_up(w, piece))
+        results.append(looked_up(w, piece))
         start += int(size)
     return results
 
@@ -249,7 +265,7 @@ def _unstack(walk, eqn, values):
         return part.renamed(lambda j: j - 1 if j > axis else j)
 
     bases = enumerate(moved(eqn, [w.base]))
-    return [_looked_up(w, w.with_parts(base, partial(entry, i=i))) for i, base in bases]
+    return [looked_up(w, w.with_parts(base, partial(entry, i=i))) for i, base in bases]
 
 
 @MOVES.of(prims.dynamic_slice_p)
@@ -265,7 +281,7 @@ def _dynamic_slice(walk, eqn, values):
         ]
         return Part(lax.dynamic_slice(part.array, begin, size), part.axes) if part.axes else part
 
-    return [_looked_up(w, w.with_parts(_one(eqn, w.base, *starts), sliced))]
+    return [looked_up(w, w.with_parts(one(eqn, w.base, *starts), sliced))]
 
 
 @MOVES.of("tile")
@@ -278,26 +294,7 @@ def _tile(walk, eqn, values):
             jnp.tile(part.array, [1 if axis == RANK else reps[axis] for axis in part.axes]), part.axes
         )
 
-    return [w.with_parts(_one(eqn, w.base), tiled)]
-
-
-@MOVES.of(prims.pad_p)
-def _pad(walk, eqn, values):
-    w, fill = values
-    edges = eqn.params["padding_config"]
-    padded = [i for i, edge in enumerate(edges) if tuple(edge) != (0, 0, 0)]
-    # What is added has no low-rank change, so one factor that runs along every padded axis gets zeros.
-    side = next((name for name in w.parts if name in "ab" and set(padded) <= set(w.parts[name].axes)), None)
-    if is_factored(fill) or not is_factored(w) or (w.parts and side is None) or set(w.parts) - {"a", "b"}:
-        return NotImplemented
-
-    def grown(part: Part) -> Part:
-        zero = jnp.zeros((), part.array.dtype)
-        return Part(
-            lax.pad(part.array, zero, [(0, 0, 0) if i == RANK else edges[i] for i in part.axes]), part.axes
-        )
-
-    return [w.with_parts(_one(eqn, w.base, fill), grown)]
+    return [w.with_parts(one(eqn, w.base), tiled)]
 
 
 @MOVES.of(prims.rev_p)
@@ -308,7 +305,7 @@ def _reverse(walk, eqn, values):
     def flip(part: Part) -> Part:
         return Part(lax.rev(part.array, [i for i, axis in enumerate(part.axes) if axis in turned]), part.axes)
 
-    return [w.with_parts(_one(eqn, w.base), flip)]
+    return [w.with_parts(one(eqn, w.base), flip)]
 
 
 @MOVES.of(prims.gather_p)
@@ -361,5 +358,5 @@ def _gather(walk, eqn, values):
 
     cut = [axis for axis in dims.start_index_map if sizes[axis] < w.shape[axis]]
     stacked = all(w.has("a", axis) and w.has("b", axis) for axis in cut)
-    base = _one(eqn, w.base, indices) if stacked else lookup(eqn, [w.base, indices])[0]
+    base = one(eqn, w.base, indices) if stacked else lookup(eqn, [w.base, indices])[0]
     return [w.with_parts(base, gathered, lookup=w.lookup or not stacked)]

@@ -53,7 +53,9 @@ class Traces:
         slots = [None] * where + list(range(len(params.leaves))) + [None] * (len(leaves) - where - 1)
         leaves[where : where + 1] = params.leaves
         # Floats among the parameters are facts about the model, as the rate of an Equinox dropout layer.
-        floats = [i for i, leaf in enumerate(leaves) if isinstance(leaf, float | complex) and slots[i] is None]
+        floats = [
+            i for i, leaf in enumerate(leaves) if isinstance(leaf, float | complex) and slots[i] is None
+        ]
         arrays = [is_array(leaf) or is_factored(leaf) for leaf in leaves]
         shape = (treedef, params.treedef, where, len(params.leaves))
         call = (shape, tuple(arrays), tuple(floats))
@@ -69,7 +71,7 @@ class Traces:
     def _traced(self, shape: tuple, leaves: list, slots: list, dynamic: list[bool]) -> Trace:
         static = [None if d else leaf for leaf, d in zip(leaves, dynamic, strict=True)]
         jitted = self._jitted((*shape, tuple(dynamic)), static)
-        values = [leaf for leaf, d in zip(leaves, dynamic, strict=True) if d]
+        values: list[Any] = [leaf for leaf, d in zip(leaves, dynamic, strict=True) if d]
         values = [jnp.asarray(v) if isinstance(v, float | complex) else v for v in values]
         types = [abstract(v.base if is_factored(v) else v) for v in values]
         traced = jitted.trace(*types)

@@ -11,18 +11,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-import lorax_fn
 from lorax_fn.core.errors import error
 from lorax_fn.core.trees import is_tracer
 from lorax_fn.transform import jaxpr as jx
 from lorax_fn.transform.contractions import build
 from lorax_fn.transform.control import CONTROL, signature
+from lorax_fn.transform.edits import EDITS
 from lorax_fn.transform.factored import Factored, Part, Sum, folded, is_factored
 from lorax_fn.transform.products import PRODUCTS
 from lorax_fn.transform.rules import MOVES
 
-# Every primitive with a rule. A name that stands in two of the tables would be a mistake, hence the sum.
-RULES = {**MOVES, **PRODUCTS}
+# Every primitive that has a rule; no name stands in two of the tables.
+RULES = {**MOVES, **EDITS, **PRODUCTS}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,7 +182,7 @@ class Walk:
         return _keys_after(w, count)
 
     def entering(self, values: Sequence[Any]) -> list[Any]:
-        """Operands of an inner function: a weight under dropout brings along the number of its draws so far."""
+        """Operands of an inner function: a weight under dropout brings the number of its draws so far."""
 
         def entered(w: Any) -> Any:
             if not _draws(w) or not (count := self.notes.draws.get(w.paths[0], 0)):
@@ -301,7 +301,7 @@ def _problem(report: Report) -> Exception:
     )
 
 
-OWN_CODE = tuple(os.path.dirname(file) + os.sep for file in (lorax_fn.__file__, jax.__file__))
+OWN_CODE = os.path.dirname(os.path.dirname(__file__)) + os.sep, os.path.dirname(jax.__file__) + os.sep
 
 
 def _level_of_user() -> int:
