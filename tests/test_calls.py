@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax import lax
+from jax.sharding import AxisType
 from rule_cases import IO, SIO, make_adapter, normal
 
 import lorax_fn as lx
@@ -78,7 +79,7 @@ def test_threads_are_refused_each_for_its_own_weights():
 
 
 def test_an_eager_shard_map_takes_another_set_of_adapters():
-    mesh = jax.make_mesh((2,), ("x",), devices=jax.devices()[:2])
+    mesh = jax.make_mesh((2,), ("x",), (AxisType.Auto,), devices=jax.devices()[:2])
     specs = (jax.P(), jax.P(), jax.P("x"))
     fn = jax.shard_map(lambda w, v, x: x @ w @ v, mesh=mesh, in_specs=specs, out_specs=jax.P("x"))
     run = lx.adapt(lambda p, x: fn(p["w"], p["v"], x), fallback="error")
