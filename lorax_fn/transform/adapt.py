@@ -12,7 +12,7 @@ from lorax_fn.core.errors import error
 from lorax_fn.core.fitting import check_fits
 from lorax_fn.core.trees import flatten_with_paths
 from lorax_fn.transform.factored import is_factored, wrap
-from lorax_fn.transform.mutations import Watched, write_back
+from lorax_fn.transform.mutations import Watched, unchanged, write_back
 from lorax_fn.transform.traces import Leaves, Traces
 from lorax_fn.transform.walk import Walk
 
@@ -128,8 +128,14 @@ class Adapted:
             return results
         trace = self._traces.of((*args[:argnum], Leaves(leaves, treedef), *args[argnum + 1 :]), kwargs)
         walk = self._walk.call()
-        flat = walk.returned(walk.evaluate(trace.jaxpr, trace.consts, trace.values))
-        results, changes = jax.tree_util.tree_unflatten(trace.out_tree, flat)
+        flat = walk.evaluate(trace.jaxpr, trace.consts, trace.values)
+        given = [
+            value if slot is None else named[slot][1]
+            for value, slot in zip(trace.values, trace.slots, strict=True)
+        ]
+        for place in unchanged(trace, given, (args, kwargs)):
+            flat[place] = None
+        results, changes = jax.tree_util.tree_unflatten(trace.out_tree, walk.returned(flat))
         write_back(changes, (args, kwargs), adapted)
         return results
 

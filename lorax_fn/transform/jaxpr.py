@@ -121,9 +121,10 @@ def handed_on(jaxpr: Any) -> list[int | None]:
         name = eqn.primitive.name
         if name in (NAMES["jit"], NAMES["remat"], NAMES["scan"]):
             inner = handed_on(opened(eqn.params["jaxpr"])[0])
-            if name == NAMES["scan"]:  # what is carried is handed on if every iteration does so
+            if name == NAMES["scan"]:  # handed on if every iteration does so: what is carried, and slices
                 n, m = scan_counts(eqn)
-                inner = [i if i == n + k else None for k, i in enumerate(inner[:m])]
+                carried = [i if i == n + k else None for k, i in enumerate(inner[:m])]
+                inner = carried + [i if i is not None and i >= n + m else None for i in inner[m:]]
             for out, i in zip(eqn.outvars, inner, strict=False):
                 if i is not None and not is_literal(eqn.invars[i]):
                     place[out] = place.get(eqn.invars[i])

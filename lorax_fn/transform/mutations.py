@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from lorax_fn.core.errors import error
+from lorax_fn.transform import jaxpr as jx
 
 
 def variables(tree: Any) -> list[Any]:
@@ -55,6 +56,24 @@ class Watched:
         return {i: new for i, (new, old) in enumerate(values) if new is not old}
 
 
+def unchanged(trace: Any, given: Sequence[Any], tree: Any) -> list[int]:
+    """Places among a trace's results of values that are new by name alone.
+
+    A layer loop of NNX writes the weights that it was given back into their Variables.
+    """
+    places = jax.tree_util.tree_unflatten(trace.out_tree, range(trace.out_tree.num_leaves))[1]
+    if not places:
+        return []
+    own, handed = variables(tree), jx.handed_on(trace.jaxpr)
+    return [
+        place
+        for i, place in places.items()
+        if isinstance(place, int)
+        and (source := handed[place]) is not None
+        and given[source] is own[i].get_raw_value()
+    ]
+
+
 def write_back(changes: Mapping[int, Any], tree: Any, adapted: Sequence[Any] = ()) -> None:
     """Writes new values into the Variables of the caller's own tree.
 
@@ -66,6 +85,7 @@ def write_back(changes: Mapping[int, Any], tree: Any, adapted: Sequence[Any] = (
     Raises:
       LoraError: a value for one of ``adapted``.
     """
+    changes = {i: value for i, value in changes.items() if value is not None}
     own = variables(tree) if changes else []
     for i in changes:
         if any(own[i].get_raw_value() is array for array in adapted):
