@@ -1,4 +1,4 @@
-"""One adapted function called from threads, pickled, with numbers of all kinds, and with modules that change."""
+"""One adapted function: from threads, pickled, with numbers of all kinds, with modules that change."""
 
 import pickle
 import sys

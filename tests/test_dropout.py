@@ -305,3 +305,15 @@ def test_a_refusal_within_a_jit_names_the_weight():
 def test_leaves_that_train_whole_have_nothing_to_drop():
     whole = {"w": lx.Full(W)}
     assert lx.dropout(whole, 0.5, jax.random.key(0))["w"] is whole["w"]
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "vera", "loha", "lokr", "lora_xs", "lora_fa"])
+def test_every_low_rank_method_drops_its_inputs(method):
+    params, lora = lx.split({"kernel": normal(7, (8, 6))}, rank=2, method=method)
+    lora = jax.tree.map(lambda leaf: leaf + 0.3, lora)  # what starts at zero changes nothing
+    run = lx.adapt(lambda p, x: x @ p["kernel"], fallback="error")
+    keys = jax.random.split(jax.random.key(0), 400)
+    got = jax.vmap(lambda key: run(params, lx.dropout(lora, 0.25, key), X))(keys)
+    want = run(params, lora, X)
+    assert np.all(got.std(0) > 1e-3)
+    assert np.all(np.abs(got.mean(0) - want) < 5 * got.std(0) / np.sqrt(len(keys)))

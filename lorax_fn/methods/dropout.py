@@ -1,7 +1,5 @@
 """Dropout as data: a copy of the adapters that drops inputs of A wherever the transform uses it."""
 
-import dataclasses
-import math
 import zlib
 
 import jax
@@ -11,7 +9,6 @@ import numpy as np
 from lorax_fn.core.adapters import Adapter
 from lorax_fn.core.errors import error
 from lorax_fn.core.trees import is_tracer
-from lorax_fn.methods.low_rank import LowRank
 
 
 def dropout(lora: dict[str, Adapter], rate: float | jax.Array, key: jax.Array) -> dict[str, Adapter]:
@@ -36,8 +33,7 @@ def dropout(lora: dict[str, Adapter], rate: float | jax.Array, key: jax.Array) -
       saved.
 
     Raises:
-      LoraError: ``rate`` is out of range, ``key`` is not a key, or an adapter of a low-rank method cannot
-        carry one.
+      LoraError: ``rate`` is out of range, or an adapter cannot drop inputs and says why.
 
     Example:
       >>> import jax, jax.numpy as jnp, lorax_fn as lx
@@ -53,27 +49,12 @@ def dropout(lora: dict[str, Adapter], rate: float | jax.Array, key: jax.Array) -
         )
     if number and rate == 0.0:
         return lora
-    paths = [path for path, adapter in lora.items() if isinstance(adapter, LowRank)]
-    strange = [path for path in paths if not _carries(lora[path])]
-    if strange:
-        raise error(
-            "dropout has nowhere to put its key in these adapters.",
-            path=strange,
-            got=[type(lora[path]).__name__ for path in strange],
-            want="adapters with the fields key and rate, handed on by pair()",
-            do="give the method both fields, as methods/lora.py does, or drop the others alone.",
-        )
-    keys = _keys(key, paths)
     rate = float(rate) if number else jnp.asarray(rate, jnp.float32)
-    dropped = {path: _with_key(lora[path], rate, k) for path, k in zip(paths, keys, strict=True)}
-    return {path: dropped.get(path, adapter) for path, adapter in lora.items()}
+    keys = _keys(key, list(lora))
+    return {path: adapter.with_dropout(rate, keys[path]) for path, adapter in lora.items()}
 
 
-def _carries(adapter: Adapter) -> bool:
-    return {"key", "rate"} <= {field.name for field in dataclasses.fields(adapter)}
-
-
-def _keys(key: jax.Array, paths: list[str]) -> list[jax.Array]:
+def _keys(key: jax.Array, paths: list[str]) -> dict[str, jax.Array]:
     """One key for each path, the same whatever the other paths are.
 
     All at once: a hundred single `jax.random.fold_in` take longer to compile than the masks themselves.
@@ -82,10 +63,4 @@ def _keys(key: jax.Array, paths: list[str]) -> list[jax.Array]:
         key = jax.random.wrap_key_data(key)  # the old style: jax.random.PRNGKey
     hashes = np.array([zlib.crc32(path.encode()) for path in paths], np.uint32)
     folded = jax.vmap(jax.random.fold_in, (None, 0))(key, hashes)
-    return list(jnp.unstack(folded))
-
-
-def _with_key(adapter: LowRank, rate: float | jax.Array, key: jax.Array) -> Adapter:
-    stack = adapter.layout.shapes(adapter.shape)[0]
-    keys = jax.random.split(key, math.prod(stack)).reshape(stack) if stack else key
-    return dataclasses.replace(adapter, key=keys, rate=rate)  # pyright: ignore[reportCallIssue]
+    return dict(zip(paths, jnp.unstack(folded), strict=True)) if paths else {}
