@@ -37,10 +37,13 @@ def contract(
     x, xs = _sum_unshared(x, list(xs), ys, out)
     y, ys = _sum_unshared(y, list(ys), xs, out)
     wanted = [name for name in out if name in xs or name in ys]
+    # The operand whose axes come first in the result goes left: that saves the transpose at the end.
     free = [name for name in wanted if (name in xs) != (name in ys)]
     swapped = bool(free) and free[0] in ys  # a product comes out with its left operand's axes first
     if swapped:
         x, xs, y, ys = y, ys, x, xs
+    # Each name has one of four roles: a batch axis is in both and in the result, a summed one in both alone,
+    # and each operand has free axes of its own. dot_general returns [*batch, *x_free, *y_free].
     batch = [name for name in wanted if name in xs and name in ys]
     large = ys if jx.surely(lambda: x.size < y.size) else xs
     summed = [name for name in large if name in xs and name in ys and name not in batch]
@@ -175,6 +178,8 @@ def _two_products(x, first, second, stacked, scale, axes, dtype, precision, tap)
     xs, first_axes, second_axes, stacked_axes, out = axes
     compute = x.dtype if jnp.issubdtype(x.dtype, jnp.floating) else dtype
     x, xs, out, split = _tokens_merged(x, xs, {*first_axes, *second_axes, *stacked_axes}, out)
+    # h is [tokens, r], with stack axes in it: of x's axes those that the result or the second factor needs,
+    # then the first factor's (the rank, and outputs where a was contracted by nothing).
     later = {*out, *second_axes, *stacked_axes}
     h_axes = [n for n in xs if n in later] + [n for n in first_axes if n in later and n not in xs]
     x, first, second = x.astype(compute), first.astype(compute), second.astype(compute)
@@ -197,6 +202,8 @@ def _tokens_merged(
 
     One reshape before both products and one after them. The last value undoes it on a result.
     """
+    # For x [B, T, n] and a [n, r] the tokens are (B, T). They have to be neighbors in x and in the result,
+    # so that [B, T, n] -> [B * T, n] and [B * T, m] -> [B, T, m] move nothing.
     tokens = tuple(n for n in xs if n not in known)
     i, count = (xs.index(tokens[0]), len(tokens)) if tokens else (0, 0)
     j = out.index(tokens[0]) if tokens and tokens[0] in out else 0

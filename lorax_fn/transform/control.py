@@ -34,6 +34,7 @@ def jit(walk, eqn, values):
     trace; what that trace notes is told again for each caller's weights. Two operands that are one weight
     bear one name, as draws of dropout are counted by name.
     """
+    # Kept by the inner jaxpr, which JAX shares among calls of one function with the same types.
     closed = eqn.params["jaxpr"]
     asked = jx.jit_shardings(eqn, "in"), jx.jit_shardings(eqn, "out")
 
@@ -224,6 +225,8 @@ def scan(walk, eqn, values):
 
     def run(walk, consts, init, xs):
         carry = _Carry(walk, eqn, jaxpr, n, m)
+        # A carried value that every iteration hands on unchanged is a constant of the loop: a weight among
+        # those stays factored, and the loop carries the others alone.
         constant, moving = carry.parted(init)
         # Weights that every iteration sees whole fold its number into their keys; slices have their own keys.
         dropped = _any_dropped((*consts, *constant))
@@ -267,6 +270,7 @@ def _restacked(w: Factored, length: int) -> Factored:
 
 def unstack(w: Factored) -> tuple[Any, Any]:
     """What a loop over the leading axis scans, and how an iteration puts its weight together again."""
+    # For W [L, n, m]: a [L, n, r] and b [L, r, m] are scanned, a VeRA's shared a [n, r] is not.
     moves = {name: 0 in part.axes for name, part in w.parts.items()}
 
     def leading(part: Part) -> Any:
@@ -294,6 +298,7 @@ def shard_map(walk, eqn, values):
     def specs(value, spec):
         if not is_factored(value):
             return spec
+        # A spec may be shorter than the weight has axes; each part takes the entries of its own axes.
         entries = (*spec, *(None,) * (value.ndim - len(spec)))
         return value.with_parts(
             along_axes(value.base, entries) if is_unbuilt(value.base) else spec,
@@ -349,6 +354,7 @@ def custom_jvp(walk, eqn, values):
 
     @inner.defjvp
     def inner_jvp(primals, tangents):
+        # Tangents come as the primals do: a weight's is a weight, with a tangent of each of its arrays.
         pairs = [(primals[i], tangents[i]) for i in floats]
         bases = [v.base if is_factored(v) else v for v in (*primals, *(t for _, t in pairs))]
         rule_jaxpr, rule_consts = jx.opened(jax.make_jaxpr(rule)(*bases))
@@ -357,6 +363,7 @@ def custom_jvp(walk, eqn, values):
             results = walk.dense(eqn, walk.evaluate(rule_jaxpr, rule_consts, [*primals, *given]))
             return results[: len(results) // 2], results[len(results) // 2 :]
 
+        # First dbase + da b, then 0 + a db; for all else than weights the second is zero.
         out, d_out = walked([_with_factors(t, v, a=t) for v, t in pairs])
         if any(is_factored(v) for v, _ in pairs):
             _, rest = walked([_with_factors(_zero(t), v, b=t) for v, t in pairs])

@@ -124,7 +124,7 @@ def factor(path: str, base: Any, factors: Factors) -> Factored:
         parts["key"] = Part(factors.key, stack)
         if not isinstance(rate, numbers.Real):
             parts["rate"], rate = Part(jnp.asarray(rate), ()), 0.0
-    return Factored(base, parts, float(scale), rate, (path,), tap=factors.tap)
+    return Factored(base, parts, float(scale), float(rate), (path,), tap=factors.tap)
 
 
 def wrap(path: str, base: Any, adapter: Adapter | None) -> Any:

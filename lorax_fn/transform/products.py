@@ -40,6 +40,8 @@ def _dot_general(walk, eqn, values):
     w_first = w is lhs
     w_sum, x_sum = (lhs_sum, rhs_sum) if w_first else (rhs_sum, lhs_sum)
     w_batch, x_batch = (lhs_batch, rhs_batch) if w_first else (rhs_batch, lhs_batch)
+    # Axes of the weight go by their numbers. An axis of x that meets one goes by the same number, any other
+    # by ("x", i); so x [B, T, n] @ W [n, m] is xs = (x0, x1, 0) and out = (x0, x1, 1).
     shared = dict(zip((*x_batch, *x_sum), (*w_batch, *w_sum), strict=True))  # axis of x -> axis of w
     xs = [shared.get(i, ("x", i)) for i in range(x.ndim)]
     x_free = [name for i, name in enumerate(xs) if i not in shared]
@@ -63,6 +65,7 @@ def _dot_general(walk, eqn, values):
         w, after = _column_in_b(w, after), None
     change = low_rank_product(w, x, xs, out, dtype=base.dtype, precision=eqn.params["precision"], walk=walk)
     known = [n for n in out if not isinstance(n, int) or w.has("a", n) or w.has("b", n) or n in xs]
+    # An axis that W repeats (a vmapped copy) is in no factor: the change is the same along it.
     change = _placed_like(base, align(change, known, out) if known != out else change)
     if after is None:
         return [Sum(base, change)]
@@ -101,6 +104,7 @@ def _convolution(walk, eqn, values):
         return NotImplemented
     if not w.parts:
         return product(eqn, [x, w.base])
+    # The factor with the window axes is the wide one: [*window, in, r] if it is A, the other one is [r, out].
     out_axis, in_axis, *window = params["dimension_numbers"].rhs_spec
     spatial = "a" if w.has("a", window[0] if window else in_axis) else "b"
     wide, point = w.parts[spatial], w.parts["b" if spatial == "a" else "a"]
@@ -129,6 +133,7 @@ def _convolution(walk, eqn, values):
         point.array.astype(dtype), point.axes, [in_axis, RANK] if not window_first else [RANK, out_axis]
     )
     if window_first:
+        # x -> g * r channels by the window, each group from its own inputs; then r -> out within each group.
         kernel = lax.concatenate([kernel] * groups, out_axis)
         changed = {"preferred_element_type": None, **sharding_without(base, at_y)}
         changed |= {"precision": (EXACT, EXACT)} if w.tap else {}
@@ -137,6 +142,7 @@ def _convolution(walk, eqn, values):
         point = lax.reshape(point, (point.shape[0], groups, w.shape[out_axis] // groups))
         change = _within_groups(h, at_y, point, groups, base.dtype, params["precision"])
     else:
+        # in -> r within each group by the same 1x1, and the window makes the outputs of those.
         point = lax.broadcast_in_dim(point, (point.shape[0], groups, point.shape[1]), (0, 2))
         h = _within_groups(x, at_x, point, groups, dtype, params["precision"]) * w.scale
         change = jx.bind(eqn, [h, kernel])[0]
@@ -226,6 +232,8 @@ def _side_by_side(walk, eqn, values):
     kinds = {tuple((w.has("a", i), w.has("b", i)) for i in range(w.ndim)) for w in weights}
     if len(kinds) > 1 or any(set(w.parts) - {"a", "b", "scale"} or w.lookup for w in weights):
         return NotImplemented
+    # All weights have each axis in the same factors, so it is told of the joined one: in both factors (or in
+    # neither, which joins as a stack), in a alone, or in b alone.
     in_a, in_b = next(iter(kinds))[axis]
     dtype = jnp.result_type(*(w.parts[name].array.dtype for w in weights for name in "ab"))
     factors = [

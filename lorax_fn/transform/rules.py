@@ -90,13 +90,17 @@ def _scaled(walk, eqn, values):
     bases = [v.base if v is w else v for v in values]
     if not w.parts:
         return [dataclasses.replace(w, base=one(eqn, *bases))]
+    # ``by`` has the weight's rank of axes, most of them of size 1: [1, m] scales columns, [1, 1] everything.
     operation = jnp.divide if eqn.primitive is prims.div_p else jnp.multiply
+    # The axes along which it varies have to be axes of one factor, and not of the other one alone: what
+    # varies along inputs goes into a, along outputs into b, along a stack or nowhere into either.
     varies = [i for i, size in enumerate(jnp.shape(by)) if size != 1]
     for name, other in (("b", "a"), ("a", "b")):
         part = w.parts[name]
         if not any(w.has(other, i) and not w.has(name, i) for i in varies):
             new = [i for i in varies if i not in part.axes]  # a broadcast axis, as of a vmapped scale
             axes = (*new, *part.axes)
+            # [1, m] becomes [m], and then [1, m] again on the axes of b, (rank, m).
             by_part = lax.squeeze(by, [i for i in range(by.ndim) if i not in varies])
             by_part = align(by_part, varies, axes).astype(part.array.dtype)
             return [
@@ -141,6 +145,7 @@ def without_axes(w: Factored, base: Any, gone: Sequence[int]) -> Factored:
 def _broadcast(walk, eqn, values):
     w, *sizes = values
     shape, place = eqn.params["shape"], eqn.params["broadcast_dimensions"]
+    # An axis of size 1 that grows: every entry has the same change, so that no part runs along it any more.
     grown = [i for i in range(w.ndim) if shape[place[i]] != w.shape[i]]
     base = one(eqn, w.base, *sizes)
     return [w.with_parts(base, lambda part: _without(part, grown).renamed(place.__getitem__))]
@@ -157,11 +162,8 @@ def _reshape(walk, eqn, values):
             w = _stack_with(w, old)
             if w is None:
                 return NotImplemented
-    return [
-        w.with_parts(
-            one(eqn, w.base), lambda part: _regrouped(part, groups, w.shape, eqn.params["new_sizes"])
-        )
-    ]
+    new = eqn.params["new_sizes"]
+    return [w.with_parts(one(eqn, w.base), lambda part: _regrouped(part, groups, values[0].shape, new))]
 
 
 def reshape_groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
@@ -196,15 +198,19 @@ def _stack_with(w: Factored, axes: Sequence[int]) -> Factored | None:
 
 
 def _regrouped(part: Part, groups: list, old: Sequence[int], new: Sequence[int]) -> Part:
+    # For [4, 6] -> [2, 2, 6] and b [r, 6], or a [4, r]. Axes of size 1 belong to no group: they go first.
     ones = [i for i, axis in enumerate(part.axes) if axis != RANK and old[axis] == 1]
     array = lax.squeeze(part.array, ones)
     axes = [axis for i, axis in enumerate(part.axes) if i not in ones]
+    # The groups that this part holds whole, as ([0], [0, 1]) for a, in the order of its own axes; the rank
+    # is a group of itself. Axes within a group have to be neighbors in the base's order before a reshape.
     runs = [(left, right) for left, right in groups if set(left) <= set(axes)]
     runs += [([RANK], [RANK])] if RANK in axes else []
     runs.sort(key=lambda run: axes.index(run[0][0]))
     order = [axis for left, _ in runs for axis in left]
     if order != axes:
         array = lax.transpose(array, [axes.index(axis) for axis in order])
+    # Now one reshape of the part does what the program's reshape does to those groups: [4, r] -> [2, 2, r].
     sizes = dict(zip(order, array.shape, strict=True))
     shape = [sizes[RANK] if i == RANK else new[i] for _, right in runs for i in right]
     return Part(lax.reshape(array, shape), tuple(i for _, right in runs for i in right))
@@ -317,12 +323,14 @@ def _gather(walk, eqn, values):
     dims, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
     index_axes = indices.ndim - 1  # the last axis of indices is the index vector
     out_ndim = index_axes + len(dims.offset_dims)
+    # The result has the axes of the indices but their last, and the window of the operand at offset_dims.
     kept = [i for i in range(w.ndim) if i not in (*dims.collapsed_slice_dims, *dims.operand_batching_dims)]
     # int: vmap writes numpy integers into equations, and those compare elementwise with other names.
     place = dict(zip(kept, map(int, sorted(dims.offset_dims)), strict=True))  # base axis -> result axis
     index_place = [i for i in range(out_ndim) if i not in dims.offset_dims]  # axis of indices -> result axis
 
     def gathered(part: Part) -> Part:
+        # The part's own gather: of the index vector it reads the columns that index an axis of its own.
         where = {axis: i for i, axis in enumerate(part.axes) if axis != RANK}
         columns = [c for c, axis in enumerate(dims.start_index_map) if axis in where]
         batching = [c for c, axis in enumerate(dims.operand_batching_dims) if axis in where]

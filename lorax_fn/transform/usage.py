@@ -12,8 +12,9 @@ from lorax_fn.core.trees import PyTree, flatten_with_paths, is_array, is_float
 from lorax_fn.methods.lora import LoRA
 from lorax_fn.transform.factored import wrap
 from lorax_fn.transform.mutations import unchanged
+from lorax_fn.transform.product_roles import PRODUCTS
 from lorax_fn.transform.traces import Leaves, Traces
-from lorax_fn.transform.views import PRODUCTS, Reader, Ref, Use
+from lorax_fn.transform.views import Reader, Ref, Use
 from lorax_fn.transform.walk import Report, Walk
 
 
