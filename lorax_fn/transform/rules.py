@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import primitives as prims
 
-from lorax_fn.transform.contractions import align, stack_into_rank
+from lorax_fn.transform.contractions import align, scale_absorbed, stack_into_rank
 from lorax_fn.transform.factored import RANK, Factored, Part, is_factored
 from lorax_fn.transform.stored import is_unbuilt, lookup, moved
 
@@ -186,15 +186,15 @@ def _moves_together(w: Factored, axes: Sequence[int]) -> bool:
 
 def _stack_with(w: Factored, axes: Sequence[int]) -> Factored | None:
     """The weight with the stack axes among ``axes`` as inputs or as outputs, whichever stand beside them."""
-    stack = [i for i in axes if w.has("a", i) and w.has("b", i)]
-    rest = [i for i in axes if i not in stack]
-    side = next((name for name in "ab" if all(w.has(name, i) for i in rest)), None)
-    if side is None or set(w.parts) - {"a", "b", "scale"} or is_unbuilt(w.base):
+    if not w.parts or set(w.parts) - {"a", "b", "scale"} or is_unbuilt(w.base):
         return None
+    changed: Factored | None = scale_absorbed(w)
+    stack = [i for i in axes if changed.has("a", i) and changed.has("b", i)]
+    rest = [i for i in axes if i not in stack]
+    side = next((name for name in "ab" if all(changed.has(name, i) for i in rest)), None)
     for axis in stack:
-        if w is not None:
-            w = stack_into_rank(w, axis, side)
-    return w
+        changed = None if changed is None or side is None else stack_into_rank(changed, axis, side)
+    return changed if changed is not None and _moves_together(changed, axes) else None
 
 
 def _regrouped(part: Part, groups: list, old: Sequence[int], new: Sequence[int]) -> Part:
