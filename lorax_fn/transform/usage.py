@@ -13,6 +13,7 @@ from lorax_fn.methods.lora import LoRA
 from lorax_fn.transform.factored import wrap
 from lorax_fn.transform.mutations import unchanged
 from lorax_fn.transform.product_roles import PRODUCTS
+from lorax_fn.transform.reach import reached
 from lorax_fn.transform.traces import Leaves, Traces
 from lorax_fn.transform.views import Reader, Ref, Use
 from lorax_fn.transform.walk import Report, Walk
@@ -128,6 +129,8 @@ def usage(fn: Callable, params: PyTree, *args: Any, argnum: int = 0, **kwargs: A
     kept = unchanged(trace, given, ((*args[:argnum], params, *args[argnum:]), kwargs))
     results = reader.read(trace.jaxpr, refs, 1)
     reader.leave("return", "", [refs for i, refs in enumerate(results) if i not in kept], 1)
+    counts = reached(trace.jaxpr, [i not in kept for i in range(len(results))])
+    alive = {named[i][0] for i, on in zip(trace.slots, counts, strict=True) if on and i is not None}
     leaf_of = dict(named)
     found = {path: _with_lookups(uses, leaf_of[path]) for path, uses in found.items()}
     layouts = {path: _layout(uses, leaf_of[path]) for path, uses in found.items()}
