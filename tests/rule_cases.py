@@ -206,6 +206,19 @@ VIEWS = [
         p["w"][None], (2, 8, 6))), (8, 6), IO, X),
     Case("tile", lambda p, x: x @ jnp.tile(p["w"], (1, 2)), (8, 6), IO, X),
     Case("pad", lambda p, x: x @ jnp.pad(p["w"], ((0, 0), (1, 2))), (8, 6), IO, X),
+    Case("pad both sides", lambda p, x: x @ jnp.pad(p["w"], ((2, 0), (1, 2))), (6, 6), IO, X),
+    Case("sum over inputs", lambda p, x: x * p["w"].sum(0)[0], (8, 6), IO, X),
+    Case("sum over outputs", lambda p, x: x @ p["w"].sum(2), (8, 6, 3), lx.Layout((), (0,), (1, 2)), X),
+    Case("sum over a stack", lambda p, x: x @ p["w"].sum(0), (2, 8, 30), SIO, X),
+    Case("stack merged with inputs", lambda p, x: x @ p["w"].reshape(8, 30), (2, 4, 30), SIO, X),
+    Case("stack merged with outputs", lambda p, x: x @ p["w"].reshape(8, 60), (8, 2, 30),
+         lx.Layout((1,), (0,), (2,)), X),
+    Case("added to an array", lambda p, x: x @ (jnp.ones((8, 6), x.dtype) - p["w"]), (8, 6), IO, X),
+    Case("two of them added", lambda p, x: x @ (p["w"] + p["w"][::-1]), (8, 6), IO, X),
+    Case("rows overwritten", lambda p, x: x @ lax.dynamic_update_slice_in_dim(
+        p["w"], jnp.ones((2, 6), x.dtype), 3, 0), (8, 6), IO, X),
+    Case("written into rows", lambda p, x: x @ lax.dynamic_update_slice_in_dim(
+        jnp.ones((8, 6), x.dtype), p["w"], 2, 0), (5, 6), IO, X),
     Case("reverse", lambda p, x: x @ p["w"][::-1, ::-1], (8, 6), IO, X),
 ]  # fmt: skip
 

@@ -223,3 +223,97 @@ def test_a_ragged_product_with_dropout_raises():
     lora = lx.dropout({"w": make_adapter((2, 8, 6), SIO)}, 0.5, jax.random.key(0))
     with pytest.raises(lx.LoraError, match="dropout"):
         run({"w": normal(1, (2, 8, 6))}, lora, X)
+
+
+# What masks depend on.
+
+TWO = {"w": jnp.zeros((32, 32))}, {"w": identity()}
+
+
+def twice(p, x):
+    return jnp.stack([x @ p["w"], (x + 1) @ p["w"]])
+
+
+def within(wrap):
+    """The same two products, the second one within something."""
+    return lambda p, x: jnp.stack([x @ p["w"], wrap(lambda w, x: (x + 1) @ w)(p["w"], x)])
+
+
+def amid_other_things(p, x):
+    jnp.sin(x)  # dead
+    x = lax.optimization_barrier(lax.stop_gradient(x) + 0)
+    return twice(p, x)
+
+
+UNRELATED = {
+    "operations": amid_other_things,
+    "jit": lambda p, x: jax.jit(twice)(p, x),
+    "checkpoint": lambda p, x: jax.checkpoint(twice)(p, x),
+    "jit of the second": within(jax.jit),
+    "checkpoint of the second": within(jax.checkpoint),
+    "nested": within(lambda f: jax.checkpoint(jax.jit(f))),
+    "both operands of one jit": lambda p, x: jax.jit(lambda v, w, x: jnp.stack([x @ v, (x + 1) @ w]))(
+        p["w"], p["w"], x
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNRELATED)
+def test_masks_depend_on_the_use_alone(name):
+    x = jnp.ones((2, 32))
+    want = masks(twice, *TWO, x)
+    assert 0.2 < (want[0] != want[1]).mean() < 0.8
+    np.testing.assert_array_equal(masks(UNRELATED[name], *TWO, x), want)
+    dropped = lx.dropout(TWO[1], 0.5, jax.random.key(0))
+    run = jax.jit(lx.adapt(UNRELATED[name], fallback="error"))
+    np.testing.assert_array_equal(np.asarray(run(TWO[0], dropped, x)) != 0, want)
+
+
+def test_an_eager_loop_counts_at_its_second_call_too():
+    def fn(p, x):
+        looped = lax.scan(lambda c, _: (c, x @ p["w"]), 0, None, length=2)[1]
+        return jnp.concatenate([looped, (x @ p["w"])[None]])
+
+    run, dropped = lx.adapt(fn, fallback="error"), lx.dropout(TWO[1], 0.5, jax.random.key(0))
+    first, second = run(TWO[0], dropped, jnp.ones((2, 32))), run(TWO[0], dropped, jnp.ones((2, 32)))
+    np.testing.assert_array_equal(first, second)
+    kept = np.asarray(first) != 0
+    assert all(0.2 < (kept[i] != kept[j]).mean() < 0.8 for i, j in ((0, 1), (0, 2), (1, 2)))
+
+
+def test_keys_of_the_old_style_draw_the_same_masks():
+    np.testing.assert_array_equal(change(jax.random.PRNGKey(3)), change(jax.random.key(3)))
+
+
+def test_a_traced_rate_compiles_once_and_zero_drops_nothing():
+    @jax.jit
+    def traced(rate):
+        return change(jax.random.key(1), rate=rate)
+
+    for rate in (0.5, 0.25):
+        np.testing.assert_allclose(traced(rate), change(jax.random.key(1), rate=rate), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(traced(0.0), APPLY(PARAMS, LORA, X) - X @ W, rtol=1e-4, atol=1e-5)
+    assert traced._cache_size() == 1
+
+
+def test_a_refusal_within_a_jit_names_the_weight():
+    run = lx.adapt(lambda p, x: jax.jit(lambda w, x: x @ w @ w.T)(p["w"], x))
+    with pytest.raises(lx.LoraError, match=re.compile("dropout.*path:    w\n", re.S)):
+        run(PARAMS, lx.dropout(LORA, 0.5, jax.random.key(0)), X)
+
+
+def test_leaves_that_train_whole_have_nothing_to_drop():
+    whole = {"w": lx.Full(W)}
+    assert lx.dropout(whole, 0.5, jax.random.key(0))["w"] is whole["w"]
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "vera", "loha", "lokr", "lora_xs", "lora_fa"])
+def test_every_low_rank_method_drops_its_inputs(method):
+    params, lora = lx.split({"kernel": normal(7, (8, 6))}, rank=2, method=method)
+    lora = jax.tree.map(lambda leaf: leaf + 0.3, lora)  # what starts at zero changes nothing
+    run = lx.adapt(lambda p, x: x @ p["kernel"], fallback="error")
+    keys = jax.random.split(jax.random.key(0), 400)
+    got = jax.vmap(lambda key: run(params, lx.dropout(lora, 0.25, key), X))(keys)
+    want = run(params, lora, X)
+    assert np.all(got.std(0) > 1e-3)
+    assert np.all(np.abs(got.mean(0) - want) < 5 * got.std(0) / np.sqrt(len(keys)))

@@ -32,10 +32,10 @@ def doubled_in_shards(w):
 # name -> (function of the weight and x, the primitive that is named, whether a source line is)
 FALLBACKS = {
     "sin": (lambda w, x: x @ jnp.sin(w), "sin", True),
-    "plus one": (lambda w, x: x @ (w + 1), "add", True),
+    "maximum": (lambda w, x: x @ jnp.maximum(w, 1.0), "max", True),
     "entry by entry": (lambda w, x: x @ (w * jnp.arange(48.0).reshape(8, 6)), "mul", True),
     "divided by": (lambda w, x: x @ (1 / w), "div", True),
-    "sum of all": (lambda w, x: x * jnp.sum(w), "reduce_sum", True),
+    "largest of all": (lambda w, x: x * jnp.max(w), "reduce_max", True),
     "reshape across": (lambda w, x: x.reshape(6, 4) @ w.reshape(4, 12), "reshape", True),
     "squared": (lambda w, x: x @ (w @ w.T), "dot_general", True),
     "custom_vjp": (owned_product, "custom_vjp_call", True),

@@ -300,3 +300,55 @@ def test_6_two_convolutions_have_different_factors():
     layout = lx.usage(fn, params, abstract(1, 9, 4))
     _, lora = lx.split(params, rank=2, targets=["one", "two"], layout=layout)
     assert np.abs(lora["one"].a - lora["two"].a).max() > 0.1
+
+
+def weight_normalized(p, x):
+    return x @ (p["g"] * p["w"] / jnp.linalg.norm(p["w"], axis=0, keepdims=True))
+
+
+def standardized(p, x):
+    w = p["w"] - p["w"].mean(0, keepdims=True)
+    return x @ (w / (p["w"].std(0, keepdims=True) + 1e-5))
+
+
+LATER = {
+    "scaled by a parameter": (lambda p, x: x @ (p["w"] * p["g"]), True),
+    "times a parameter": (lambda p, x: x @ (p["w"] * p["m"]), False),
+    "weight-normalized": (weight_normalized, False),
+    "weight-standardized": (standardized, False),
+}
+
+
+@pytest.mark.parametrize("name", LATER)
+def test_a_weight_that_is_computed_with_has_the_layout_of_its_product(name):
+    fn, served = LATER[name]
+    params = {"w": normal(1, (8, 6)), "m": normal(2, (8, 6)), "g": normal(3, (1, 6))}
+    use = lx.usage(fn, params, abstract(3, 8))["w"]
+    assert (use.layout, use.served) == (IO, served)
+    assert use.flops == 2 * 3 * 8 * 6
+    base, lora = lx.split(params, rank=2, targets=["w"], layout={"w": use.layout})
+    lora = jax.tree.map(lambda leaf: leaf + 0.2, lora)
+    got = lx.adapt(fn, fallback="error" if served else "allow")(base, lora, normal(4, (3, 8)))
+    np.testing.assert_allclose(got, fn(lx.merge(base, lora), normal(4, (3, 8))), rtol=1e-4, atol=1e-4)
+
+
+def test_experts_that_share_their_input_are_a_stack():
+    def moe(p, x, gates):
+        h = jax.nn.silu(jnp.einsum("td,edf->tef", x, p["up"]))
+        return jnp.einsum("tef,efd,te->td", h, p["down"], gates)
+
+    params = {"up": jnp.ones((4, 8, 10)), "down": jnp.ones((4, 10, 8))}
+    use = lx.usage(moe, params, abstract(3, 8), abstract(3, 4))
+    assert use["up"].layout == use["down"].layout == SIO and use["up"].served and use["down"].served
+
+
+def test_heads_of_attention_stay_outputs():
+    def attention(p, x):
+        q, v = (jnp.einsum("td,dhk->thk", x, p[name]) for name in "qv")
+        mixed = jnp.einsum("hts,shk->thk", jax.nn.softmax(jnp.einsum("thk,shk->hts", q, q)), v)
+        return jnp.einsum("thk,hkd->td", mixed, p["o"])
+
+    params = {"q": jnp.ones((8, 2, 4)), "v": jnp.ones((8, 2, 4)), "o": jnp.ones((2, 4, 8))}
+    use = lx.usage(attention, params, abstract(3, 8))
+    assert use["q"].layout == use["v"].layout == lx.Layout((), (0,), (1, 2))
+    assert use["o"].layout == lx.Layout((), (0, 1), (2,))

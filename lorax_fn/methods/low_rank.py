@@ -157,9 +157,12 @@ class LowRank(Adapter):
 
     def with_dropout(self, rate: Any, key: jax.Array) -> Adapter:
         stack = self.layout.shapes(self.shape)[0]
-        # One key per stack entry, so that each layer of a scanned model drops inputs of its own.
-        keys = jax.random.split(key, math.prod(stack))
-        return dataclasses.replace(self, key=keys.reshape(*stack, *keys.shape[1:]), rate=rate)
+        # One key per stack entry, so that each layer of a scanned model drops inputs of its own. A single
+        # weight takes the key as it is: a split for each weight takes as long to compile as its mask.
+        if stack:
+            keys = jax.random.split(key, math.prod(stack))
+            key = keys.reshape(*stack, *keys.shape[1:])
+        return dataclasses.replace(self, key=key, rate=rate)
 
     def problem(self, w: Any) -> str | None:
         if self.is_stacked:

@@ -2,7 +2,9 @@
 
 import functools
 import inspect
+import types
 from collections.abc import Callable
+from typing import Any
 
 import jax
 
@@ -10,6 +12,7 @@ from lorax_fn.core.errors import error
 from lorax_fn.core.fitting import check_fits
 from lorax_fn.core.trees import flatten_with_paths
 from lorax_fn.transform.factored import is_factored, wrap
+from lorax_fn.transform.mutations import Watched, unchanged, write_back
 from lorax_fn.transform.traces import Leaves, Traces
 from lorax_fn.transform.walk import Walk
 
@@ -22,9 +25,15 @@ def adapt(fn: Callable, *, argnum: int = 0, fallback: str = "warn") -> Callable:
     Wherever ``fn`` uses an adapted weight ``W``, the result computes with ``W + scale * A @ B`` in its
     factored form, ``x @ W + scale * (x @ A) @ B`` (equation 3 of Hu et al.,
     https://arxiv.org/abs/2106.09685). Neither ``W + AB`` nor, in the gradient by ``lora``, a cotangent of
-    ``W`` is ever built. The function is traced once a set of argument types, as `jax.jit` does; arrays are
-    traced, everything else (bools, strings, numbers, callables) is static. It works under and over every
-    JAX transformation. Called eagerly, it runs operation by operation.
+    ``W`` is ever built. As under `jax.jit`, ``fn`` is traced once per set of argument types, and what it
+    closes over or prints counts at that time: a number, array or attribute that changes afterwards is not
+    seen, also in eager calls, so hand such things over as arguments. Arrays and Python floats are traced (but
+    a float that ``fn`` needs as a number, as in ``if rate > 0``, is static); bools, integers, strings,
+    callables, and whatever else than an array is a leaf of ``params``, are static.
+
+    It works under and over every JAX transformation. Called eagerly, it runs operation by operation. What
+    ``fn`` writes into Variables of a Flax NNX module is written into the module that was passed, as in an
+    unadapted call.
 
     No gradient is stopped: ``jax.grad`` by ``params`` is that of the merged function. Differentiate by
     ``argnums=1``, the adapters, and the base costs nothing.
@@ -54,11 +63,41 @@ def adapt(fn: Callable, *, argnum: int = 0, fallback: str = "warn") -> Callable:
     """
     if fallback not in FALLBACKS:
         raise error(f"unknown fallback {fallback!r}.", want=FALLBACKS, do="pass one of them.")
-    walk = Walk(fallback)
-    traces = Traces(fn)
+    if isinstance(argnum, bool) or not isinstance(argnum, int) or argnum < 0:
+        raise error(
+            "argnum is not a position of fn's arguments, counted from 0.",
+            got=repr(argnum),
+            want="0 for fn(params, ...), 1 for fn(x, params), and so on",
+            do="count from the front: lora follows params, so that positions from the end would move.",
+        )
+    return Adapted(fn, argnum, fallback)
 
-    @functools.wraps(fn)
-    def adapted(*args, **kwargs):
+
+class Adapted:
+    """What `adapt` returns: a function of ``(params, lora, ...)`` that pickles where ``fn`` does."""
+
+    def __init__(self, fn: Callable, argnum: int, fallback: str):
+        functools.update_wrapper(self, fn)
+        # jax.jit reads the signature for static_argnames: it must be that of the function with lora in it.
+        del self.__dict__["__wrapped__"]
+        signature = _with_lora(fn, argnum)
+        if signature is not None:
+            self.__signature__ = signature
+        self._made_of = fn, argnum, fallback
+        self._walk, self._traces = Walk(fallback), Traces(fn)
+
+    def __reduce__(self):
+        fn, argnum, fallback = self._made_of
+        return Adapted, (fn, argnum, fallback)
+
+    def __repr__(self) -> str:
+        return f"lx.adapt({self._made_of[0]!r})"
+
+    def __get__(self, instance: Any, owner: Any = None) -> Any:
+        return self if instance is None else types.MethodType(self, instance)  # as a function in a class is
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        fn, argnum, _ = self._made_of
         if len(args) < argnum + 2:
             raise error(
                 "the adapters are missing from the call.",
@@ -69,21 +108,36 @@ def adapt(fn: Callable, *, argnum: int = 0, fallback: str = "warn") -> Callable:
         params, lora = args[argnum], args[argnum + 1]
         args = (*args[: argnum + 1], *args[argnum + 2 :])
         named, treedef = flatten_with_paths(params)
+        if lora is None:
+            raise error(
+                "lora is None.",
+                got="None",
+                want="{path: Adapter}",
+                do="pass {} where nothing is adapted: fn2(params, {}, ...) is fn(params, ...).",
+            )
         check_fits(dict(named), lora)
         leaves = [wrap(path, leaf, lora.get(path)) for path, leaf in named]
+        adapted = [old for leaf, (_, old) in zip(leaves, named, strict=True) if leaf is not old]
+        if not adapted:
+            return fn(*args, **kwargs)
         if not any(is_factored(leaf) for leaf in leaves):
-            params = jax.tree_util.tree_unflatten(treedef, leaves)
-            return fn(*args[:argnum], params, *args[argnum + 1 :], **kwargs)
-        trace = traces.of((*args[:argnum], Leaves(leaves, treedef), *args[argnum + 1 :]), kwargs)
-        results = walk.returned(walk.evaluate(trace.jaxpr, trace.consts, trace.values))
-        return jax.tree_util.tree_unflatten(trace.out_tree, results)
-
-    # jax.jit reads the signature for static_argnames: it must be that of the function with lora in it.
-    del adapted.__wrapped__
-    signature = _with_lora(fn, argnum)
-    if signature is not None:
-        adapted.__signature__ = signature  # pyright: ignore[reportAttributeAccessIssue]
-    return adapted
+            given = jax.tree_util.tree_unflatten(treedef, leaves)
+            watched = Watched(given)
+            results = fn(*args[:argnum], given, *args[argnum + 1 :], **kwargs)
+            write_back(watched.changes(), params, adapted)
+            return results
+        trace = self._traces.of((*args[:argnum], Leaves(leaves, treedef), *args[argnum + 1 :]), kwargs)
+        walk = self._walk.call()
+        flat = walk.evaluate(trace.jaxpr, trace.consts, trace.values)
+        given = [
+            value if slot is None else named[slot][1]
+            for value, slot in zip(trace.values, trace.slots, strict=True)
+        ]
+        for place in unchanged(trace, given, (args, kwargs)):
+            flat[place] = None
+        results, changes = jax.tree_util.tree_unflatten(trace.out_tree, walk.returned(flat))
+        write_back(changes, (args, kwargs), adapted)
+        return results
 
 
 def _with_lora(fn: Callable, argnum: int) -> inspect.Signature | None:

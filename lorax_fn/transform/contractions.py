@@ -1,5 +1,6 @@
 """Products of a factored weight: ``x A`` first, then ``B``, over flattened tokens."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -9,8 +10,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lorax_fn.core.errors import error
-from lorax_fn.transform.factored import Factored
+from lorax_fn.core.errors import LoraError, error
+from lorax_fn.transform import jaxpr as jx
+from lorax_fn.transform.factored import RANK, Factored, Part
 from lorax_fn.transform.meshes import axis_specs, explicit_mesh, result_sharding
 from lorax_fn.transform.stored import built
 from lorax_fn.transform.taps import EXACT, echo, inputs_of_tap
@@ -35,12 +37,15 @@ def contract(
     x, xs = _sum_unshared(x, list(xs), ys, out)
     y, ys = _sum_unshared(y, list(ys), xs, out)
     wanted = [name for name in out if name in xs or name in ys]
+    # The operand whose axes come first in the result goes left: that saves the transpose at the end.
     free = [name for name in wanted if (name in xs) != (name in ys)]
     swapped = bool(free) and free[0] in ys  # a product comes out with its left operand's axes first
     if swapped:
         x, xs, y, ys = y, ys, x, xs
+    # Each name has one of four roles: a batch axis is in both and in the result, a summed one in both alone,
+    # and each operand has free axes of its own. dot_general returns [*batch, *x_free, *y_free].
     batch = [name for name in wanted if name in xs and name in ys]
-    large = xs if x.size >= y.size else ys
+    large = ys if jx.surely(lambda: x.size < y.size) else xs
     summed = [name for name in large if name in xs and name in ys and name not in batch]
     x_free = [name for name in xs if name not in ys]
     y_free = [name for name in ys if name not in xs]
@@ -81,14 +86,17 @@ def _with_flat_gradient(factor: Any, other: Any) -> Any:
     stands in the tangent alone, so that values, and residuals of the gradient, are as they were. Not for
     small or batched products: they gain nothing, and XLA of JAX 0.10 aborts on some batched ones of 3 tokens.
     """
-    small = factor.ndim != 2 or other.ndim != 2 or min(factor.shape[0], *other.shape) < 64
-    return factor if small or factor.shape[1] >= factor.shape[0] else _same(factor)
+    if factor.ndim != 2 or other.ndim != 2:
+        return factor
+    tall = jx.surely(lambda: min(factor.shape[0], *other.shape) >= 64 and factor.shape[1] < factor.shape[0])
+    return _same(factor) if tall else factor
 
 
 def _merged_pair(x, xs, y, ys, batch, summed, x_free, y_free):
     """Both operands with one free and one contracted axis each, or None where the larger would be moved."""
-    x2 = _merged(x, xs, batch, summed, x_free, "x", move=x.size < y.size)
-    y2 = _merged(y, ys, batch, summed, y_free, "y", move=y.size <= x.size)
+    x_smaller = jx.surely(lambda: x.size < y.size)
+    x2 = _merged(x, xs, batch, summed, x_free, "x", move=x_smaller)
+    y2 = _merged(y, ys, batch, summed, y_free, "y", move=not x_smaller)
     return None if x2 is None or y2 is None else (x2, y2)
 
 
@@ -137,7 +145,7 @@ def low_rank_product(
     *,
     dtype: Any,
     precision: Any = None,
-    use: int = 0,
+    walk: Any = None,
 ) -> Any:
     """``scale * sum x * a @ b`` over named axes, where names of the weight's axes are their numbers.
 
@@ -154,12 +162,8 @@ def low_rank_product(
     first, second = (a, b) if shrinks_by["a"] >= shrinks_by["b"] else (b, a)
     if "key" in w.parts:
         if first is not a:
-            raise error(
-                "dropout reached a use of the weight that does not contract A's inputs.",
-                path=list(w.paths),
-                do="leave it out: lx.dropout of a part of the adapters, joined with the rest by |.",
-            )
-        x, xs = dropped(w, x, xs, use)
+            raise Refused("dropout reached a use of the weight that does not contract A's inputs.", w.paths)
+        x, xs = dropped(w, x, xs, walk.drawn(w))
     x, precision = (inputs_of_tap(x), EXACT) if w.tap else (x, precision)
     stacked = w.parts.get("scale")
     axes = tuple(xs), first.axes, second.axes, stacked.axes if stacked else (), tuple(out)
@@ -174,12 +178,17 @@ def _two_products(x, first, second, stacked, scale, axes, dtype, precision, tap)
     xs, first_axes, second_axes, stacked_axes, out = axes
     compute = x.dtype if jnp.issubdtype(x.dtype, jnp.floating) else dtype
     x, xs, out, split = _tokens_merged(x, xs, {*first_axes, *second_axes, *stacked_axes}, out)
+    # h is [tokens, r], with stack axes in it: of x's axes those that the result or the second factor needs,
+    # then the first factor's (the rank, and outputs where a was contracted by nothing).
     later = {*out, *second_axes, *stacked_axes}
     h_axes = [n for n in xs if n in later] + [n for n in first_axes if n in later and n not in xs]
     x, first, second = x.astype(compute), first.astype(compute), second.astype(compute)
     h = contract(x, xs, first, first_axes, h_axes, dtype=compute, precision=precision)
     h = echo(h) if tap else h
     if stacked is not None:
+        # A shared A and an x without the stack axis make an h without it, which the scale then gives it.
+        missing = [n for n in stacked_axes if n not in h_axes]
+        h, h_axes = lax.expand_dims(h, range(len(missing))), [*missing, *h_axes]
         h = h * align(stacked.astype(compute), stacked_axes, h_axes)
     if scale != 1.0:
         h = h * scale
@@ -193,6 +202,8 @@ def _tokens_merged(
 
     One reshape before both products and one after them. The last value undoes it on a result.
     """
+    # For x [B, T, n] and a [n, r] the tokens are (B, T). They have to be neighbors in x and in the result,
+    # so that [B, T, n] -> [B * T, n] and [B * T, m] -> [B, T, m] move nothing.
     tokens = tuple(n for n in xs if n not in known)
     i, count = (xs.index(tokens[0]), len(tokens)) if tokens else (0, 0)
     j = out.index(tokens[0]) if tokens and tokens[0] in out else 0
@@ -216,50 +227,120 @@ def align(x: Any, names: Sequence[Any], out: Sequence[Any]) -> Any:
     return lax.expand_dims(x, [i for i, n in enumerate(out) if n not in names])
 
 
-def dropped(w: Factored, x: Any, xs: Sequence[Any], use: int) -> tuple[Any, list]:
-    """Drops entries of ``x`` with the weight's keys: one mask a stack entry, another at each use."""
-    part = w.parts["key"]
-    keys, names = part.array, list(part.axes)
-    keys = jax.vmap(lambda k: jax.random.fold_in(k, use))(keys.reshape(-1)).reshape(keys.shape)
-    stack = [n for n in names if n in w.parts["a"].axes]
+def dropped(w: Factored, x: Any, xs: Sequence[Any], keys: Part) -> tuple[Any, list]:
+    """Drops entries of ``x``: one mask per stack entry, drawn from the entry's key."""
+    stack = [n for n in keys.axes if n in w.parts["a"].axes]
     xs = list(xs)
     missing = [n for n in stack if n not in xs]
     x = jnp.broadcast_to(x, (*[w.shape[n] for n in missing], *x.shape))
     xs = missing + xs
+    rate = w.parts["rate"].array if "rate" in w.parts else w.rate
+    return _dropped(x, keys.array, rate, tuple(xs), keys.axes, tuple(stack)), xs
+
+
+@partial(jax.jit, static_argnames=("xs", "names", "stack"))
+def _dropped(x, keys, rate, xs, names, stack):
+    """``x * keep / (1 - rate)``, jitted: all uses alike share one trace and one lowered function."""
+    keep_share = jnp.float32(1.0) - jnp.asarray(rate, jnp.float32)
     rest = [n for n in xs if n not in stack]
     shape = tuple(x.shape[xs.index(n)] for n in rest)
-    keep = jax.vmap(lambda k: jax.random.bernoulli(k, 1.0 - w.rate, shape))(keys.reshape(-1))
-    keep = align(keep.reshape(*keys.shape, *shape), names + rest, xs)
-    return jnp.where(keep, x / (1.0 - w.rate), jnp.zeros((), x.dtype)), xs
+
+    def draw(key):
+        return jax.random.bernoulli(key, keep_share, shape)
+
+    # A batch of keys, even of one, is compiled to a larger program than one key.
+    keep = draw(keys) if keys.ndim == 0 else jax.vmap(draw)(keys.reshape(-1))
+    keep = align(keep.reshape(*keys.shape, *shape), [*names, *rest], xs)
+    return jnp.where(keep, x * (1.0 / keep_share).astype(x.dtype), jnp.zeros((), x.dtype))
+
+
+def absorbed(w: Factored, dtype: Any) -> tuple[Part, Part]:
+    """``a`` and ``b`` in ``dtype``, with the scale in ``b`` if that has all its axes, else in ``a``.
+
+    Where neither has them (VeRA shares A along a stack), ``a`` is repeated along those that it lacks.
+    """
+    a, b = (Part(w.parts[name].array.astype(dtype), w.parts[name].axes) for name in "ab")
+    scale = w.parts.get("scale")
+    if scale is not None:
+        by = scale.array.astype(dtype)
+        if set(scale.axes) <= set(b.axes):
+            b = Part(b.array * align(by, scale.axes, b.axes), b.axes)
+        else:
+            axes = (*(n for n in scale.axes if n not in a.axes), *a.axes)
+            a = Part(align(a.array, a.axes, axes) * align(by, scale.axes, axes), axes)
+    if w.scale != 1.0:
+        a = Part(a.array * w.scale, a.axes)
+    return a, b
+
+
+def scale_absorbed(w: Factored) -> Factored:
+    """The weight with an array scale multiplied into a factor."""
+    if "scale" not in w.parts:
+        return w
+    a, b = absorbed(w, jnp.result_type(*(w.parts[name].array.dtype for name in ("a", "b", "scale"))))
+    parts = {name: part for name, part in w.parts.items() if name != "scale"}
+    return dataclasses.replace(w, parts={**parts, "a": a, "b": b}, scale=1.0)
+
+
+def stack_into_rank(w: Factored, axis: int, side: str) -> Factored | None:
+    """The same weight with a stack axis in one factor alone: entries stand side by side in the rank.
+
+    For ``side="a"``, ``a'[s, n, (s', r)]`` is ``a[s, n, r]`` where ``s' = s`` and else 0, and
+    ``b'[(s', r), m]`` is ``b[s', r, m]``. None where that takes more than the weight itself, or where mesh
+    axes would have to be split.
+    """
+    w = scale_absorbed(w)
+    mine, other = w.parts[side], w.parts["b" if side == "a" else "a"]
+    if explicit_mesh(mine.array, other.array):
+        return None
+    size, rank = w.shape[axis], mine.array.shape[mine.axes.index(RANK)]
+    my_rest = [i for i in mine.axes if i not in (axis, RANK)]
+    others = [i for i in other.axes if i not in (axis, RANK)]
+    entries = size * math.prod(w.shape[i] for i in my_rest) + math.prod(w.shape[i] for i in others)
+    if not jx.surely(lambda: entries * size * rank <= math.prod(w.shape)):
+        return None
+    # [s, n, 1, r] times the identity [s, 1, s', 1] is [s, n, s', r], of which the last two become the rank.
+    array = lax.expand_dims(align(mine.array, mine.axes, [axis, *my_rest, RANK]), [len(my_rest) + 1])
+    same = jnp.eye(size, dtype=array.dtype).reshape(size, *(1,) * len(my_rest), size, 1)
+    array = (array * same).reshape(*array.shape[:-2], size * rank)
+    flat = align(other.array, other.axes, [axis, RANK, *others])
+    flat = flat.reshape(size * rank, *flat.shape[2:])
+    mine, other = Part(array, (axis, *my_rest, RANK)), Part(flat, (RANK, *others))
+    return dataclasses.replace(w, parts={"a": mine, "b": other} if side == "a" else {"a": other, "b": mine})
+
+
+class Refused(LoraError):
+    """Dropout of a weight that is used where nothing can be dropped."""
+
+    def __init__(self, what: str, paths: Sequence[str]):
+        self.what, self.paths = what, tuple(paths)
+        do = (
+            f"leave {', '.join(map(repr, paths))} out: "
+            "lx.dropout({p: a for p, a in lora.items() if p not in left_out}, rate, key) | "
+            "{p: lora[p] for p in left_out}."
+        )
+        super().__init__(str(error(what, path=list(paths), do=do)))
+
+    def of(self, paths: dict[str, tuple[str, ...]]) -> "Refused":
+        """The same of the caller's weight: inside a jit weights are named by operand position."""
+        return Refused(self.what, [outer for inner in self.paths for outer in paths[inner]])
+
+    def __reduce__(self):
+        return Refused, (self.what, self.paths)
 
 
 def build(w: Factored) -> Any:
     """The whole array: ``base + a @ b`` in float32 for a weight, in the base's dtype for looked-up rows."""
-    if "key" in w.parts and not w.lookup:
-        raise error(
-            "dropout cannot be applied where the weight has to be built in full.",
-            path=list(w.paths),
-            do="leave this weight out of lx.dropout, or train it without dropout.",
-        )
+    if "key" in w.parts:
+        what = "an embedding's lookups are" if w.lookup else "a weight that has to be built in full is"
+        raise Refused(f"dropout drops inputs of a product, and {what} none.", w.paths)
     if not w.parts:
         return built(w.base)
     compute = w.dtype if w.lookup or w.dtype.itemsize >= 4 else jnp.dtype(jnp.float32)
-    a = w.parts["a"]
-    rows, names = a.array.astype(compute), list(a.axes)
-    if "key" in w.parts:
-        raise error(
-            "dropout of an embedding's lookups is not defined.",
-            path=list(w.paths),
-            do="leave it out of lx.dropout.",
-        )
-    scale = w.parts.get("scale")
-    if scale is not None:
-        rows = rows * align(scale.array.astype(compute), scale.axes, names)
-    out = [i for i in range(w.ndim) if w.has("a", i) or w.has("b", i)]
-    b = w.parts["b"]
+    a, b = absorbed(w, compute)
+    out = [i for i in range(w.ndim) if i in a.axes or i in b.axes]
     precision = None if w.lookup else lax.Precision.HIGHEST
-    rows = rows * w.scale if w.scale != 1.0 else rows
-    change = contract(rows, names, b.array.astype(compute), b.axes, out, dtype=compute, precision=precision)
+    change = contract(a.array, a.axes, b.array, b.axes, out, dtype=compute, precision=precision)
     whole = built(w.base).astype(compute) + align(change, out, range(w.ndim))
     column = w.parts.get("column")
     if column is not None:

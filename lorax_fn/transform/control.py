@@ -1,67 +1,92 @@
 """Control flow: factored weights cross it in parts, as constants, stacked inputs or loop invariants.
 
-Every function is ``rule(walk, eqn, index, values) -> list of results``; ``walk`` evaluates inner jaxprs.
+Every function is ``rule(walk, eqn, values) -> list of results``; ``walk`` evaluates inner jaxprs. What runs
+inside a loop, a branch or a checkpoint is ``run(walk, ...)`` with a walk of its own, so that it can be kept
+and traced again by another call.
 """
 
 import dataclasses
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec
 
 from lorax_fn.transform import jaxpr as jx
-from lorax_fn.transform.factored import Factored, Part, is_factored
+from lorax_fn.transform.contractions import Refused, scale_absorbed
+from lorax_fn.transform.factored import Factored, Part, folded, is_factored
 from lorax_fn.transform.stored import Later, along_axes, is_unbuilt, local, restacked, scanned
 
 
-def with_new_key(value: Any, use: Any) -> Any:
-    """A weight under dropout draws other masks at each place and iteration that it enters."""
-    if not is_factored(value) or "key" not in value.parts:
-        return value
-    part = value.parts["key"]
-    keys = jax.vmap(lambda k: jax.random.fold_in(k, use))(part.array.reshape(-1)).reshape(part.array.shape)
-    return value.with_part(value.base, "key", Part(keys, part.axes))
+def signature(values: Any) -> Hashable:
+    """What a trace of a function of these values depends on, but for their dtypes and numbers."""
+    leaves, treedef = jax.tree_util.tree_flatten(values)
+    return treedef, tuple(np.shape(leaf) for leaf in leaves)
 
 
-def jit(walk, eqn, index, values):
+def jit(walk, eqn, values):
     """An inner jit stays one function: rewritten once a jaxpr, traced by jax once an operand structure.
 
     Inside it weights are named by operand position, so that equal layers of an unrolled model share one
-    trace; what that trace reports is told again for each caller's weights.
+    trace; what that trace notes is told again for each caller's weights. Two operands that are one weight
+    bear one name, as draws of dropout are counted by name.
     """
+    # Kept by the inner jaxpr, which JAX shares among calls of one function with the same types.
     closed = eqn.params["jaxpr"]
     asked = jx.jit_shardings(eqn, "in"), jx.jit_shardings(eqn, "out")
 
     def make():
         jaxpr, consts = jx.opened(closed)
-        reports: dict[Any, list] = {}
+        notes: dict[Hashable, Any] = {}
 
         def inner(*args):
-            with walk.collecting(reports.setdefault(jax.tree_util.tree_structure(args), [])):
-                args = [_constrained(a, s) for a, s in zip(args, asked[0], strict=True)]
-                results = walk.evaluate(jaxpr, consts, args)
-                return [_constrained(r, s) for r, s in zip(results, asked[1], strict=True)]
+            waiting = walk.waiting()
+            constrained = [_constrained(a, s) for a, s in zip(args, asked[0], strict=True)]
+            results = waiting.evaluate(jaxpr, consts, constrained)
+            notes[signature(args)] = waiting.notes
+            return [_constrained(r, s) for r, s in zip(results, asked[1], strict=True)]
 
-        return jx.jit_like(eqn, inner), reports
+        return jx.jit_like(eqn, inner), notes
 
     key = ("jit", id(closed), eqn.params["name"], *map(tuple, asked))
-    fn, reports = walk.once(key, closed, make)
-    paths = {str(i): v.paths for i, v in enumerate(values) if is_factored(v)}
-    values = tuple(_renamed(with_new_key(v, index), {v.paths: (str(i),)} if is_factored(v) else {})
-                   for i, v in enumerate(values))  # fmt: skip
-    results = fn(*values)
-    for report in reports.get(jax.tree_util.tree_structure(values), []):
-        walk.report(report.of(paths))
-    return [
-        _renamed(r, {r.paths: tuple(p for i in r.paths for p in paths[i])} if is_factored(r) else {})
+    fn, notes = walk.once(key, closed, make)
+    names: dict[tuple[str, ...], str] = {}
+    for i, value in enumerate(values):
+        if is_factored(value):
+            names.setdefault(value.paths, str(i))
+    paths = {name: weight for weight, name in names.items()}
+    inside = tuple(_renamed(v, (names[v.paths],)) if is_factored(v) else v for v in walk.entering(values))
+    try:
+        results = fn(*inside)
+    except Refused as refused:  # inside, the weight had the name of its position
+        raise refused.of(paths) from None
+    walk.take(notes[signature(inside)], paths)
+    results = [
+        _renamed(r, tuple(p for name in r.paths for p in paths[name])) if is_factored(r) else r
         for r in results
     ]
+    return _leaving(results, values)
 
 
-def _renamed(value: Any, names: dict) -> Any:
-    return dataclasses.replace(value, paths=names[value.paths]) if is_factored(value) else value
+def _renamed(value: Factored, names: tuple[str, ...]) -> Factored:
+    return dataclasses.replace(value, paths=names)
+
+
+def _leaving(results: Sequence[Any], values: Sequence[Any]) -> list[Any]:
+    """Results of an inner function: a weight that it hands out counts its draws as outside again."""
+    outside = {v.paths: v.parts.get("draws") for v in values if is_factored(v) and "key" in v.parts}
+
+    def left(w: Any) -> Any:
+        if not is_factored(w) or "draws" not in w.parts:
+            return w
+        parts = {name: part for name, part in w.parts.items() if name != "draws"}
+        before = outside.get(w.paths)
+        return dataclasses.replace(w, parts=parts if before is None else {**parts, "draws": before})
+
+    return [left(result) for result in results]
 
 
 def _constrained(value: Any, sharding: Any) -> Any:
@@ -74,70 +99,100 @@ def _constrained(value: Any, sharding: Any) -> Any:
     return lax.with_sharding_constraint(value, sharding)
 
 
-def closed_call(walk, eqn, index, values):
+def closed_call(walk, eqn, values):
     jaxpr, consts = jx.opened(eqn.params.get("call_jaxpr") or eqn.params["jaxpr"])
-    return walk.evaluate(jaxpr, consts, [with_new_key(v, index) for v in values])
+    return walk.evaluate(jaxpr, consts, values)
 
 
-def checkpoint(walk, eqn, index, values):
+def checkpoint(walk, eqn, values):
     jaxpr, consts = jx.opened(eqn.params["jaxpr"])
-    values = [with_new_key(v, index) for v in values]
-
-    def inner(*args):
-        return walk.evaluate(jaxpr, consts, args)
-
     if eqn.params["differentiated"]:
         # The recomputation of a backward pass: a barrier keeps it apart from the forward's own values.
         if eqn.params["prevent_cse"] is not False:
             values = lax.optimization_barrier(values)
-        return inner(*values)
+        return walk.evaluate(jaxpr, consts, values)
     options = {"prevent_cse": eqn.params["prevent_cse"], "policy": eqn.params["policy"]}
-    return walk.in_one_piece(eqn, jax.checkpoint(inner, **options), *values)
+
+    def run(walk, *args):
+        def inner(*args):
+            walk.notes.draws.clear()  # should JAX trace this twice, then the second trace counts
+            return walk.evaluate(jaxpr, consts, args)
+
+        return jax.checkpoint(inner, **options)(*args)
+
+    return _leaving(walk.in_one_piece(eqn, run, *walk.entering(values)), values)
 
 
-def cond(walk, eqn, index, values):
+def cond(walk, eqn, values):
+    def run(walk, which, *args):
+        traced: dict[int, Any] = {}
+
+        def branch(i, closed):
+            jaxpr, consts = jx.opened(closed)
+
+            def taken(*args):
+                traced[i] = walk.inner()
+                return traced[i].dense(eqn, traced[i].evaluate(jaxpr, consts, args))
+
+            return taken
+
+        branches = [branch(i, closed) for i, closed in enumerate(eqn.params["branches"])]
+        results = lax.switch(which, branches, *args)
+        most: dict[str, int] = {}  # draws after it are numbered as if the branch with most of them had run
+        for inner in traced.values():
+            most.update((path, max(n, most.get(path, 0))) for path, n in inner.notes.draws.items())
+        walk.count(most)
+        return results
+
     which, *operands = values
-    operands = [with_new_key(v, index) for v in operands]
-
-    def branch(closed):
-        jaxpr, consts = jx.opened(closed)
-        return lambda *args: walk.dense(eqn, walk.evaluate(jaxpr, consts, args))
-
-    branches = [branch(closed) for closed in eqn.params["branches"]]
-    return walk.in_one_piece(eqn, lambda i, *args: lax.switch(i, branches, *args), which, *operands)
+    return walk.in_one_piece(eqn, run, which, *walk.entering(operands))
 
 
-def while_loop(walk, eqn, index, values):
-    cond_jaxpr, cond_fixed = jx.opened(eqn.params["cond_jaxpr"])
-    body_jaxpr, body_fixed = jx.opened(eqn.params["body_jaxpr"])
-    n, m = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
-    carry = _Carry(walk, eqn, body_jaxpr, m, len(values) - n - m)
-
-    def run(cond_consts, body_consts, init):
-        constant, moving = carry.parted(init)
-        # A counter only where dropout has to tell the iterations apart.
-        counter = jnp.int32(0) if _any_dropped((*body_consts, *constant)) else None
-
-        def cond(state):
-            return walk.evaluate(cond_jaxpr, cond_fixed, [*cond_consts, *carry.joined(constant, state[1])])[0]
-
-        def body(state):
-            counter, moving = state
-            args = [*body_consts, *carry.joined(constant, moving)]
-            if counter is not None:
-                args, counter = [with_new_key(v, counter) for v in args], counter + 1
-            results = walk.evaluate(body_jaxpr, body_fixed, args)
-            return counter, carry.parted(carry.settled(results))[1]
-
-        return carry.joined(constant, lax.while_loop(cond, body, (counter, moving))[1])
-
-    values = [with_new_key(v, index) for v in values]
-    init = carry.settled(values[n + m :])
-    return walk.in_one_piece(eqn, run, values[:n], values[n : n + m], init)
+LOOP = np.uint32(
+    0xFFFFFFFF
+)  # folded into keys of dropout ahead of iteration numbers: no draw has this number
 
 
 def _any_dropped(values: Any) -> bool:
     return any(is_factored(v) and "key" in v.parts for v in values)
+
+
+def _at(values: Sequence[Any], number: Any) -> list[Any]:
+    """Weights under dropout with keys of their own for one iteration, or for the loop as such."""
+    return [
+        v.with_part(v.base, "key", folded(v.parts["key"], number)) if _any_dropped([v]) else v for v in values
+    ]
+
+
+def while_loop(walk, eqn, values):
+    cond_jaxpr, cond_fixed = jx.opened(eqn.params["cond_jaxpr"])
+    body_jaxpr, body_fixed = jx.opened(eqn.params["body_jaxpr"])
+    n, m = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+
+    def run(walk, cond_consts, body_consts, init):
+        carry = _Carry(walk, eqn, body_jaxpr, m, len(init))
+        constant, moving = carry.parted(init)
+        # A counter only where dropout has to tell the iterations apart.
+        counter = jnp.uint32(0) if _any_dropped((*body_consts, *constant)) else None
+        looped, stepped = _at(body_consts, LOOP), _at(constant, LOOP)
+
+        def cond(state):
+            args = [*cond_consts, *carry.joined(constant, state[1])]
+            return walk.inner().evaluate(cond_jaxpr, cond_fixed, args)[0]
+
+        def body(state):
+            counter, moving = state
+            args = [*looped, *carry.joined(stepped, moving)]
+            if counter is not None:
+                args, counter = _at(args, counter), counter + jnp.uint32(1)
+            results = walk.inner().evaluate(body_jaxpr, body_fixed, args)
+            return counter, carry.parted(carry.settled(results))[1]
+
+        return carry.joined(constant, lax.while_loop(cond, body, (counter, moving))[1])
+
+    values = walk.looping(values)
+    init = _Carry(walk, eqn, body_jaxpr, m, len(values) - n - m).settled(values[n + m :])
+    return walk.in_one_piece(eqn, run, values[:n], values[n : n + m], init)
 
 
 class _Carry:
@@ -163,26 +218,33 @@ class _Carry:
         return [next(constant if same else moving) for same in self.invariant]
 
 
-def scan(walk, eqn, index, values):
+def scan(walk, eqn, values):
     jaxpr, fixed = jx.opened(eqn.params["jaxpr"])
     n, m = jx.scan_counts(eqn)
-    carry = _Carry(walk, eqn, jaxpr, n, m)
     options = jx.scan_options(eqn)
 
-    def run(consts, init, xs):
+    def run(walk, consts, init, xs):
+        carry = _Carry(walk, eqn, jaxpr, n, m)
+        # A carried value that every iteration hands on unchanged is a constant of the loop: a weight among
+        # those stays factored, and the loop carries the others alone.
         constant, moving = carry.parted(init)
-        counter = jnp.arange(options["length"]) if _any_dropped((*consts, *constant)) else None
+        # Weights that every iteration sees whole fold its number into their keys; slices have their own keys.
+        dropped = _any_dropped((*consts, *constant))
+        counter = jnp.arange(options["length"], dtype=jnp.uint32) if dropped else None
+        looped, stepped = _at(consts, LOOP), _at(constant, LOOP)
+        # Factored weights are scanned as their arrays, each with the stack axis first; `rebuild` makes the
+        # weight of one iteration from its slices.
         xs = [x if not is_factored(x) or scanned(x.base) else walk.dense(eqn, [x])[0] for x in xs]
         pieces = [unstack(x) if is_factored(x) else (x, None) for x in xs]
         rebuild = [fn for _, fn in pieces]
 
         def body(moving, step):
             counter, leaves = step
-            invariant = [*consts, *carry.joined(constant, moving)]
+            invariant = [*looped, *carry.joined(stepped, moving)]
             if counter is not None:
-                invariant = [with_new_key(v, counter) for v in invariant]
+                invariant = _at(invariant, counter)
             slices = [leaf if fn is None else fn(leaf) for leaf, fn in zip(leaves, rebuild, strict=True)]
-            results = walk.evaluate(jaxpr, fixed, [*invariant, *slices])
+            results = walk.inner().evaluate(jaxpr, fixed, [*invariant, *slices])
             # Flax NNX hands every layer's weights out again: they stay factored.
             ys = [v if _stays_factored(v) else walk.dense(eqn, [v])[0] for v in results[m:]]
             return carry.parted(carry.settled(results[:m]))[1], ys
@@ -191,8 +253,8 @@ def scan(walk, eqn, index, values):
         ys = [_restacked(y, options["length"]) if is_factored(y) else y for y in ys]
         return [*carry.joined(constant, moving), *ys]
 
-    values = [with_new_key(v, index) for v in values]
-    init = carry.settled(values[n : n + m])
+    values = walk.looping(values)
+    init = _Carry(walk, eqn, jaxpr, n, m).settled(values[n : n + m])
     return walk.in_one_piece(eqn, run, values[:n], init, values[n + m :])
 
 
@@ -208,6 +270,7 @@ def _restacked(w: Factored, length: int) -> Factored:
 
 def unstack(w: Factored) -> tuple[Any, Any]:
     """What a loop over the leading axis scans, and how an iteration puts its weight together again."""
+    # For W [L, n, m]: a [L, n, r] and b [L, r, m] are scanned, a VeRA's shared a [n, r] is not.
     moves = {name: 0 in part.axes for name, part in w.parts.items()}
 
     def leading(part: Part) -> Any:
@@ -228,35 +291,37 @@ def unstack(w: Factored) -> tuple[Any, Any]:
     return leaves, rebuild
 
 
-def shard_map(walk, eqn, index, values):
+def shard_map(walk, eqn, values):
     """The factors are sharded as the weight's own axes are; the rank is on every device."""
     jaxpr, consts = jx.opened(eqn.params["jaxpr"])
 
     def specs(value, spec):
         if not is_factored(value):
             return spec
+        # A spec may be shorter than the weight has axes; each part takes the entries of its own axes.
         entries = (*spec, *(None,) * (value.ndim - len(spec)))
         return value.with_parts(
             along_axes(value.base, entries) if is_unbuilt(value.base) else spec,
             lambda part: Part(PartitionSpec(*(None if i < 0 else entries[i] for i in part.axes)), part.axes),
         )
 
-    def inner(*args):
-        args = [
-            dataclasses.replace(v, base=local(v.base, var.aval)) if is_factored(v) else v
-            for v, var in zip(args, jaxpr.invars, strict=True)
-        ]
-        return walk.dense(eqn, walk.evaluate(jaxpr, consts, args))
+    def run(walk, *args):
+        def inner(*args):
+            walk.notes.draws.clear()  # should JAX trace this twice, then the second trace counts
+            args = [
+                dataclasses.replace(v, base=local(v.base, var.aval)) if is_factored(v) else v
+                for v, var in zip(args, jaxpr.invars, strict=True)
+            ]
+            return walk.dense(eqn, walk.evaluate(jaxpr, consts, args))
 
-    values = [
-        v if not is_factored(v) or not isinstance(v.base, Later) else walk.dense(eqn, [v])[0] for v in values
-    ]
-    in_specs = tuple(specs(v, s) for v, s in zip(values, eqn.params["in_specs"], strict=True))
-    mapped = jx.shard_map_like(eqn, inner, in_specs)
-    return walk.in_one_piece(eqn, mapped, *(with_new_key(v, index) for v in values))
+        in_specs = tuple(specs(v, s) for v, s in zip(args, eqn.params["in_specs"], strict=True))
+        return jx.shard_map_like(eqn, inner, in_specs)(*args)
+
+    values = [walk.dense(eqn, [v])[0] if is_factored(v) and isinstance(v.base, Later) else v for v in values]
+    return walk.in_one_piece(eqn, run, *walk.entering(values))
 
 
-def custom_jvp(walk, eqn, index, values):
+def custom_jvp(walk, eqn, values):
     """The function and its own derivative rule are both walked with the factors apart.
 
     The tangent of ``base + a b`` is ``(dbase + da b) + a db``: a rule is linear in it, so it is walked
@@ -267,6 +332,8 @@ def custom_jvp(walk, eqn, index, values):
         return jx.bind(eqn, walk.dense(eqn, values))
     if any(v.tap for v in values if is_factored(v)):  # taps answer to no cotangent, so to no rule of one
         return walk.dense(eqn, walk.evaluate(jaxpr, consts, values))
+    # A scale that is an array trains too (in VeRA), so it goes into the factors, which have tangents.
+    values = [scale_absorbed(v) if is_factored(v) else v for v in values]
     floats = [i for i, v in enumerate(values) if jnp.issubdtype(v.dtype, jnp.floating)]
     count = len(values)
 
@@ -287,6 +354,7 @@ def custom_jvp(walk, eqn, index, values):
 
     @inner.defjvp
     def inner_jvp(primals, tangents):
+        # Tangents come as the primals do: a weight's is a weight, with a tangent of each of its arrays.
         pairs = [(primals[i], tangents[i]) for i in floats]
         bases = [v.base if is_factored(v) else v for v in (*primals, *(t for _, t in pairs))]
         rule_jaxpr, rule_consts = jx.opened(jax.make_jaxpr(rule)(*bases))
@@ -295,6 +363,7 @@ def custom_jvp(walk, eqn, index, values):
             results = walk.dense(eqn, walk.evaluate(rule_jaxpr, rule_consts, [*primals, *given]))
             return results[: len(results) // 2], results[len(results) // 2 :]
 
+        # First dbase + da b, then 0 + a db; for all else than weights the second is zero.
         out, d_out = walked([_with_factors(t, v, a=t) for v, t in pairs])
         if any(is_factored(v) for v, _ in pairs):
             _, rest = walked([_with_factors(_zero(t), v, b=t) for v, t in pairs])
@@ -305,7 +374,7 @@ def custom_jvp(walk, eqn, index, values):
 
 
 def _with_factors(tangent: Any, primal: Any, **factors: Any) -> Any:
-    """A tangent with some of its factors; all else (the constant scale) is the primal's."""
+    """A tangent with some of its factors; the others are the primal's."""
     if not is_factored(tangent):
         return tangent
     parts = {**primal.parts, **{name: weight.parts[name] for name, weight in factors.items()}}

@@ -41,8 +41,10 @@ class Part:
 class Factored:
     """A weight in the walk, kept apart: ``column * (base + scale * a @ b)``.
 
-    ``parts`` holds ``a`` and ``b``, and where they exist ``scale`` (an array along stack axes),
-    ``column`` and ``key`` (dropout); a stored weight without an adapter has none. ``lookup`` marks rows
+    ``parts`` holds ``a`` and ``b``, and where they exist ``scale`` (an array along stack axes, the rank, or
+    neither), ``column``, and for dropout ``key``, ``rate`` (if it is an array) and ``draws`` (how many
+    products dropped inputs before the inner function that this weight entered). A stored weight without an
+    adapter has none. ``lookup`` marks rows
     that were gathered by array indices: they are an activation as much as a weight, so building them is no
     loss.
     """
@@ -93,6 +95,14 @@ class Sum:
         return self.base + self.change
 
 
+def folded(keys: Part, number: Any) -> Part:
+    """Each key of a part folded with a number."""
+    if not keys.axes:
+        return Part(jax.random.fold_in(keys.array, number), ())
+    flat = jax.vmap(lambda key: jax.random.fold_in(key, number))(keys.array.reshape(-1))
+    return Part(flat.reshape(keys.array.shape), keys.axes)
+
+
 def is_factored(x: object) -> bool:
     return isinstance(x, Factored)
 
@@ -104,14 +114,17 @@ def factor(path: str, base: Any, factors: Factors) -> Factored:
         "a": Part(factors.a, (*stack, *layout.inputs, RANK)[-factors.a.ndim :]),
         "b": Part(factors.b, (*stack, RANK, *layout.outputs)),
     }
-    scale = factors.scale
-    if not isinstance(scale, numbers.Real):  # an array, if only of one number, may be traced
+    # A number is static; an array, traced or not, is a part, so that other values of it compile nothing.
+    scale, rate = factors.scale, factors.rate
+    if not isinstance(scale, numbers.Real):
         parts["scale"], scale = Part(jnp.asarray(scale), (*stack, RANK)[: np.ndim(scale)]), 1.0
     if factors.column is not None:
         parts["column"] = Part(factors.column, (*stack, *layout.outputs))
     if factors.key is not None:
         parts["key"] = Part(factors.key, stack)
-    return Factored(base, parts, float(scale), factors.rate, (path,), tap=factors.tap)
+        if not isinstance(rate, numbers.Real):
+            parts["rate"], rate = Part(jnp.asarray(rate), ()), 0.0
+    return Factored(base, parts, float(scale), float(rate), (path,), tap=factors.tap)
 
 
 def wrap(path: str, base: Any, adapter: Adapter | None) -> Any:

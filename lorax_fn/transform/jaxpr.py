@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+from jax import lax
 from jax.extend import source_info_util
 from jax.extend.core import DropVar, Literal
 from jax.extend.core import primitives as prims
@@ -16,6 +17,16 @@ from jax.extend.core import primitives as prims
 def opened(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
     """The equations' owner and its constants, for a closed or an open jaxpr of any JAX version."""
     return getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ())
+
+
+def surely(comparison: Callable[[], bool]) -> bool:
+    """A comparison of sizes, False where a symbolic size (of `jax.export`) leaves it open."""
+    try:
+        return bool(comparison())
+    except Exception as problem:
+        if type(problem).__name__ != "InconclusiveDimensionOperation":  # its class is in a banned module
+            raise
+        return False
 
 
 def is_literal(atom: Any) -> bool:
@@ -28,6 +39,8 @@ def is_dropped(var: Any) -> bool:
 
 def bind(eqn: Any, values: Sequence[Any]) -> list[Any]:
     """Runs one equation as it is; always a list of results."""
+    if eqn.primitive.name == "ragged_dot_general":
+        values = [vmapped_first(value) for value in values]
     results = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))
     return list(results) if eqn.primitive.multiple_results else [results]
 
@@ -35,6 +48,14 @@ def bind(eqn: Any, values: Sequence[Any]) -> list[Any]:
 def bind_with(eqn: Any, values: Sequence[Any], **changed: Any) -> list[Any]:
     """Runs one equation with some of its parameters changed."""
     return [eqn.primitive.bind(*values, **{**eqn.params, **changed})]
+
+
+def vmapped_first(x: Any) -> Any:
+    """``x`` itself, unless `jax.vmap` is around: then its batch axis comes first.
+
+    JAX batches ragged products along axis 0 only; a weight that was built may have its batch axis elsewhere.
+    """
+    return lax.reshape(lax.reshape(x, (x.size,)), x.shape) if x.ndim > 1 else x
 
 
 @contextlib.contextmanager
@@ -58,17 +79,17 @@ def name_stack(eqn: Any) -> str:
     return str(eqn.source_info.name_stack)
 
 
-def order(jaxpr: Any) -> list[tuple[int, Any, list[Any]]]:
-    """What to run: ``(position, equation, variables nobody reads afterwards)``.
+def order(jaxpr: Any) -> list[tuple[Any, list[Any]]]:
+    """What to run: ``(equation, variables nobody reads afterwards)``.
 
     Left out is every equation without effects whose results nobody reads.
     """
     needed = {v for v in jaxpr.outvars if not is_literal(v)}
     steps = []
-    for index, eqn in reversed(list(enumerate(jaxpr.eqns))):
+    for eqn in reversed(jaxpr.eqns):
         if eqn.effects or any(v in needed for v in eqn.outvars):
             read = {v for v in eqn.invars if not is_literal(v)}
-            steps.append((index, eqn, list(read - needed)))
+            steps.append((eqn, list(read - needed)))
             needed |= read
     return steps[::-1]
 
@@ -87,7 +108,8 @@ def before_bias(jaxpr: Any) -> set[Any]:
     for var, (eqn, *more) in readers.items():
         if eqn.primitive is prims.add_p and not more and var not in jaxpr.outvars:
             (other,) = [v for v in eqn.invars if v is not var]
-            if not is_literal(other) and (other in broadcast or other.aval.size < var.aval.size):
+            smaller = not is_literal(other) and surely(lambda a=other, b=var: a.aval.size < b.aval.size)
+            if smaller or (not is_literal(other) and other in broadcast):
                 found.add(var)
     return found
 
@@ -99,9 +121,10 @@ def handed_on(jaxpr: Any) -> list[int | None]:
         name = eqn.primitive.name
         if name in (NAMES["jit"], NAMES["remat"], NAMES["scan"]):
             inner = handed_on(opened(eqn.params["jaxpr"])[0])
-            if name == NAMES["scan"]:  # what is carried is handed on if every iteration does so
+            if name == NAMES["scan"]:  # handed on if every iteration does so: what is carried, and slices
                 n, m = scan_counts(eqn)
-                inner = [i if i == n + k else None for k, i in enumerate(inner[:m])]
+                carried = [i if i == n + k else None for k, i in enumerate(inner[:m])]
+                inner = carried + [i if i is not None and i >= n + m else None for i in inner[m:]]
             for out, i in zip(eqn.outvars, inner, strict=False):
                 if i is not None and not is_literal(eqn.invars[i]):
                     place[out] = place.get(eqn.invars[i])

@@ -7,18 +7,27 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import primitives as prims
 
-from lorax_fn.core.errors import error
 from lorax_fn.transform import jaxpr as jx
-from lorax_fn.transform.contractions import align, build, contract, dropped, low_rank_product
+from lorax_fn.transform.contractions import (
+    Refused,
+    absorbed,
+    align,
+    build,
+    contract,
+    dropped,
+    low_rank_product,
+)
 from lorax_fn.transform.factored import RANK, Factored, Part, Sum, is_factored
 from lorax_fn.transform.meshes import explicit_mesh, sharding_without
-from lorax_fn.transform.rules import rule
+from lorax_fn.transform.rules import Rules
 from lorax_fn.transform.stored import moved, product
 from lorax_fn.transform.taps import EXACT, echo, inputs_of_tap
 
+PRODUCTS = Rules()
 
-@rule(prims.dot_general_p)
-def _dot_general(eqn, index, values):
+
+@PRODUCTS.of(prims.dot_general_p)
+def _dot_general(walk, eqn, values):
     lhs, rhs = values
     if is_factored(lhs) and is_factored(rhs):  # two weights multiplied: build the smaller
         if lhs.lookup != rhs.lookup:
@@ -26,10 +35,13 @@ def _dot_general(eqn, index, values):
         else:
             return NotImplemented
     w, x = (lhs, rhs) if is_factored(lhs) else (rhs, lhs)
-    (lhs_sum, rhs_sum), (lhs_batch, rhs_batch) = eqn.params["dimension_numbers"]
+    # int: vmap writes numpy integers into equations, and those compare elementwise with other names.
+    (lhs_sum, rhs_sum), (lhs_batch, rhs_batch) = jax.tree.map(int, eqn.params["dimension_numbers"])
     w_first = w is lhs
     w_sum, x_sum = (lhs_sum, rhs_sum) if w_first else (rhs_sum, lhs_sum)
     w_batch, x_batch = (lhs_batch, rhs_batch) if w_first else (rhs_batch, lhs_batch)
+    # Axes of the weight go by their numbers. An axis of x that meets one goes by the same number, any other
+    # by ("x", i); so x [B, T, n] @ W [n, m] is xs = (x0, x1, 0) and out = (x0, x1, 1).
     shared = dict(zip((*x_batch, *x_sum), (*w_batch, *w_sum), strict=True))  # axis of x -> axis of w
     xs = [shared.get(i, ("x", i)) for i in range(x.ndim)]
     x_free = [name for i, name in enumerate(xs) if i not in shared]
@@ -51,8 +63,9 @@ def _dot_general(eqn, index, values):
         # Its gradient then needs base alone; of column * (base + change) XLA keeps all three arrays.
         base = base * align(after.array.astype(base.dtype), after.axes, out)
         w, after = _column_in_b(w, after), None
-    change = low_rank_product(w, x, xs, out, dtype=base.dtype, precision=eqn.params["precision"], use=index)
+    change = low_rank_product(w, x, xs, out, dtype=base.dtype, precision=eqn.params["precision"], walk=walk)
     known = [n for n in out if not isinstance(n, int) or w.has("a", n) or w.has("b", n) or n in xs]
+    # An axis that W repeats (a vmapped copy) is in no factor: the change is the same along it.
     change = _placed_like(base, align(change, known, out) if known != out else change)
     if after is None:
         return [Sum(base, change)]
@@ -77,8 +90,8 @@ def _column_in_b(w: Factored, column: Part) -> Factored:
     return w.with_part(w.base, "b", Part(scaled, b.axes))
 
 
-@rule(prims.conv_general_dilated_p)
-def _convolution(eqn, index, values):
+@PRODUCTS.of(prims.conv_general_dilated_p)
+def _convolution(walk, eqn, values):
     """One factor keeps window, strides and dilation, the other is a 1x1 on its rank side.
 
     With g groups both see g * r channels: the 1x1 works within each group.
@@ -91,6 +104,7 @@ def _convolution(eqn, index, values):
         return NotImplemented
     if not w.parts:
         return product(eqn, [x, w.base])
+    # The factor with the window axes is the wide one: [*window, in, r] if it is A, the other one is [r, out].
     out_axis, in_axis, *window = params["dimension_numbers"].rhs_spec
     spatial = "a" if w.has("a", window[0] if window else in_axis) else "b"
     wide, point = w.parts[spatial], w.parts["b" if spatial == "a" else "a"]
@@ -103,8 +117,8 @@ def _convolution(eqn, index, values):
     base = product(eqn, [x, w.base])[0]
     if "key" in w.parts:
         if spatial != "a" or not window_first:
-            raise _undroppable(w)
-        x, _ = dropped(w, x, [("x", i) for i in range(x.ndim)], index)
+            raise Refused("dropout of a convolution drops inputs ahead of the window only.", w.paths)
+        x, _ = dropped(w, x, [("x", i) for i in range(x.ndim)], walk.drawn(w))
     x = inputs_of_tap(x) if w.tap else x
     groups, dtype = params["feature_group_count"], x.dtype
     if "scale" in w.parts:  # one number a rank: no other scale has axes here
@@ -119,6 +133,7 @@ def _convolution(eqn, index, values):
         point.array.astype(dtype), point.axes, [in_axis, RANK] if not window_first else [RANK, out_axis]
     )
     if window_first:
+        # x -> g * r channels by the window, each group from its own inputs; then r -> out within each group.
         kernel = lax.concatenate([kernel] * groups, out_axis)
         changed = {"preferred_element_type": None, **sharding_without(base, at_y)}
         changed |= {"precision": (EXACT, EXACT)} if w.tap else {}
@@ -127,6 +142,7 @@ def _convolution(eqn, index, values):
         point = lax.reshape(point, (point.shape[0], groups, w.shape[out_axis] // groups))
         change = _within_groups(h, at_y, point, groups, base.dtype, params["precision"])
     else:
+        # in -> r within each group by the same 1x1, and the window makes the outputs of those.
         point = lax.broadcast_in_dim(point, (point.shape[0], groups, point.shape[1]), (0, 2))
         h = _within_groups(x, at_x, point, groups, dtype, params["precision"]) * w.scale
         change = jx.bind(eqn, [h, kernel])[0]
@@ -151,8 +167,8 @@ def _within_groups(x: Any, feature: int, point: Any, groups: int, dtype: Any, pr
     return lax.reshape(y, (*x.shape[:feature], groups * point.shape[2], *x.shape[feature + 1 :]))
 
 
-@rule("ragged_dot_general")
-def _ragged_dot(eqn, index, values):
+@PRODUCTS.of("ragged_dot_general")
+def _ragged_dot(walk, eqn, values):
     """Grouped experts: rows go through their expert's ``A`` and ``B`` as two grouped products."""
     x, w, sizes, *offset = values
     if not is_factored(x) and not w.parts:
@@ -166,42 +182,44 @@ def _ragged_dot(eqn, index, values):
     out_axis = 3 - expert - w_sum
     first = "a" if w.has("a", w_sum) else "b"
     second = "b" if first == "a" else "a"
-    fits = set(w.parts[first].axes) == {expert, w_sum, RANK} and set(w.parts[second].axes) == {
-        expert,
-        out_axis,
-        RANK,
-    }
-    if not fits or "column" in w.parts:
+    if "key" in w.parts:
+        raise Refused("dropout of a ragged product is not defined.", w.paths)
+    fa, fb = absorbed(w, x.dtype)
+    factors = {"a": fa, "b": fb}
+    column = w.parts.get("column")
+    fits = set(factors[first].axes) | {expert} == {expert, w_sum, RANK}
+    fits &= set(factors[second].axes) | {expert} == {expert, out_axis, RANK}
+    fits &= expert in (*fa.axes, *fb.axes)  # rows beyond the last group are zero by a grouped product only
+    if not fits or (column is not None and set(column.axes) != {expert, out_axis}):
         return NotImplemented
     base = product(eqn, [x, w.base, sizes])[0]
     x = inputs_of_tap(x) if w.tap else x
     rows = x if x_sum == 1 else lax.transpose(x, (1, 0))
-    if "key" in w.parts:
-        raise _undroppable(w)
-    down, up = w.parts[first], w.parts[second]
-    down = align(down.array.astype(x.dtype), down.axes, [expert, w_sum, RANK])
-    up_array = up.array.astype(x.dtype) * w.scale
-    if "scale" in w.parts:
-        scale = w.parts["scale"]
-        up_array = up_array * align(scale.array.astype(x.dtype), scale.axes, up.axes)
-    up = align(up_array, up.axes, [expert, RANK, out_axis])
+    # Rows are grouped by expert, so a factor per expert is a grouped product; one that all experts share
+    # (VeRA's A) is a plain one.
+    down, up = (fa, fb) if first == "a" else (fb, fa)
     precision = EXACT if w.tap else eqn.params["precision"]
-    h = lax.ragged_dot(rows, down, sizes, precision=precision)
+    h = _grouped(rows, down, [expert, w_sum, RANK], sizes, precision=precision)
     h = echo(h) if w.tap else h
-    change = lax.ragged_dot(h, up, sizes, precision=precision, preferred_element_type=base.dtype)
-    return [base + change]
+    wanted = {"precision": precision, "preferred_element_type": base.dtype}
+    total = base + _grouped(h, up, [expert, RANK, out_axis], sizes, **wanted)
+    if column is not None:  # each row times the column of its expert
+        ones = jnp.ones((rows.shape[0], 1), total.dtype)
+        by = align(column.array.astype(total.dtype), column.axes, [expert, RANK, out_axis])
+        total = total * lax.ragged_dot(ones, by, sizes, precision=EXACT)
+    return [total]
 
 
-def _undroppable(w: Factored) -> Exception:
-    return error(
-        "dropout is not defined for this use of the weight.",
-        path=list(w.paths),
-        do="leave it out: lx.dropout of a part of the adapters, joined with the rest by |.",
-    )
+def _grouped(rows: Any, part: Part, axes: list[int], sizes: Any, **options: Any) -> Any:
+    """``rows`` times a factor: that of the row's expert, or the one that all share."""
+    whole = align(part.array, part.axes, axes)
+    if axes[0] in part.axes:
+        return lax.ragged_dot(jx.vmapped_first(rows), jx.vmapped_first(whole), sizes, **options)
+    return lax.dot_general(rows, whole[0], (((1,), (0,)), ((), ())), **options)
 
 
-@rule(prims.concatenate_p, "stack")
-def _side_by_side(eqn, index, values):
+@PRODUCTS.of(prims.concatenate_p, "stack")
+def _side_by_side(walk, eqn, values):
     stack = eqn.primitive.name == "stack"
     axis = eqn.params["axis"] if stack else eqn.params["dimension"]
     base = moved(eqn, [v.base if is_factored(v) else v for v in values])[0]
@@ -214,6 +232,8 @@ def _side_by_side(eqn, index, values):
     kinds = {tuple((w.has("a", i), w.has("b", i)) for i in range(w.ndim)) for w in weights}
     if len(kinds) > 1 or any(set(w.parts) - {"a", "b", "scale"} or w.lookup for w in weights):
         return NotImplemented
+    # All weights have each axis in the same factors, so it is told of the joined one: in both factors (or in
+    # neither, which joins as a stack), in a alone, or in b alone.
     in_a, in_b = next(iter(kinds))[axis]
     dtype = jnp.result_type(*(w.parts[name].array.dtype for w in weights for name in "ab"))
     factors = [
@@ -236,17 +256,9 @@ def _expanded(value: Any, axis: int) -> Any:
 def _plain_factors(w: Factored, axis: int, stacks: bool, dtype: Any) -> dict[str, Part]:
     """``a`` and ``b``: axes in order, the rank last, the scale in ``b``; both have ``axis`` if it stacks."""
     parts = {}
-    for name in "ab":
-        part = w.parts[name]
-        array = part.array.astype(dtype)
-        if name == "b":
-            scale = w.parts.get("scale")
-            array = array * w.scale
-            array = (
-                array if scale is None else array * align(scale.array.astype(dtype), scale.axes, part.axes)
-            )
-        axes = [i for i in range(w.ndim) if w.has(name, i) or (stacks and i == axis)] + [RANK]
-        array = align(array, part.axes, axes)
+    for name, part in zip("ab", absorbed(w, dtype), strict=True):
+        axes = [i for i in range(w.ndim) if i in part.axes or (stacks and i == axis)] + [RANK]
+        array = align(part.array, part.axes, axes)
         shape = [w.shape[axis] if i == axis else n for i, n in zip(axes, array.shape, strict=True)]
         parts[name] = Part(jnp.broadcast_to(array, shape), tuple(axes))
     return parts

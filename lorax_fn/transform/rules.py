@@ -1,6 +1,6 @@
 """Primitive -> rule: what each operation does to a factored weight.
 
-A rule is ``rule(eqn, index, values) -> list of results``, or NotImplemented where the weight has to be
+A rule is ``rule(walk, eqn, values) -> list of results``, or NotImplemented where the weight has to be
 built. ``values`` are the equation's operands, at least one of them `Factored`; ``index`` is the
 equation's position in its jaxpr. The base always goes through the very operation of the program; a rule
 adds what the low-rank parts need, which for most is a renaming of axes.
@@ -16,53 +16,58 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import primitives as prims
 
-from lorax_fn.transform.contractions import align
+from lorax_fn.transform.contractions import align, scale_absorbed, stack_into_rank
 from lorax_fn.transform.factored import RANK, Factored, Part, is_factored
-from lorax_fn.transform.stored import lookup, moved
+from lorax_fn.transform.stored import is_unbuilt, lookup, moved
 
-Rule = Callable[[Any, int, Sequence[Any]], Any]
-RULES: dict[str, Rule] = {}
-
-
-def rule(*primitives: Any) -> Callable[[Rule], Rule]:
-    """Registers a function as the rule of some primitives (objects, or names of those without one)."""
-
-    def register(fn: Rule) -> Rule:
-        for primitive in primitives:
-            RULES[primitive if isinstance(primitive, str) else primitive.name] = fn
-        return fn
-
-    return register
+Rule = Callable[[Any, Any, Sequence[Any]], Any]
 
 
-def _one(eqn: Any, *values: Any) -> Any:
+class Rules(dict[str, Rule]):
+    """A table of rules by the name of their primitive."""
+
+    def of(self, *primitives: Any) -> Callable[[Rule], Rule]:
+        """Puts a function into the table, for primitives or for names of primitives that are not public."""
+
+        def register(fn: Rule) -> Rule:
+            for primitive in primitives:
+                self[primitive if isinstance(primitive, str) else primitive.name] = fn
+            return fn
+
+        return register
+
+
+MOVES = Rules()
+
+
+def one(eqn: Any, *values: Any) -> Any:
     return moved(eqn, values)[0]
 
 
 # Operations that leave every axis where it is.
 
 
-@rule(prims.copy_p, prims.sharding_constraint_p, prims.name_p, "reshard")
-def _same(eqn, index, values):
+@MOVES.of(prims.copy_p, prims.sharding_constraint_p, prims.name_p, "reshard")
+def _same(walk, eqn, values):
     (w,) = values
-    return [dataclasses.replace(w, base=_one(eqn, w.base))]
+    return [dataclasses.replace(w, base=one(eqn, w.base))]
 
 
-@rule(prims.stop_gradient_p, prims.device_put_p, "pvary", "pcast")
-def _everywhere(eqn, index, values):
+@MOVES.of(prims.stop_gradient_p, prims.device_put_p, "pvary", "pcast")
+def _everywhere(walk, eqn, values):
     (w,) = values
-    return [w.with_parts(_one(eqn, w.base), lambda part: Part(_one(eqn, part.array), part.axes))]
+    return [w.with_parts(one(eqn, w.base), lambda part: Part(one(eqn, part.array), part.axes))]
 
 
-@rule(prims.convert_element_type_p)
-def _convert(eqn, index, values):
+@MOVES.of(prims.convert_element_type_p)
+def _convert(walk, eqn, values):
     if not jnp.issubdtype(eqn.params["new_dtype"], jnp.floating):
         return NotImplemented
-    return _same(eqn, index, values)
+    return _same(walk, eqn, values)
 
 
-@rule("optimization_barrier")
-def _barrier(eqn, index, values):
+@MOVES.of("optimization_barrier")
+def _barrier(walk, eqn, values):
     bases = lax.optimization_barrier([v.base if is_factored(v) else v for v in values])
     return [
         dataclasses.replace(v, base=base) if is_factored(v) else base
@@ -70,33 +75,37 @@ def _barrier(eqn, index, values):
     ]
 
 
-@rule(prims.neg_p)
-def _negative(eqn, index, values):
+@MOVES.of(prims.neg_p)
+def _negative(walk, eqn, values):
     (w,) = values
-    return [dataclasses.replace(w, base=_one(eqn, w.base), scale=-w.scale)]
+    return [dataclasses.replace(w, base=one(eqn, w.base), scale=-w.scale)]
 
 
-@rule(prims.mul_p, prims.div_p)
-def _scaled(eqn, index, values):
+@MOVES.of(prims.mul_p, prims.div_p)
+def _scaled(walk, eqn, values):
     left, right = values
     w, by = (left, right) if is_factored(left) else (right, left)
     if is_factored(by) or (w is right and eqn.primitive is prims.div_p):
         return NotImplemented
     bases = [v.base if v is w else v for v in values]
     if not w.parts:
-        return [dataclasses.replace(w, base=_one(eqn, *bases))]
+        return [dataclasses.replace(w, base=one(eqn, *bases))]
+    # ``by`` has the weight's rank of axes, most of them of size 1: [1, m] scales columns, [1, 1] everything.
     operation = jnp.divide if eqn.primitive is prims.div_p else jnp.multiply
+    # The axes along which it varies have to be axes of one factor, and not of the other one alone: what
+    # varies along inputs goes into a, along outputs into b, along a stack or nowhere into either.
     varies = [i for i, size in enumerate(jnp.shape(by)) if size != 1]
     for name, other in (("b", "a"), ("a", "b")):
         part = w.parts[name]
         if not any(w.has(other, i) and not w.has(name, i) for i in varies):
             new = [i for i in varies if i not in part.axes]  # a broadcast axis, as of a vmapped scale
             axes = (*new, *part.axes)
+            # [1, m] becomes [m], and then [1, m] again on the axes of b, (rank, m).
             by_part = lax.squeeze(by, [i for i in range(by.ndim) if i not in varies])
             by_part = align(by_part, varies, axes).astype(part.array.dtype)
             return [
                 w.with_part(
-                    _one(eqn, *bases),
+                    one(eqn, *bases),
                     name,
                     Part(operation(align(part.array, part.axes, axes), by_part), axes),
                 )
@@ -107,11 +116,11 @@ def _scaled(eqn, index, values):
 # Renaming, adding and removing axes.
 
 
-@rule(prims.transpose_p)
-def _transpose(eqn, index, values):
+@MOVES.of(prims.transpose_p)
+def _transpose(walk, eqn, values):
     (w,) = values
     place = {old: new for new, old in enumerate(eqn.params["permutation"])}
-    return [w.with_parts(_one(eqn, w.base), lambda part: part.renamed(place.__getitem__))]
+    return [w.with_parts(one(eqn, w.base), lambda part: part.renamed(place.__getitem__))]
 
 
 def _without(part: Part, gone: Sequence[int]) -> Part:
@@ -120,40 +129,41 @@ def _without(part: Part, gone: Sequence[int]) -> Part:
     return Part(lax.squeeze(part.array, drop), tuple(axis for axis in part.axes if axis not in gone))
 
 
-@rule(prims.squeeze_p, prims.reduce_sum_p)
-def _squeeze(eqn, index, values):
-    """A sum over axes of size 1 alone is how `jax.numpy.einsum` drops them."""
+@MOVES.of(prims.squeeze_p)
+def _squeeze(walk, eqn, values):
     (w,) = values
-    dims = eqn.params["axes"] if eqn.primitive is prims.reduce_sum_p else eqn.params["dimensions"]
-    gone = [d % w.ndim for d in dims]
-    if any(w.shape[d] != 1 for d in gone):
-        return NotImplemented
+    return [without_axes(w, one(eqn, w.base), [d % w.ndim for d in eqn.params["dimensions"]])]
+
+
+def without_axes(w: Factored, base: Any, gone: Sequence[int]) -> Factored:
+    """The weight on a base that has lost axes, along which its parts have one entry or do not run."""
     place = {old: new for new, old in enumerate(i for i in range(w.ndim) if i not in gone)}
-    return [w.with_parts(_one(eqn, w.base), lambda part: _without(part, gone).renamed(place.__getitem__))]
+    return w.with_parts(base, lambda part: _without(part, gone).renamed(place.__getitem__))
 
 
-@rule(prims.broadcast_in_dim_p)
-def _broadcast(eqn, index, values):
+@MOVES.of(prims.broadcast_in_dim_p)
+def _broadcast(walk, eqn, values):
     w, *sizes = values
     shape, place = eqn.params["shape"], eqn.params["broadcast_dimensions"]
+    # An axis of size 1 that grows: every entry has the same change, so that no part runs along it any more.
     grown = [i for i in range(w.ndim) if shape[place[i]] != w.shape[i]]
-    base = _one(eqn, w.base, *sizes)
+    base = one(eqn, w.base, *sizes)
     return [w.with_parts(base, lambda part: _without(part, grown).renamed(place.__getitem__))]
 
 
-@rule(prims.reshape_p)
-def _reshape(eqn, index, values):
-    w, *sizes = values
-    if sizes or eqn.params.get("dimensions") is not None:
+@MOVES.of(prims.reshape_p)
+def _reshape(walk, eqn, values):
+    w: Any = values[0]
+    if len(values) > 1 or eqn.params.get("dimensions") is not None:
         return NotImplemented
     groups = reshape_groups(w.shape, eqn.params["new_sizes"])
-    if any(not _moves_together(w, old) for old, _ in groups):
-        return NotImplemented
-    return [
-        w.with_parts(
-            _one(eqn, w.base), lambda part: _regrouped(part, groups, w.shape, eqn.params["new_sizes"])
-        )
-    ]
+    for old, _ in groups:
+        if not _moves_together(w, old):  # a stack axis may merge with inputs or outputs, at a higher rank
+            w = _stack_with(w, old)
+            if w is None:
+                return NotImplemented
+    new = eqn.params["new_sizes"]
+    return [w.with_parts(one(eqn, w.base), lambda part: _regrouped(part, groups, values[0].shape, new))]
 
 
 def reshape_groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
@@ -174,16 +184,33 @@ def _moves_together(w: Factored, axes: Sequence[int]) -> bool:
     return all(len(set(axes) & set(part.axes)) in (0, len(axes)) for part in w.parts.values())
 
 
+def _stack_with(w: Factored, axes: Sequence[int]) -> Factored | None:
+    """The weight with the stack axes among ``axes`` as inputs or as outputs, whichever stand beside them."""
+    if not w.parts or set(w.parts) - {"a", "b", "scale"} or is_unbuilt(w.base):
+        return None
+    changed: Factored | None = scale_absorbed(w)
+    stack = [i for i in axes if changed.has("a", i) and changed.has("b", i)]
+    rest = [i for i in axes if i not in stack]
+    side = next((name for name in "ab" if all(changed.has(name, i) for i in rest)), None)
+    for axis in stack:
+        changed = None if changed is None or side is None else stack_into_rank(changed, axis, side)
+    return changed if changed is not None and _moves_together(changed, axes) else None
+
+
 def _regrouped(part: Part, groups: list, old: Sequence[int], new: Sequence[int]) -> Part:
+    # For [4, 6] -> [2, 2, 6] and b [r, 6], or a [4, r]. Axes of size 1 belong to no group: they go first.
     ones = [i for i, axis in enumerate(part.axes) if axis != RANK and old[axis] == 1]
     array = lax.squeeze(part.array, ones)
     axes = [axis for i, axis in enumerate(part.axes) if i not in ones]
+    # The groups that this part holds whole, as ([0], [0, 1]) for a, in the order of its own axes; the rank
+    # is a group of itself. Axes within a group have to be neighbors in the base's order before a reshape.
     runs = [(left, right) for left, right in groups if set(left) <= set(axes)]
     runs += [([RANK], [RANK])] if RANK in axes else []
     runs.sort(key=lambda run: axes.index(run[0][0]))
     order = [axis for left, _ in runs for axis in left]
     if order != axes:
         array = lax.transpose(array, [axes.index(axis) for axis in order])
+    # Now one reshape of the part does what the program's reshape does to those groups: [4, r] -> [2, 2, r].
     sizes = dict(zip(order, array.shape, strict=True))
     shape = [sizes[RANK] if i == RANK else new[i] for _, right in runs for i in right]
     return Part(lax.reshape(array, shape), tuple(i for _, right in runs for i in right))
@@ -200,15 +227,15 @@ def _sliced(part: Part, start: Sequence[int], limit: Sequence[int], strides: Seq
     return Part(lax.slice(part.array, *zip(*where, strict=True)), part.axes)
 
 
-@rule(prims.slice_p)
-def _slice(eqn, index, values):
+@MOVES.of(prims.slice_p)
+def _slice(walk, eqn, values):
     (w,) = values
     start, limit = eqn.params["start_indices"], eqn.params["limit_indices"]
     strides = eqn.params["strides"] or (1,) * w.ndim
-    return [_looked_up(w, w.with_parts(_one(eqn, w.base), lambda part: _sliced(part, start, limit, strides)))]
+    return [looked_up(w, w.with_parts(one(eqn, w.base), lambda part: _sliced(part, start, limit, strides)))]
 
 
-def _looked_up(w: Factored, cut: Factored) -> Factored:
+def looked_up(w: Factored, cut: Factored) -> Factored:
     """One row or column, taken by its number, is an activation as one taken by an array of numbers is."""
 
     def entries(w: Factored, name: str) -> int:
@@ -219,21 +246,21 @@ def _looked_up(w: Factored, cut: Factored) -> Factored:
     return dataclasses.replace(cut, lookup=w.lookup or row)
 
 
-@rule("split")
-def _split(eqn, index, values):
+@MOVES.of("split")
+def _split(walk, eqn, values):
     (w,) = values
     axis, results, start = eqn.params["axis"], [], 0
     for size, base in zip(eqn.params["sizes"], moved(eqn, [w.base]), strict=True):
         begin = [start if i == axis else 0 for i in range(w.ndim)]
         end = [start + int(size) if i == axis else n for i, n in enumerate(w.shape)]
         piece = w.with_parts(base, lambda part, b=begin, e=end: _sliced(part, b, e, (1,) * w.ndim))
-        results.append(_looked_up(w, piece))
+        results.append(looked_up(w, piece))
         start += int(size)
     return results
 
 
-@rule("unstack")
-def _unstack(eqn, index, values):
+@MOVES.of("unstack")
+def _unstack(walk, eqn, values):
     (w,) = values
     axis = eqn.params["axis"]
 
@@ -244,11 +271,11 @@ def _unstack(eqn, index, values):
         return part.renamed(lambda j: j - 1 if j > axis else j)
 
     bases = enumerate(moved(eqn, [w.base]))
-    return [_looked_up(w, w.with_parts(base, partial(entry, i=i))) for i, base in bases]
+    return [looked_up(w, w.with_parts(base, partial(entry, i=i))) for i, base in bases]
 
 
-@rule(prims.dynamic_slice_p)
-def _dynamic_slice(eqn, index, values):
+@MOVES.of(prims.dynamic_slice_p)
+def _dynamic_slice(walk, eqn, values):
     w, *starts = values
     sizes = eqn.params["slice_sizes"]
 
@@ -260,11 +287,11 @@ def _dynamic_slice(eqn, index, values):
         ]
         return Part(lax.dynamic_slice(part.array, begin, size), part.axes) if part.axes else part
 
-    return [_looked_up(w, w.with_parts(_one(eqn, w.base, *starts), sliced))]
+    return [looked_up(w, w.with_parts(one(eqn, w.base, *starts), sliced))]
 
 
-@rule("tile")
-def _tile(eqn, index, values):
+@MOVES.of("tile")
+def _tile(walk, eqn, values):
     (w,) = values
     reps = eqn.params["reps"]
 
@@ -273,41 +300,22 @@ def _tile(eqn, index, values):
             jnp.tile(part.array, [1 if axis == RANK else reps[axis] for axis in part.axes]), part.axes
         )
 
-    return [w.with_parts(_one(eqn, w.base), tiled)]
+    return [w.with_parts(one(eqn, w.base), tiled)]
 
 
-@rule(prims.pad_p)
-def _pad(eqn, index, values):
-    w, fill = values
-    edges = eqn.params["padding_config"]
-    padded = [i for i, edge in enumerate(edges) if tuple(edge) != (0, 0, 0)]
-    # What is added has no low-rank change, so one factor that runs along every padded axis gets zeros.
-    side = next((name for name in w.parts if name in "ab" and set(padded) <= set(w.parts[name].axes)), None)
-    if is_factored(fill) or not is_factored(w) or (w.parts and side is None) or set(w.parts) - {"a", "b"}:
-        return NotImplemented
-
-    def grown(part: Part) -> Part:
-        zero = jnp.zeros((), part.array.dtype)
-        return Part(
-            lax.pad(part.array, zero, [(0, 0, 0) if i == RANK else edges[i] for i in part.axes]), part.axes
-        )
-
-    return [w.with_parts(_one(eqn, w.base, fill), grown)]
-
-
-@rule(prims.rev_p)
-def _reverse(eqn, index, values):
+@MOVES.of(prims.rev_p)
+def _reverse(walk, eqn, values):
     (w,) = values
     turned = eqn.params["dimensions"]
 
     def flip(part: Part) -> Part:
         return Part(lax.rev(part.array, [i for i, axis in enumerate(part.axes) if axis in turned]), part.axes)
 
-    return [w.with_parts(_one(eqn, w.base), flip)]
+    return [w.with_parts(one(eqn, w.base), flip)]
 
 
-@rule(prims.gather_p)
-def _gather(eqn, index, values):
+@MOVES.of(prims.gather_p)
+def _gather(walk, eqn, values):
     """Rows of a stack axis, of ``A`` (an embedding lookup) or of ``B``; the other factor stays whole."""
     w, indices = values
     if not is_factored(w) or is_factored(indices):
@@ -315,14 +323,18 @@ def _gather(eqn, index, values):
     dims, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
     index_axes = indices.ndim - 1  # the last axis of indices is the index vector
     out_ndim = index_axes + len(dims.offset_dims)
+    # The result has the axes of the indices but their last, and the window of the operand at offset_dims.
     kept = [i for i in range(w.ndim) if i not in (*dims.collapsed_slice_dims, *dims.operand_batching_dims)]
-    place = dict(zip(kept, sorted(dims.offset_dims), strict=True))  # base axis -> result axis
+    # int: vmap writes numpy integers into equations, and those compare elementwise with other names.
+    place = dict(zip(kept, map(int, sorted(dims.offset_dims)), strict=True))  # base axis -> result axis
     index_place = [i for i in range(out_ndim) if i not in dims.offset_dims]  # axis of indices -> result axis
 
     def gathered(part: Part) -> Part:
+        # The part's own gather: of the index vector it reads the columns that index an axis of its own.
         where = {axis: i for i, axis in enumerate(part.axes) if axis != RANK}
         columns = [c for c, axis in enumerate(dims.start_index_map) if axis in where]
         batching = [c for c, axis in enumerate(dims.operand_batching_dims) if axis in where]
+        batching.sort(key=lambda c: where[dims.operand_batching_dims[c]])  # a part has its own order of axes
         if not columns and not batching:
             cut = _sliced(part, (0,) * w.ndim, sizes, (1,) * w.ndim)
             return cut.renamed(place.__getitem__)
@@ -354,5 +366,5 @@ def _gather(eqn, index, values):
 
     cut = [axis for axis in dims.start_index_map if sizes[axis] < w.shape[axis]]
     stacked = all(w.has("a", axis) and w.has("b", axis) for axis in cut)
-    base = _one(eqn, w.base, indices) if stacked else lookup(eqn, [w.base, indices])[0]
+    base = one(eqn, w.base, indices) if stacked else lookup(eqn, [w.base, indices])[0]
     return [w.with_parts(base, gathered, lookup=w.lookup or not stacked)]

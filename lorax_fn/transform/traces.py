@@ -1,14 +1,17 @@
 """Traced programs of one function, kept by the structure and types of its arguments."""
 
 import dataclasses
+import threading
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from lorax_fn.core.trees import is_array
 from lorax_fn.transform import jaxpr as jx
 from lorax_fn.transform.factored import is_factored
+from lorax_fn.transform.mutations import Watched
 from lorax_fn.transform.stored import abstract
 
 
@@ -35,20 +38,41 @@ class Traces:
 
     def __init__(self, fn: Callable):
         self.fn = fn
+        self.lock = threading.Lock()
         self.jitted: dict[Hashable, Callable] = {}
+        self.by_value: set[Hashable] = set()  # structures of calls whose floats the function needs as numbers
 
     def of(self, args: tuple, kwargs: dict) -> Trace:
-        """Traces a call in which the parameters are given as `Leaves`."""
+        """Traces a call in which the parameters are given as `Leaves`.
+
+        The results are ``(fn(...), changes)``, see `lorax_fn.transform.mutations`.
+        """
         leaves, treedef = jax.tree_util.tree_flatten((args, kwargs), is_leaf=lambda x: isinstance(x, Leaves))
         where = next(i for i, leaf in enumerate(leaves) if isinstance(leaf, Leaves))
         params = leaves[where]
         slots = [None] * where + list(range(len(params.leaves))) + [None] * (len(leaves) - where - 1)
         leaves[where : where + 1] = params.leaves
-        dynamic = [is_array(leaf) or is_factored(leaf) for leaf in leaves]
+        # Floats among the parameters are facts about the model, as the rate of an Equinox dropout layer.
+        floats = [
+            i for i, leaf in enumerate(leaves) if isinstance(leaf, float | complex) and slots[i] is None
+        ]
+        arrays = [is_array(leaf) or is_factored(leaf) for leaf in leaves]
+        shape = (treedef, params.treedef, where, len(params.leaves))
+        call = (shape, tuple(arrays), tuple(floats))
+        if floats and call not in self.by_value:
+            try:
+                return self._traced(shape, leaves, slots, [d or i in floats for i, d in enumerate(arrays)])
+            except jax.errors.JAXTypeError:  # a number decides what is traced
+                trace = self._traced(shape, leaves, slots, arrays)  # raises too where it was not a float
+                self.by_value.add(call)
+                return trace
+        return self._traced(shape, leaves, slots, arrays)
+
+    def _traced(self, shape: tuple, leaves: list, slots: list, dynamic: list[bool]) -> Trace:
         static = [None if d else leaf for leaf, d in zip(leaves, dynamic, strict=True)]
-        structure = (treedef, params.treedef, where, len(params.leaves), tuple(dynamic))
-        jitted = self._jitted(structure, static)
-        values = [leaf for leaf, d in zip(leaves, dynamic, strict=True) if d]
+        jitted = self._jitted((*shape, tuple(dynamic)), static)
+        values: list[Any] = [leaf for leaf, d in zip(leaves, dynamic, strict=True) if d]
+        values = [jnp.asarray(v) if isinstance(v, float | complex) else v for v in values]
         types = [abstract(v.base if is_factored(v) else v) for v in values]
         traced = jitted.trace(*types)
         jaxpr, consts = jx.opened(traced.jaxpr)
@@ -58,15 +82,18 @@ class Traces:
         return Trace(jaxpr, consts, values, slots, traced.out_tree)
 
     def _jitted(self, structure: tuple, static: list) -> Callable:
-        key = (structure, tuple((type(leaf), leaf) for leaf in static))
+        # 1, 1.0 and True are equal but for their types; 0.0 and -0.0, and nan with itself, by their text.
+        key = (structure, tuple((type(x), repr(x) if isinstance(x, float | complex) else x) for x in static))
         try:
-            known = self.jitted.get(key)
+            with self.lock:
+                known = self.jitted.get(key)
         except TypeError:  # an unhashable static value: trace it anew, as there is nothing to find it by
             return self._flat(structure, static)
         if known is None:
-            known = self.jitted[key] = self._flat(structure, static)
-            if len(self.jitted) > 256:
-                del self.jitted[next(iter(self.jitted))]
+            with self.lock:
+                known = self.jitted.setdefault(key, self._flat(structure, static))
+                if len(self.jitted) > 256:
+                    del self.jitted[next(iter(self.jitted))]
         return known
 
     def _flat(self, structure: tuple, static: list) -> Callable:
@@ -78,7 +105,9 @@ class Traces:
             params = jax.tree_util.tree_unflatten(params_treedef, leaves[where : where + count])
             leaves[where : where + count] = [params]
             args, kwargs = jax.tree_util.tree_unflatten(treedef, leaves)
-            return self.fn(*args, **kwargs)
+            watched = Watched((args, kwargs))
+            results = self.fn(*args, **kwargs)
+            return results, watched.changes()
 
         flat.__name__ = flat.__qualname__ = getattr(self.fn, "__name__", "fn")
         return jax.jit(flat)

@@ -11,9 +11,11 @@ from lorax_fn.core.layouts import Layout, WeightUse
 from lorax_fn.core.trees import PyTree, flatten_with_paths, is_array, is_float
 from lorax_fn.methods.lora import LoRA
 from lorax_fn.transform.factored import wrap
+from lorax_fn.transform.mutations import unchanged
+from lorax_fn.transform.product_roles import PRODUCTS
 from lorax_fn.transform.reach import reached
 from lorax_fn.transform.traces import Leaves, Traces
-from lorax_fn.transform.views import PRODUCTS, Reader, Ref, Use
+from lorax_fn.transform.views import Reader, Ref, Use
 from lorax_fn.transform.walk import Report, Walk
 
 
@@ -85,7 +87,11 @@ def usage(fn: Callable, params: PyTree, *args: Any, argnum: int = 0, **kwargs: A
     are scanned, indexed or batched are stack axes; an axis that array indices look up (an embedding) is an
     input. A row that a single number picks is a lookup where a product uses the table whole, else it has no
     layout. Of a fused kernel ``[3, d, heads, head]`` the 3 is a stack axis if q, k and v are indexed or split
-    apart, an ``A`` for each; if one product keeps it, an output: one ``A`` for all, as PEFT has it.
+    apart, an ``A`` for each; if one product keeps it, an output: one ``A`` for all, as PEFT has it. A leading
+    axis that a product keeps is a stack axis, too, where it meets the leading axis of the next weight, as
+    those of experts do. A weight that is computed with before its product (times a parameter, standardized,
+    normalized) has the layout of that product; ``served`` and ``source`` say whether `adapt` keeps it
+    factored or builds it.
 
     So ``split(params, layout=usage(fn, params, x))`` needs no naming convention at all.
 
@@ -119,19 +125,23 @@ def usage(fn: Callable, params: PyTree, *args: Any, argnum: int = 0, **kwargs: A
         path, leaf = ("", None) if slot is None else named[slot]
         refs.append([] if leaf is None else [Ref(path, tuple((i,) for i in range(len(leaf.shape))))])
     reader = Reader(found)
-    reader.leave("return", "", reader.read(trace.jaxpr, refs, 1), 1)
-    alive = {
-        named[i][0] for i, on in zip(trace.slots, reached(trace.jaxpr), strict=True) if on and i is not None
-    }
+    given = [v if slot is None else named[slot][1] for v, slot in zip(trace.values, trace.slots, strict=True)]
+    kept = unchanged(trace, given, ((*args[:argnum], params, *args[argnum:]), kwargs))
+    results = reader.read(trace.jaxpr, refs, 1)
+    reader.leave("return", "", [refs for i, refs in enumerate(results) if i not in kept], 1)
+    counts = reached(trace.jaxpr, [i not in kept for i in range(len(results))])
+    alive = {named[i][0] for i, on in zip(trace.slots, counts, strict=True) if on and i is not None}
     leaf_of = dict(named)
     found = {path: _with_lookups(uses, leaf_of[path]) for path, uses in found.items()}
     layouts = {path: _layout(uses, leaf_of[path]) for path, uses in found.items()}
-    unserved = _unserved(trace, named, layouts)
+    layouts |= _experts(layouts, reader.meetings)
+    unserved = _unserved(trace, named, layouts, kept)
     result = []
     for path, leaf in named:
         if not is_array(leaf):
             continue
         uses, layout = found[path], layouts[path]
+        counted = [use for use in uses if not use.on_the_way or layout is None]
         if layout is not None:
             source = [f"{report.primitive}: {report.where}{report.line}" for report in unserved.get(path, [])]
         else:
@@ -144,8 +154,8 @@ def usage(fn: Callable, params: PyTree, *args: Any, argnum: int = 0, **kwargs: A
                 leaf.dtype,
                 ops,
                 layout,
-                times=sum(use.times for use in uses),
-                flops=sum(use.flops * use.times for use in uses),
+                times=sum(use.times for use in counted),
+                flops=sum(use.flops * use.times for use in counted),
                 served=layout is not None and not source,
                 source=tuple(source),
                 moves=path in alive,
@@ -181,7 +191,39 @@ def _layout(uses: list[Use], leaf: Any) -> Layout | None:
     return None
 
 
-def _unserved(trace: Any, named: list, layouts: dict[str, Layout | None]) -> dict[str, list[Report]]:
+def _experts(
+    layouts: dict[str, Layout | None], meetings: Sequence[tuple[tuple[str, int], tuple[str, int]]]
+) -> dict[str, Layout | None]:
+    """Layouts of experts that share their input: ``td,edf->tef``, then ``tef,efd->td``.
+
+    By the first product alone ``e`` is an output, by the second an input. It is a stack axis of both if it
+    leads both weights, which torch and JAX agree on, and nothing mixes tokens in between.
+    """
+    changed = {}
+    for pair in meetings:
+        known = [layouts[path] for path, _ in pair]
+        new = [
+            None if layout is None else _as_stack(layout, axis)
+            for layout, (_, axis) in zip(known, pair, strict=True)
+        ]
+        if all(new) and pair[0][0] != pair[1][0]:
+            changed.update((path, layout) for (path, _), layout in zip(pair, new, strict=True))
+    return changed
+
+
+def _as_stack(layout: Layout, axis: int) -> Layout | None:
+    """The layout with ``axis`` as a stack axis; None where it does not lead, or leads nothing."""
+    if axis in layout.stack:
+        return layout
+    if axis != min((*layout.inputs, *layout.outputs)):
+        return None
+    inputs, outputs = (tuple(i for i in axes if i != axis) for axes in (layout.inputs, layout.outputs))
+    return Layout(tuple(sorted((*layout.stack, axis))), inputs, outputs) if inputs and outputs else None
+
+
+def _unserved(
+    trace: Any, named: list, layouts: dict[str, Layout | None], kept: Sequence[int]
+) -> dict[str, list[Report]]:
     """Where `adapt` would have to build a weight: found by walking the trace with abstract factors."""
     leaves = [leaf for _, leaf in named]
     for i, (path, leaf) in enumerate(named):
@@ -190,15 +232,17 @@ def _unserved(trace: Any, named: list, layouts: dict[str, Layout | None]) -> dic
     values = [
         value if slot is None else leaves[slot] for value, slot in zip(trace.values, trace.slots, strict=True)
     ]
-    walk, reports = Walk("allow"), []
+    walk = Walk("allow").waiting()
 
     def run(consts, values):
-        with walk.collecting(reports):
-            return walk.returned(walk.evaluate(trace.jaxpr, consts, values))
+        results = walk.evaluate(trace.jaxpr, consts, values)
+        for place in kept:
+            results[place] = None
+        return walk.returned(results)
 
     jax.eval_shape(run, trace.consts, values)
     by_path: dict[str, list[Report]] = {}
-    for report in dict.fromkeys(reports):
+    for report in dict.fromkeys(walk.notes.reports):
         for path in report.path.split(" + "):
             by_path.setdefault(path, []).append(report)
     return by_path

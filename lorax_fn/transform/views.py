@@ -1,12 +1,12 @@
 """Follows views of parameters through jaxprs: which axes a use contracts, keeps, scans or looks up."""
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from lorax_fn.core.layouts import Layout
 from lorax_fn.transform import jaxpr as jx
+from lorax_fn.transform.product_roles import PRODUCTS
 from lorax_fn.transform.rules import reshape_groups
 
 
@@ -18,6 +18,7 @@ class Use:
     flops: int
     source: str
     row: Layout | None = None  # of one row, picked by a number: its layout if this is a lookup in a table
+    on_the_way: bool = False  # what makes another weight of it (a normalized one), for a product that follows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +30,8 @@ class Ref:
     stack: frozenset[int] = frozenset()  # scanned or indexed away
     looked_up: frozenset[int] = frozenset()  # indexed by an array
     picked: frozenset[int] = frozenset()  # one entry taken: of a stack of layers, or a row of a table
+    made: bool = False  # entry by entry from the parameter and others: its axes, but other numbers
+    result: bool = False  # no view, but a product of the parameter with data; axes are those it kept
 
     def moved(self, axes: Sequence[tuple[int, ...]], gone: Sequence[int] = ()) -> "Ref":
         """The view with other axes; parameter axes in ``gone`` became stack axes."""
@@ -48,34 +51,102 @@ class Reader:
     def __init__(self, found: dict[str, list[Use]]):
         self.found = found
         self.around: list[Any] = []  # the control flow that the current equation is in
+        # An axis that one parameter's product kept, and the axis of the next parameter that met it.
+        self.meetings: list[tuple[tuple[str, int], tuple[str, int]]] = []
 
     def line(self, eqn: Any) -> str:
         return jx.source_line(eqn, *reversed(self.around))
 
-    def read(self, jaxpr: Any, refs: Sequence[list[Ref]], times: int) -> list[list[Ref]]:
+    def read(
+        self, jaxpr: Any, refs: Sequence[list[Ref]], times: int, fixed: Sequence[bool] = ()
+    ) -> list[list[Ref]]:
+        """The views that a jaxpr's results are; ``fixed`` says which operands do not depend on data."""
         env = dict(zip(jaxpr.invars, refs, strict=True))
-        for _, eqn, _ in jx.order(jaxpr):
+        known = fixed or [any(not ref.result for ref in views) for views in refs]
+        without_data = {v for v, yes in zip(jaxpr.invars, known, strict=True) if yes} | {*jaxpr.constvars}
+        for eqn, _ in jx.order(jaxpr):
             views = [[] if jx.is_literal(v) else env.get(v, []) for v in eqn.invars]
-            results = self._equation(eqn, views, times) if any(views) else [[]] * len(eqn.outvars)
+            fixed = [jx.is_literal(v) or v in without_data for v in eqn.invars]
+            results = self._equation(eqn, views, times, fixed) if any(views) else [[]] * len(eqn.outvars)
             env.update(zip(eqn.outvars, results, strict=True))
+            if all(fixed):
+                without_data.update(eqn.outvars)
         return [[] if jx.is_literal(v) else env.get(v, []) for v in jaxpr.outvars]
 
-    def _equation(self, eqn: Any, views: list[list[Ref]], times: int) -> list[list[Ref]]:
+    def _equation(self, eqn: Any, views: list[list[Ref]], times: int, fixed: list[bool]) -> list[list[Ref]]:
         name = eqn.primitive.name
         inner = _INNER.get(name)
         if inner is not None:
             self.around.append(eqn)
-            results = inner(self, eqn, views, times)
+            results = inner(self, eqn, views, times, fixed)
             self.around.pop()
             return results
+        products = [[ref for ref in refs if ref.result] for refs in views]
+        views = [[ref for ref in refs if not ref.result] for refs in views]
+        followed = self._results(eqn, views, products)
         view = _VIEWS.get(name)
+        if not any(views):
+            return followed
         if view is not None and not (name in ONLY_WHERE and not ONLY_WHERE[name](eqn, views)):
-            return view(eqn, views)
+            return [[*a, *b] for a, b in zip(view(eqn, views), followed, strict=True)]
         for position, refs in enumerate(views):
             alone = not any(views[:position] + views[position + 1 :])
             for ref in refs:
-                self._use(eqn, position, ref, times, alone)
-        return [[]] * len(eqn.outvars)
+                new = _made(eqn, position, ref) if all(fixed) else None
+                if new is not None:
+                    on_the_way = Use(name, None, times, 0, self.line(eqn), on_the_way=True)
+                    self.found[ref.path].append(on_the_way)
+                    followed = [[*refs, new] for refs in followed]
+                else:
+                    self._use(eqn, position, ref, times, alone)
+        return followed
+
+    def _results(self, eqn: Any, views: list[list[Ref]], products: list[list[Ref]]) -> list[list[Ref]]:
+        """Products of parameters with data: followed where each entry of the result keeps its place."""
+        name = eqn.primitive.name
+        if name == "dot_general":
+            return [self._product(eqn, views, products)]
+        if not any(products):
+            return [[]] * len(eqn.outvars)
+        if name in _VIEWS and name not in SAME | SCALING:
+            return _VIEWS[name](eqn, products)
+        return [
+            [
+                ref
+                for var, refs in zip(eqn.invars, products, strict=True)
+                for ref in refs
+                if jx.surely(lambda var=var, out=out: var.aval.shape == out.aval.shape)
+            ]
+            for out in eqn.outvars
+        ]
+
+    def _product(self, eqn: Any, views: list[list[Ref]], products: list[list[Ref]]) -> list[Ref]:
+        """What a dot product keeps of a parameter's axes; one that sums over data is followed no further."""
+        (sums, batches), kept = eqn.params["dimension_numbers"], []
+        for side in (0, 1):
+            ndim = len(eqn.invars[side].aval.shape)
+            free = [i for i in range(ndim) if i not in (*sums[side], *batches[side])]
+            before = 0 if side == 0 else len(eqn.outvars[0].aval.shape) - len(batches[side]) - len(free)
+            # Without a sum a product of data with data goes entry by entry: the weights of experts.
+            through = [] if sums[side] else products[side]
+            for ref in [*views[side], *through] if not views[1 - side] else []:
+                axes: list[tuple[int, ...]] = [()] * len(eqn.outvars[0].aval.shape)
+                for place, i in enumerate(batches[side]):
+                    axes[place] = ref.axes[i]
+                for place, i in enumerate(free):
+                    axes[len(batches[side]) + before + place] = ref.axes[i]
+                kept.append(Ref(ref.path, tuple(axes), result=True))
+            met = [*zip(batches[side], batches[1 - side], strict=True)]
+            met += zip(sums[side], sums[1 - side], strict=True)
+            self.meetings.extend(
+                ((ref.path, axis), (other.path, met_by))
+                for ref in products[side]
+                for other in views[1 - side]
+                for i, j in met
+                for axis in ref.axes[i]
+                for met_by in other.axes[j]
+            )
+        return kept
 
     def _use(self, eqn: Any, position: int, ref: Ref, times: int, alone: bool) -> None:
         name = eqn.primitive.name
@@ -87,17 +158,29 @@ class Reader:
             self.leave(name, self.line(eqn), [[ref]], times)
         else:
             row = _row(ref) if layout is None else None
-            self.found[ref.path].append(Use(name, layout, times, flops, self.line(eqn), row))
+            on_the_way = ref.made and layout is None
+            self.found[ref.path].append(Use(name, layout, times, flops, self.line(eqn), row, on_the_way))
 
     def leave(self, op: str, source: str, views: list[list[Ref]], times: int) -> None:
         """Notes views that are followed no further: rows that were looked up, or a use without a layout."""
-        for ref in (ref for refs in views for ref in refs):
+        for ref in (ref for refs in views for ref in refs if not ref.result):
             if ref.looked_up:
                 rest = {i for axes in ref.axes for i in axes}
                 layout = Layout(tuple(sorted(ref.stack)), tuple(sorted(ref.looked_up)), tuple(sorted(rest)))
                 self.found[ref.path].append(Use("gather", layout, times, 0, source))
             else:
                 self.found[ref.path].append(Use(op, None, times, 0, source, _row(ref)))
+
+
+def _made(eqn: Any, position: int, ref: Ref) -> Ref | None:
+    """The result of an operation entry by entry, if the parameter is all that its axes run along."""
+    shape = eqn.invars[position].aval.shape
+    whole = all(axes or n == 1 for axes, n in zip(ref.axes, shape, strict=True))
+    if len(eqn.outvars) != 1 or eqn.primitive.name in PRODUCTS or not whole or ref.looked_up or ref.picked:
+        return None
+    if eqn.outvars[0].aval.shape != shape or sum(n != 1 for n in shape) < 2:
+        return None
+    return dataclasses.replace(ref, made=True)
 
 
 def _row(ref: Ref) -> Layout | None:
@@ -121,36 +204,6 @@ def _roles_of(ref: Ref, batch: Sequence[int], inputs: Sequence[int]) -> Layout |
         for kind in ("stack", "inputs", "outputs")
     }
     return Layout(**parts) if parts["inputs"] and parts["outputs"] else None
-
-
-# Products: the roles of the weight's axes, and the flops.
-
-
-def _dot(eqn: Any, position: int):
-    (sums, batches), avals = eqn.params["dimension_numbers"], [v.aval for v in eqn.invars]
-    contracted = math.prod(avals[0].shape[i] for i in sums[0])
-    return (batches[position], sums[position]), 2 * contracted * math.prod(eqn.outvars[0].aval.shape)
-
-
-def _conv(eqn: Any, position: int):
-    if position != 1:
-        return None, 0
-    out_axis, in_axis, *window = eqn.params["dimension_numbers"].rhs_spec
-    kernel = eqn.invars[1].aval.shape
-    flops = 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(kernel[i] for i in (in_axis, *window))
-    return ((), (in_axis, *window)), flops
-
-
-def _ragged(eqn: Any, position: int):
-    if position != 1:
-        return None, 0
-    dims = eqn.params["ragged_dot_dimension_numbers"]
-    (sums, batches), groups = dims.dot_dimension_numbers, dims.rhs_group_dimensions
-    contracted = math.prod(eqn.invars[1].aval.shape[i] for i in sums[1])
-    return ((*batches[1], *groups), sums[1]), 2 * contracted * math.prod(eqn.outvars[0].aval.shape)
-
-
-PRODUCTS = {"dot_general": _dot, "conv_general_dilated": _conv, "ragged_dot_general": _ragged}
 
 
 # Views: how the axes of a result come from the axes of the operand.
@@ -278,13 +331,13 @@ ONLY_WHERE = {**dict.fromkeys(SCALING, _scales), "reduce_sum": _sums_ones}
 
 
 def _call(name: str):
-    def rule(reader: Reader, eqn: Any, views: list, times: int):
-        return reader.read(jx.opened(eqn.params[name])[0], views, times)
+    def rule(reader: Reader, eqn: Any, views: list, times: int, fixed: list):
+        return reader.read(jx.opened(eqn.params[name])[0], views, times, fixed)
 
     return rule
 
 
-def _cond(reader: Reader, eqn: Any, views: list, times: int):
+def _cond(reader: Reader, eqn: Any, views: list, times: int, fixed: list):
     for closed in eqn.params["branches"]:
         reader.leave("cond", reader.line(eqn), reader.read(jx.opened(closed)[0], views[1:], times), times)
     return [[]] * len(eqn.outvars)
@@ -298,7 +351,7 @@ def _carry(reader: Reader, eqn: Any, body: Any, first: int, views: list, times: 
     return [view if kept else [] for view, kept in zip(views, same, strict=True)]
 
 
-def _while(reader: Reader, eqn: Any, views: list, times: int):
+def _while(reader: Reader, eqn: Any, views: list, times: int, fixed: list):
     n, m = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
     cond, body = jx.opened(eqn.params["cond_jaxpr"])[0], jx.opened(eqn.params["body_jaxpr"])[0]
     carry = _carry(reader, eqn, body, m, views[n + m :], times)
@@ -307,7 +360,7 @@ def _while(reader: Reader, eqn: Any, views: list, times: int):
     return carry
 
 
-def _scan(reader: Reader, eqn: Any, views: list, times: int):
+def _scan(reader: Reader, eqn: Any, views: list, times: int, fixed: list):
     n, m = jx.scan_counts(eqn)
     body = jx.opened(eqn.params["jaxpr"])[0]
     carry = _carry(reader, eqn, body, n, views[n : n + m], times)

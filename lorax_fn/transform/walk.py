@@ -1,23 +1,28 @@
-"""`adapt`: runs an unchanged function on a base tree and its adapters, without building a weight."""
+"""The walk: runs a traced function on a base tree and its adapters, without building a weight."""
 
-import contextlib
 import dataclasses
 import inspect
 import os
+import threading
 import warnings
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
-import lorax_fn.transform.products
 from lorax_fn.core.errors import error
 from lorax_fn.core.trees import is_tracer
 from lorax_fn.transform import jaxpr as jx
 from lorax_fn.transform.contractions import build
-from lorax_fn.transform.control import CONTROL
-from lorax_fn.transform.factored import Sum, is_factored
-from lorax_fn.transform.rules import RULES
+from lorax_fn.transform.control import CONTROL, signature
+from lorax_fn.transform.edits import EDITS
+from lorax_fn.transform.factored import Factored, Part, Sum, folded, is_factored
+from lorax_fn.transform.products import PRODUCTS
+from lorax_fn.transform.rules import MOVES
+
+# Every primitive that has a rule; no name stands in two of the tables.
+RULES = {**MOVES, **EDITS, **PRODUCTS}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,25 +41,69 @@ class Report:
         return dataclasses.replace(self, path=" + ".join(p for i in self.path.split(" + ") for p in paths[i]))
 
 
-class Walk:
-    """Evaluates jaxprs on ordinary arrays and factored weights."""
+@dataclasses.dataclass
+class Notes:
+    """What a walk leaves for its caller: weights built, and draws of dropout.
 
-    def __init__(self, fallback: str):
-        self.fallback = fallback
-        self.reported: set[tuple[str, str]] = set()
-        self.sinks: list[list[Report]] = []
-        self.around: list[Any] = []  # the control flow that the current equation is in
+    An inner function is traced once and called often, so its notes are kept beside the trace.
+    """
+
+    reports: list[Report] = dataclasses.field(default_factory=list)
+    draws: dict[str, int] = dataclasses.field(default_factory=dict)  # path -> products that dropped so far
+
+
+class Memory:
+    """What one adapted function remembers between calls; calls may come from several threads at once."""
+
+    def __init__(self, most: int = 8192):
+        self.lock = threading.Lock()
         self.known: dict[Hashable, tuple[Any, Any]] = {}
+        self.told: set[tuple[str, str]] = set()  # (path, primitive) of each warning so far
+        self.most = most
+
+
+@dataclasses.dataclass(frozen=True)
+class Walk:
+    """Evaluates jaxprs on ordinary arrays and factored weights.
+
+    Each call has a walk of its own, and so has each inner function of a call: nothing that changes during
+    a call is shared, but for `Memory`, which is locked.
+
+    Args:
+      fallback: what to do where a weight has to be built.
+      memory: what stays from call to call.
+      around: the control flow that the current equation is in, the outermost first.
+      notes: what this walk leaves for its caller.
+      quiet: whether reports wait in ``notes``, because who calls is not known yet.
+    """
+
+    fallback: str
+    memory: Memory = dataclasses.field(default_factory=Memory)
+    around: tuple[Any, ...] = ()
+    notes: Notes = dataclasses.field(default_factory=Notes)
+    quiet: bool = False
+
+    def call(self) -> "Walk":
+        """The walk of one call, which shares nothing with others but the memory."""
+        return dataclasses.replace(self, notes=Notes())
+
+    def inner(self) -> "Walk":
+        """The walk of a function inside this one: it counts draws from zero."""
+        return dataclasses.replace(self, notes=Notes(self.notes.reports))
+
+    def waiting(self) -> "Walk":
+        """The walk of a function whose callers come later: reports wait, as each caller has other weights."""
+        return dataclasses.replace(self, notes=Notes(), around=(), quiet=True)
 
     def evaluate(self, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
         env = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True))
         biased = self.once(("bias", id(jaxpr)), jaxpr, lambda: jx.before_bias(jaxpr))
-        for index, eqn, dying in self.once(("order", id(jaxpr)), jaxpr, lambda: jx.order(jaxpr)):
+        for eqn, dying in self.once(("order", id(jaxpr)), jaxpr, lambda: jx.order(jaxpr)):
             values = [v.val if jx.is_literal(v) else env[v] for v in eqn.invars]
             with jx.equation_context(eqn):
                 if any(map(is_factored, values)):
-                    values = [v.added() if isinstance(v, Sum) else v for v in values]
-                    results = self._apply(eqn, index, values, env)
+                    values = [v.added() if isinstance(v, Sum) else _nonempty(v) for v in values]
+                    results = self._apply(eqn, values, env)
                 elif any(isinstance(value, Sum) for value in values):
                     results = _bias_first(eqn, values)
                 else:
@@ -68,15 +117,13 @@ class Walk:
                 del env[var]
         return [v.val if jx.is_literal(v) else env[v] for v in jaxpr.outvars]
 
-    def _apply(self, eqn: Any, index: int, values: list, env: dict) -> Sequence[Any]:
+    def _apply(self, eqn: Any, values: list, env: dict) -> Sequence[Any]:
         name = eqn.primitive.name
+        if not any(map(is_factored, values)):  # weights of no entries
+            return jx.bind(eqn, values)
         if name in CONTROL:
-            self.around.append(eqn)
-            try:
-                return CONTROL[name](self, eqn, index, values)
-            finally:
-                self.around.pop()
-        results = RULES[name](eqn, index, values) if name in RULES else NotImplemented
+            return CONTROL[name](dataclasses.replace(self, around=(*self.around, eqn)), eqn, values)
+        results = RULES[name](self, eqn, values) if name in RULES else NotImplemented
         if results is NotImplemented:
             values = self.dense(eqn, values)
             for var, value in zip(eqn.invars, values, strict=True):
@@ -84,6 +131,8 @@ class Walk:
                     env[var] = value  # looked-up rows are built once, however many operations read them
             results = jx.bind(eqn, values)
         return results
+
+    # Weights that have to be built, and what is said of them.
 
     def dense(self, eqn: Any, values: Sequence[Any]) -> list[Any]:
         """Ordinary arrays only: factored weights are built, which is reported."""
@@ -103,58 +152,156 @@ class Walk:
             self.report(report)
         return build(value)
 
-    @contextlib.contextmanager
-    def collecting(self, sink: list[Report]) -> Iterator[None]:
-        """Puts reports into ``sink``, to be told again for each caller: what is around differs then."""
-        self.sinks.append(sink)
-        around, self.around = self.around, []
-        try:
-            yield
-        finally:
-            self.sinks.pop()
-            self.around = around
-
     def report(self, report: Report) -> None:
         if not report.line:
             report = dataclasses.replace(report, line=jx.source_line(*reversed(self.around)))
-        if self.sinks:
-            self.sinks[-1].append(report)
+        if self.quiet:
+            self.notes.reports.append(report)
             return
         if self.fallback == "allow":
             return
-        problem = error(
-            "an adapted weight has to be built in full: this use of it has no low-rank rule."
-            if report.adapted
-            else "a quantized weight has to be unpacked in full: this use of it is no product.",
-            path=report.path,
-            shape=report.shape,
-            got=f"primitive {report.primitive!r}; {report.where}{report.line}",
-            do='leave the weight out (exclude=...), or accept the cost: lx.adapt(fn, fallback="allow").'
-            if report.adapted
-            else 'do not quantize it, or accept the cost: lx.adapt(fn, fallback="allow").',
-        )
         if self.fallback == "error":
-            raise problem
-        if (report.path, report.primitive) not in self.reported:
-            self.reported.add((report.path, report.primitive))
-            warnings.warn(str(problem), LoraFallbackWarning, stacklevel=_level_of_user())
+            raise _problem(report)
+        with self.memory.lock:
+            new = (report.path, report.primitive) not in self.memory.told
+            self.memory.told.add((report.path, report.primitive))
+        if new:
+            warnings.warn(str(_problem(report)), LoraFallbackWarning, stacklevel=_level_of_user())
+
+    # Dropout: each product of a weight draws its own mask, by the weight's key and the number of the draw.
+
+    def drawn(self, w: Factored) -> Part:
+        """The weight's keys for its next product.
+
+        The first draw of a weight takes its key as it is, the next ones that key folded with their number.
+        So nothing else that the program does matters, nor whether a jit or a checkpoint is around it.
+        """
+        (path,) = w.paths
+        count = self.notes.draws.get(path, 0)
+        self.notes.draws[path] = count + 1
+        return _keys_after(w, count)
+
+    def entering(self, values: Sequence[Any]) -> list[Any]:
+        """Operands of an inner function: a weight under dropout brings the number of its draws so far."""
+
+        def entered(w: Any) -> Any:
+            if not _draws(w) or not (count := self.notes.draws.get(w.paths[0], 0)):
+                return w
+            before = w.parts["draws"].array if "draws" in w.parts else jnp.uint32(0)
+            return w.with_part(w.base, "draws", Part(before + jnp.uint32(count), ()))
+
+        return [entered(value) for value in values]
+
+    def looping(self, values: Sequence[Any]) -> list[Any]:
+        """Operands of a loop, which is one draw of each of them; inside, iterations fold its key."""
+        looped = [
+            _with_keys(w, _keys_after(w, self.notes.draws.get(w.paths[0], 0))) if _draws(w) else w
+            for w in values
+        ]
+        self.count({w.paths[0]: 1 for w in values if _draws(w)})
+        return looped
+
+    def count(self, draws: dict[str, int]) -> None:
+        """Adds the draws of an inner function to this walk's own."""
+        for path, more in draws.items():
+            self.notes.draws[path] = self.notes.draws.get(path, 0) + more
+
+    def take(self, notes: Notes, paths: dict[str, tuple[str, ...]]) -> None:
+        """Makes notes of an inner function this walk's own; ``paths`` says what its names stand for."""
+        for report in notes.reports:
+            self.report(report.of(paths))
+        self.count({paths[name][0]: count for name, count in notes.draws.items()})
+
+    # Memory.
+
+    @property
+    def known(self) -> dict[Hashable, tuple[Any, Any]]:
+        return self.memory.known
 
     def once(self, key: Hashable, alive: Any, make: Callable[[], Any]) -> Any:
-        """What ``make`` gave for ``key``, an id of ``alive``; the oldest are forgotten."""
-        if key not in self.known:
-            self.known[key] = (alive, make())
-            if len(self.known) > 8192:
-                del self.known[next(iter(self.known))]
-        return self.known[key][1]
+        """What ``make`` gave for ``key``, an id of ``alive``; the oldest are forgotten.
 
-    def in_one_piece(self, eqn: Any, fn: Callable, *values: Any) -> Any:
-        """Calls ``fn``, jitted once an equation where the call is eager: a loop is one operation there."""
+        Two threads may both make it; the first one's stays. ``alive`` is kept, as else its id could become
+        another object's.
+        """
+        with self.memory.lock:
+            known = self.memory.known.get(key)
+        if known is None:
+            made = (alive, make())
+            with self.memory.lock:
+                known = self.memory.known.setdefault(key, made)
+                if len(self.memory.known) > self.memory.most:
+                    del self.memory.known[next(iter(self.memory.known))]
+        return known[1]
+
+    def in_one_piece(self, eqn: Any, run: Callable, *values: Any) -> Any:
+        """``run(walk, *values)``, jitted once an equation where the call is eager: a loop is one operation.
+
+        ``run`` may depend on the equation and on the structure and shapes of the values, which are the key.
+        """
         if any(map(is_tracer, jax.tree_util.tree_leaves(values))):
-            return fn(*values)
-        return self.once(("eager", id(eqn)), eqn, lambda: jax.jit(fn))(*values)
+            walk = self.inner()
+            results = run(walk, *values)
+            self.count(walk.notes.draws)
+            return results
+
+        def make():
+            notes = Notes()
+
+            def traced(*values):
+                walk = dataclasses.replace(self, notes=Notes())
+                results = run(walk, *values)
+                notes.reports, notes.draws = walk.notes.reports, walk.notes.draws
+                return results
+
+            return jax.jit(traced), notes
+
+        fn, notes = self.once(("eager", id(eqn), signature(values)), eqn, make)
+        results = fn(*values)
+        self.notes.reports.extend(notes.reports)
+        self.count(notes.draws)
+        return results
 
 
-OWN_CODE = tuple(os.path.dirname(file) + os.sep for file in (lorax_fn.__file__, jax.__file__))
+def _nonempty(value: Any) -> Any:
+    """The value; a weight of no entries is an ordinary array, as there is nothing to keep apart."""
+    return jnp.zeros(value.shape, value.dtype) if is_factored(value) and 0 in value.shape else value
+
+
+def _draws(value: Any) -> bool:
+    return is_factored(value) and "key" in value.parts
+
+
+def _keys_after(w: Factored, count: int) -> Part:
+    """The keys of the draw that ``count`` others came before, and those of outer functions before them."""
+    part = w.parts["key"]
+    if "draws" in w.parts:
+        return folded(part, w.parts["draws"].array + jnp.uint32(count))
+    return folded(part, count) if count else part
+
+
+def _with_keys(w: Factored, keys: Part) -> Factored:
+    parts = {name: part for name, part in w.parts.items() if name != "draws"}
+    return dataclasses.replace(w, parts={**parts, "key": keys})
+
+
+def _problem(report: Report) -> Exception:
+    if report.adapted:
+        what = "an adapted weight has to be built in full: this use of it has no low-rank rule."
+        do = f"leave the weight out: lx.split(..., exclude=[{report.path!r}]); or accept the cost: "
+    else:
+        what = "a quantized weight has to be unpacked in full: this use of it is no product."
+        do = f"leave it out: lx.quantize(..., exclude=[{report.path!r}]); or accept the cost: "
+    return error(
+        what,
+        path=report.path,
+        shape=report.shape,
+        got=f"primitive {report.primitive!r}; {report.where}{report.line}",
+        do=do + 'lx.adapt(fn, fallback="allow").',
+    )
+
+
+OWN_CODE = os.path.dirname(os.path.dirname(__file__)) + os.sep, os.path.dirname(jax.__file__) + os.sep
 
 
 def _level_of_user() -> int:
