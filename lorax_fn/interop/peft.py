@@ -14,7 +14,6 @@ import jax
 from lorax_fn.core.adapters import Adapter
 from lorax_fn.core.errors import error
 from lorax_fn.core.fitting import check_adapters, check_fits
-from lorax_fn.core.layouts import Layout
 from lorax_fn.core.trees import PyTree, flatten_with_paths, is_concrete
 from lorax_fn.interop.cards import model_card
 from lorax_fn.interop.files import (
@@ -26,13 +25,12 @@ from lorax_fn.interop.files import (
     write_text,
 )
 from lorax_fn.interop.hub import local_folder, upload
-from lorax_fn.interop.mappings import find_places
 from lorax_fn.interop.peft_config import alpha_name, check_config, with_others
 from lorax_fn.interop.peft_keys import on_device
 from lorax_fn.interop.peft_read import Reading
 from lorax_fn.interop.peft_write import Writing
 from lorax_fn.interop.servers import check_target, for_server
-from lorax_fn.interop.weights import Leaves
+from lorax_fn.interop.weights import Leaves, known
 
 CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 
@@ -83,7 +81,7 @@ def load(
     if not (folder / TENSORS).is_file() and (folder / PICKLE).is_file():
         refuse_pickle(folder / PICKLE)
     tensors = read_tensors(folder / TENSORS)
-    leaves, places = _known(params, mapping, layout)
+    leaves, places = known(params, mapping, layout)
     _check_conv1d(facts, tensors, leaves, layout, mapping)
     return on_device(Reading(facts, places, leaves, strict).run(tensors))
 
@@ -133,10 +131,10 @@ def save(
     if lost:
         raise error("abstract adapters have no numbers to save.", path=lost, do="split concrete params.")
     if params is None:
-        leaves, places = _known(_abstract(lora), mapping, _layouts(lora))
+        leaves, places = known(_abstract(lora), mapping, _layouts(lora))
     else:
         check_fits(dict(flatten_with_paths(params)[0]), lora)
-        leaves, places = _known(params, mapping, _layouts(lora))
+        leaves, places = known(params, mapping, _layouts(lora))
     lora = for_server(lora, target, max_lora_rank, leaves, places)
     writing = Writing(lora, places, leaves, params is not None)
     tensors, facts = writing.run()
@@ -196,20 +194,6 @@ def push(path: str | os.PathLike, repo: str, *, private: bool = True, revision: 
     folder = pathlib.Path(path)
     check_config(config(folder), folder / CONFIG, strict=False)
     return upload(folder, repo, (CONFIG, TENSORS, "README.md"), private, revision)
-
-
-def _known(params: PyTree, mapping: Mapping[str, str] | None, layout: Any) -> tuple[Leaves, list]:
-    """The leaves of a tree, with the stack axes that the mapping tells of, and all places."""
-    leaves = Leaves(params, layout)
-    places = find_places(mapping, leaves.by_path, leaves.layouts)
-    stacked = {place.path: len(place.entry) for place in places if place.entry}
-    if any(path not in leaves.layouts for path in stacked):
-        leaves = Leaves(params, layout, stacked)
-        places = find_places(mapping, leaves.by_path, leaves.layouts)
-    for place in places:
-        if place.embedding and leaves.layouts.get(place.path) == Layout((), (1,), (0,)):
-            leaves.turn(place.path, Layout((), (0,), (1,)), "embedding")
-    return leaves, places
 
 
 def _abstract(lora: Mapping[str, Any]) -> dict[str, Any]:

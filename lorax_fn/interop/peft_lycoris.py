@@ -8,9 +8,9 @@ import numpy as np
 
 from lorax_fn.core.errors import error
 from lorax_fn.core.layouts import Layout
-from lorax_fn.interop.mappings import Place
 from lorax_fn.interop.peft_config import PREFIX
 from lorax_fn.interop.peft_methods import torch_a
+from lorax_fn.interop.places import Place
 from lorax_fn.methods.loha import LoHa
 from lorax_fn.methods.lokr import LoKr
 from lorax_fn.methods.vera import VeRA

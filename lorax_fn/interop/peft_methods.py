@@ -9,8 +9,8 @@ import numpy as np
 from lorax_fn.core.adapters import Adapter
 from lorax_fn.core.errors import error
 from lorax_fn.core.layouts import Layout
-from lorax_fn.interop.mappings import Place
 from lorax_fn.interop.pieces import Piece
+from lorax_fn.interop.places import Place
 from lorax_fn.interop.weights import our_inputs, torch_inputs
 from lorax_fn.methods.loha import LoHa
 from lorax_fn.methods.lokr import LoKr

@@ -12,11 +12,11 @@ from lorax_fn.core.errors import error, nearest
 from lorax_fn.core.layouts import Layout
 from lorax_fn.core.stored import dense
 from lorax_fn.core.trees import is_abstract
-from lorax_fn.interop.mappings import Place
 from lorax_fn.interop.peft_config import PREFIX, is_targeted, unused_keys, value_of
 from lorax_fn.interop.peft_keys import REQUIRED, by_module, has, registered, token_ids
 from lorax_fn.interop.peft_methods import low_rank_piece, lycoris_adapter, vera_adapter
 from lorax_fn.interop.pieces import Piece, covered, outputs_of, side_by_side, to_adapter, unit_index
+from lorax_fn.interop.places import Place
 from lorax_fn.interop.weights import Leaves, entry_of, from_torch, outputs_axis, to_matrix
 from lorax_fn.methods.whole import Full, Rows
 

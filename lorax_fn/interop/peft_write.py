@@ -10,12 +10,12 @@ import numpy as np
 
 from lorax_fn.core.adapters import Adapter
 from lorax_fn.core.errors import error
-from lorax_fn.interop.mappings import Place
 from lorax_fn.interop.peft_config import PREFIX
 from lorax_fn.interop.peft_keys import registered
 from lorax_fn.interop.peft_lycoris import write_loha, write_lokr, write_vera
 from lorax_fn.interop.peft_methods import torch_a
 from lorax_fn.interop.pieces import Piece, covered, from_adapter, outputs_of, side_by_side, unit_index
+from lorax_fn.interop.places import Place
 from lorax_fn.interop.weights import Leaves, entry_of, is_embedding, to_torch
 from lorax_fn.methods.loha import LoHa
 from lorax_fn.methods.lokr import LoKr

@@ -14,7 +14,7 @@ import numpy as np
 from lorax_fn.core.errors import error
 from lorax_fn.core.layouts import Layout
 from lorax_fn.core.matrices import factor_entries
-from lorax_fn.interop.mappings import Units
+from lorax_fn.interop.places import Units
 from lorax_fn.methods.dora import DoRA
 from lorax_fn.methods.lora import LoRA
 from lorax_fn.methods.low_rank import SCALINGS

@@ -13,7 +13,7 @@ import numpy as np
 
 from lorax_fn.core.adapters import Adapter
 from lorax_fn.core.errors import error
-from lorax_fn.interop.mappings import Place
+from lorax_fn.interop.places import Place
 from lorax_fn.interop.weights import Leaves, is_embedding
 from lorax_fn.methods.lora import LoRA
 from lorax_fn.methods.low_rank import LowRank

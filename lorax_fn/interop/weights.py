@@ -13,7 +13,7 @@ import numpy as np
 
 from lorax_fn.core.layouts import Layout
 from lorax_fn.core.trees import PyTree, arrays
-from lorax_fn.interop.mappings import Place
+from lorax_fn.interop.places import Place, Preset, find_places
 from lorax_fn.targets.conventions import OUT_IN_NAMES, WEIGHT_NAMES, by_convention
 from lorax_fn.targets.patterns import components
 from lorax_fn.targets.roles import Role, classify
@@ -65,6 +65,22 @@ class Leaves:
 
     def kind(self, path: str) -> str:
         return self.roles[path].kind
+
+
+def known(params: PyTree, mapping: Mapping[str, str] | None, layout: Any) -> tuple[Leaves, list[Place]]:
+    """The leaves of a tree, with the stack axes that the mapping tells of, and all places."""
+    if layout is None and isinstance(mapping, Preset):
+        layout = mapping.layouts_of(arrays(params))
+    leaves = Leaves(params, layout)
+    places = find_places(mapping, leaves.by_path, leaves.layouts)
+    stacked = {place.path: len(place.entry) for place in places if place.entry}
+    if any(path not in leaves.layouts for path in stacked):
+        leaves = Leaves(params, layout, stacked)
+        places = find_places(mapping, leaves.by_path, leaves.layouts)
+    for place in places:
+        if place.embedding and leaves.layouts.get(place.path) == Layout((), (1,), (0,)):
+            leaves.turn(place.path, Layout((), (0,), (1,)), "embedding")
+    return leaves, places
 
 
 def entry_of(x: Any, axes: tuple[int, ...], entry: tuple[int, ...]) -> np.ndarray:
