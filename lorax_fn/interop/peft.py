@@ -9,8 +9,6 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-import jax
-
 from lorax_fn.core.adapters import Adapter
 from lorax_fn.core.errors import error
 from lorax_fn.core.fitting import check_adapters, check_fits
@@ -30,7 +28,7 @@ from lorax_fn.interop.peft_keys import on_device
 from lorax_fn.interop.peft_read import Reading
 from lorax_fn.interop.peft_write import Writing
 from lorax_fn.interop.servers import check_target, for_server
-from lorax_fn.interop.weights import Leaves, known
+from lorax_fn.interop.weights import Leaves, known, known_by_adapters
 
 CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 
@@ -130,11 +128,9 @@ def save(
     lost = [name for name, x in lora.items() if not is_concrete(x)]
     if lost:
         raise error("abstract adapters have no numbers to save.", path=lost, do="split concrete params.")
-    if params is None:
-        leaves, places = known(_abstract(lora), mapping, _layouts(lora))
-    else:
+    if params is not None:
         check_fits(dict(flatten_with_paths(params)[0]), lora)
-        leaves, places = known(params, mapping, _layouts(lora))
+    leaves, places = known_by_adapters(params, lora, mapping)
     lora = for_server(lora, target, max_lora_rank, leaves, places)
     writing = Writing(lora, places, leaves, params is not None)
     tensors, facts = writing.run()
@@ -194,30 +190,6 @@ def push(path: str | os.PathLike, repo: str, *, private: bool = True, revision: 
     folder = pathlib.Path(path)
     check_config(config(folder), folder / CONFIG, strict=False)
     return upload(folder, repo, (CONFIG, TENSORS, "README.md"), private, revision)
-
-
-def _abstract(lora: Mapping[str, Any]) -> dict[str, Any]:
-    """The leaves that adapters tell of themselves, for a mapping to speak of."""
-    return {path: jax.ShapeDtypeStruct(_shape(x), "float32") for path, x in lora.items()}
-
-
-def _shape(adapter: Any) -> tuple[int, ...]:
-    shape = getattr(adapter, "shape", None)
-    if shape is not None:
-        return tuple(shape)
-    if hasattr(adapter, "ids"):
-        return (max(adapter.ids) + 1, *adapter.values.shape[1:])
-    return tuple(adapter.value.shape)
-
-
-def _layouts(lora: Mapping[str, Any]) -> dict[Any, Any]:
-    import re
-
-    return {
-        re.compile(re.escape(path)): x.layout
-        for path, x in lora.items()
-        if getattr(x, "layout", None) is not None
-    }
 
 
 def _check_conv1d(

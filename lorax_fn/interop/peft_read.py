@@ -129,6 +129,8 @@ class Reading:
         bias = parts.pop("lora_B.bias", None)
         for place in places:
             table = "lora_embedding_A" in parts and place.same
+            if parameter is None:
+                self.leaves.settle(place, table)
             if table and self.leaves.layouts.get(place.path) == Layout((), (1,), (0,)):
                 self.leaves.turn(place.path, Layout((), (0,), (1,)), "embedding")
             self._adapted(module, place, parts, parameter is not None, shared)

@@ -6,9 +6,11 @@ leaf's `Layout` says.
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
 from lorax_fn.core.layouts import Layout
@@ -43,6 +45,24 @@ class Leaves:
         """Corrects the layout of a weight that convention had the other way round."""
         self.layouts[path] = layout
         self.roles[path] = dataclasses.replace(self.roles[path], layout=layout, kind=kind)
+
+    def settle(self, place: Place, table: bool) -> None:
+        """A layout that convention left open, of a weight of which a file has an adapter.
+
+        PEFT adapts no transposed convolution, and gives the factors of an embedding names of their own.
+        """
+        path, shape = place.path, self.entry_shape(place)
+        name = components(path)[-1]
+        if path in self.layouts or place.entry or name not in WEIGHT_NAMES or len(shape) < 2:
+            return
+        rest, out_in = tuple(range(1, len(shape))), name in OUT_IN_NAMES
+        if self.roles[path].kind == "convolution" or (place.same and len(shape) > 2):
+            front = Layout((), tuple(range(len(shape) - 1)), (len(shape) - 1,))
+            self.turn(path, Layout((), rest, (0,)) if out_in else front, "convolution")
+        elif place.same and len(shape) == 2 and table:
+            self.turn(path, Layout((), (0,), (1,)), "embedding")
+        elif place.same and len(shape) == 2:
+            self.turn(path, Layout((), (1,), (0,)))
 
     def entry_layout(self, place: Place) -> Layout | None:
         """The layout of one entry of a leaf, after the stack axes that ``place`` indexes are gone."""
@@ -81,6 +101,35 @@ def known(params: PyTree, mapping: Mapping[str, str] | None, layout: Any) -> tup
         if place.embedding and leaves.layouts.get(place.path) == Layout((), (1,), (0,)):
             leaves.turn(place.path, Layout((), (0,), (1,)), "embedding")
     return leaves, places
+
+
+def known_by_adapters(
+    params: PyTree, lora: Mapping[str, Any], mapping: Mapping[str, str] | None
+) -> tuple[Leaves, list[Place]]:
+    """As `known`, by what adapters tell of their leaves; ``params`` may be None."""
+    return known(_abstract(lora) if params is None else params, mapping, _layouts(lora))
+
+
+def _abstract(lora: Mapping[str, Any]) -> dict[str, Any]:
+    """The leaves that adapters tell of themselves, for a mapping to speak of."""
+    return {path: jax.ShapeDtypeStruct(_shape(x), "float32") for path, x in lora.items()}
+
+
+def _shape(adapter: Any) -> tuple[int, ...]:
+    shape = getattr(adapter, "shape", None)
+    if shape is not None:
+        return tuple(shape)
+    if hasattr(adapter, "ids"):
+        return (max(adapter.ids) + 1, *adapter.values.shape[1:])
+    return tuple(adapter.value.shape)
+
+
+def _layouts(lora: Mapping[str, Any]) -> dict[Any, Any]:
+    return {
+        re.compile(re.escape(path)): x.layout
+        for path, x in lora.items()
+        if getattr(x, "layout", None) is not None
+    }
 
 
 def entry_of(x: Any, axes: tuple[int, ...], entry: tuple[int, ...]) -> np.ndarray:
