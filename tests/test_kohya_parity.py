@@ -22,7 +22,8 @@ def unet():
     torch.manual_seed(0)
     return diffusers.UNet2DConditionModel(
         sample_size=8, in_channels=4, out_channels=4, layers_per_block=2, block_out_channels=(8, 16),
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
         cross_attention_dim=12, attention_head_dim=4, norm_num_groups=4, use_linear_projection=True,
     )  # fmt: skip
 
@@ -45,7 +46,14 @@ def adapters(params, ends, **options):
 
     conv, linear = lx.Layout((), (1, 2, 3), (0,)), lx.Layout((), (1,), (0,))
     layout = {path: conv if w.ndim == 4 else linear for path, w in params.items() if wanted(path, w)}
-    _, lora = lx.split(params, rank={re.compile(r".*(to_q|q_proj)\.weight"): 3, "*": 2}, alpha=5.0, targets=wanted, layout=layout, **options)
+    _, lora = lx.split(
+        params,
+        rank={re.compile(r".*(to_q|q_proj)\.weight"): 3, "*": 2},
+        alpha=5.0,
+        targets=wanted,
+        layout=layout,
+        **options,
+    )
     leaves, tree = jax.tree.flatten(lora)
     rng = np.random.default_rng(0)
     return jax.tree.unflatten(tree, [x + rng.normal(size=x.shape).astype(np.float32) * 0.1 for x in leaves])
