@@ -1,4 +1,4 @@
-"""The command ``python -m lorax_fn inspect|merge|convert|diff|combine PATH...``, installed as ``lorax-fn``."""
+"""The command ``python -m lorax_fn inspect|merge|convert|diff|combine PATH...``, also called ``lorax-fn``."""
 
 import json
 import pathlib

@@ -130,7 +130,7 @@ def test_names_in_a_file_name_no_path(good, tmp_path):
 
 
 def mutated(raw, rng):
-    """One of the ways in which a file goes wrong: bytes, cuts, and edits of the header's own numbers and words."""
+    """One of the ways in which a file goes wrong: bytes, cuts, edits of the header's numbers and words."""
     raw = bytearray(raw)
     (length,) = struct.unpack("<Q", raw[:8])
     kind = rng.randrange(7)

@@ -93,7 +93,7 @@ def open_tensors(path: str | os.PathLike) -> Iterator[Tensors]:
         raise unreadable(path, "no such file", "check the path.")
     safetensors = needs("safetensors", "peft")
     with _as_lora_error(path):
-        opened = safetensors.safe_open(str(path), framework="np")
+        opened = safetensors.safe_open(str(path), framework="np", backend="pread")
         handle = opened.__enter__()
         tensors = Tensors(path, handle)
         _check_sizes(tensors)
