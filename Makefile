@@ -67,7 +67,7 @@ test-oldest test-newest: test-%: .venv-%/.installed
 	.venv-$*/bin/python -m pytest -n 2 $(ARGS)
 
 # PEFT is the reference of every method that it has. The interpreter is that of .venv.
-PEFT := torch==2.13.0 peft==0.21.2 bitsandbytes==0.50.2
+PEFT := torch==2.13.0 peft==0.21.2 bitsandbytes==0.50.2 transformers==5.24.0 diffusers==0.42.1
 
 .venv-peft/.installed: pyproject.toml
 	@$(PYTHON) -m venv --clear .venv-peft
@@ -75,7 +75,8 @@ PEFT := torch==2.13.0 peft==0.21.2 bitsandbytes==0.50.2
 	@touch $@
 
 test-peft: .venv-peft/.installed
-	.venv-peft/bin/python -m pytest -n 2 tests/test_peft_parity.py tests/test_bitsandbytes.py $(ARGS)
+	.venv-peft/bin/python -m pytest -n 2 tests/test_peft_parity.py tests/test_peft_files.py tests/test_huggingface_parity.py tests/test_kohya_parity.py \
+	  tests/test_bitsandbytes.py $(ARGS)
 
 # Models of others. The two do not install beside each other, and gemma's own requirements take too long to resolve.
 MODEL_BASE := jax flax optax orbax-checkpoint chex numpy pytest pytest-xdist hypothesis einops

@@ -9,6 +9,11 @@ from lorax_fn.checkpoint.storage import LoraCheckpointWarning as LoraCheckpointW
 from lorax_fn.core.adapters import Adapter as Adapter
 from lorax_fn.core.errors import LoraError as LoraError
 from lorax_fn.core.layouts import Layout as Layout
+from lorax_fn.interop import huggingface as huggingface
+from lorax_fn.interop import kohya as kohya
+from lorax_fn.interop import mappings as mappings
+from lorax_fn.interop import peft as peft
+from lorax_fn.interop.files import LoraFileWarning as LoraFileWarning
 from lorax_fn.many.stacking import stack as stack
 from lorax_fn.many.stacking import unstack as unstack
 from lorax_fn.methods.dora import DoRA as DoRA

@@ -22,7 +22,7 @@ PACKAGE = ROOT / "lorax_fn"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 LINE_LIMIT = 400
 # Namespaces that users reach by name, lx.checkpoint.save: what they hold is public too.
-NAMESPACES = ("checkpoint", "data", "inits", "optim", "quantization", "ranks", "report")
+NAMESPACES = ("checkpoint", "data", "huggingface", "inits", "kohya", "mappings", "optim", "peft", "quantization", "ranks", "report")
 
 
 def public_names(module):
@@ -81,6 +81,7 @@ def test_import_loads_no_optional_or_heavy_module():
         import sys
         import lorax_fn
         unwanted = {"orbax", "tqdm", "matplotlib", "safetensors", "torch", "equinox", "haiku"}
+        unwanted |= {"typer", "rich", "huggingface_hub"}
         print(*sorted(unwanted & {name.split(".")[0] for name in sys.modules}))
     """
     run = [sys.executable, "-W", "error", "-c", textwrap.dedent(script)]

@@ -1,0 +1,143 @@
+"""An adapter of whatever kind lies at a path, read without its base: to look at it, not to train it on."""
+
+import math
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from lorax_fn import checkpoint
+from lorax_fn.core.adapters import Adapter
+from lorax_fn.core.errors import error
+from lorax_fn.core.layouts import Layout
+from lorax_fn.interop import kohya, peft
+from lorax_fn.interop.files import open_tensors, read_tensors
+from lorax_fn.interop.kohya_names import COMPONENTS, is_of_another, split_key
+from lorax_fn.interop.peft_keys import by_module
+
+TABLE, LINEAR = Layout((), (0,), (1,)), Layout((), (1,), (0,))
+
+
+def kind_of(path: str | os.PathLike) -> str:
+    """``"peft"``, ``"orbax"``, ``"kohya"`` or ``"checkpoint"``, by the files at ``path``.
+
+    Raises:
+      LoraError: it is none of these.
+    """
+    path = pathlib.Path(path)
+    if path.is_file() and path.suffix == ".safetensors":
+        return "kohya"
+    if (path / peft.CONFIG).is_file():
+        return "peft"
+    if (path / "adapter.json").is_file() or any(path.glob("step-*")):
+        return "orbax"
+    if any(path.glob("*.safetensors")):
+        return "checkpoint"
+    raise error(
+        "there is no adapter or checkpoint at this path.",
+        path=path,
+        got="nothing" if not path.exists() else "other files",
+        want="a PEFT folder, an adapter checkpoint of lorax_fn, a Kohya file or a folder of .safetensors",
+        do="check the path.",
+    )
+
+
+def read(path: str | os.PathLike, component: str | None = None) -> dict[str, Adapter]:
+    """The adapters at a path, by the names that stand in the file."""
+    kind = kind_of(path)
+    if kind == "orbax":
+        return checkpoint.load(path)
+    if kind == "peft":
+        params, layout = _base_of_peft(pathlib.Path(path))
+        return peft.load(path, params, layout=layout)
+    if kind == "kohya":
+        component = component or components_of(path)[0]
+        params, layout = _base_of_kohya(pathlib.Path(path), component)
+        return kohya.load(path, params, component=component, layout=layout)
+    raise error("this is a checkpoint of weights, not an adapter.", path=path, do="name an adapter.")
+
+
+def components_of(path: str | os.PathLike) -> list[str]:
+    """The components of a pipeline that a Kohya file speaks of."""
+    with open_tensors(path) as file:
+        found = [c for c in COMPONENTS if any(_is_of(name, c) for name in file.names)]
+    return found or ["unet"]
+
+
+def _is_of(name: str, component: str) -> bool:
+    return name.startswith((*COMPONENTS[component], f"{component}.")) and not is_of_another(name, component)
+
+
+def _base_of_peft(folder: pathlib.Path) -> tuple[dict[str, Any], dict[str, Layout]]:
+    """The base that the tensors themselves tell of: shapes, under torch's names."""
+    config, tensors = peft.config(folder), read_tensors(folder / peft.TENSORS)
+    modules, plain, _ = by_module(tensors)
+    shapes: dict[str, tuple[int, ...]] = {}
+    layout: dict[str, Layout] = {}
+    wanted = [t for t in config.get("target_parameters") or [] if isinstance(t, str)]
+    for module, parts in modules.items():
+        shape = _shape(parts)
+        if module.endswith(".base_layer") or any(t.rpartition(".")[0] in module for t in wanted):
+            raise error(
+                "adapters of expert parameters cannot be read without their base.",
+                path=folder,
+                got=module,
+                do="lx.peft.load(path, params).",
+            )
+        if shape is None:
+            continue
+        name = f"{module}.weight"
+        shapes[name] = shape
+        table = "lora_embedding_A" in parts or "trainable_tokens_delta" in parts
+        layout[name] = TABLE if table else Layout((), tuple(range(1, len(shape))), (0,))
+        if "lora_B.bias" in parts:
+            raise error(
+                "an adapter with lora_bias cannot be read without its base.",
+                path=folder,
+                do="lx.peft.load(path, params).",
+            )
+    for name, x in plain.items():
+        shapes.setdefault(name.replace(".base_layer.", "."), x.shape)
+    params = {name: jax.ShapeDtypeStruct(shape, "float32") for name, shape in shapes.items()}
+    return params, layout
+
+
+def _base_of_kohya(path: pathlib.Path, component: str) -> tuple[dict[str, Any], dict[str, Layout]]:
+    with open_tensors(path) as file:
+        tensors = {n: file[n] for n in file.names if not is_of_another(n, component)}
+    modules: dict[str, dict[str, np.ndarray]] = {}
+    for name, x in tensors.items():
+        found = split_key(name)
+        if found is not None:
+            modules.setdefault(found[0], {})[found[1]] = x
+    params, layout = {}, {}
+    for module, parts in modules.items():
+        renamed = {{"down": "lora_A.weight", "up": "lora_B.weight"}.get(k, k): x for k, x in parts.items()}
+        shape = _shape(renamed)
+        if shape is not None:
+            params[f"{module}.weight"] = jax.ShapeDtypeStruct(shape, "float32")
+            layout[f"{module}.weight"] = Layout((), tuple(range(1, len(shape))), (0,))
+    return params, layout
+
+
+def _shape(parts: Mapping[str, np.ndarray]) -> tuple[int, ...] | None:
+    """The weight's shape, as its factors tell it."""
+    for a, b in (("lora_A.weight", "lora_B.weight"), ("lora_A", "lora_B")):
+        if a in parts and b in parts and parts[a].ndim > 1 and parts[b].ndim > 1:
+            window = parts["mid"].shape[2:] if "mid" in parts else parts[a].shape[2:]
+            return (parts[b].shape[0], parts[a].shape[1], *window)
+    if "lora_embedding_A" in parts and "lora_embedding_B" in parts:
+        return (parts["lora_embedding_A"].shape[1], parts["lora_embedding_B"].shape[0])
+    if "hada_w1_a" in parts and "hada_w1_b" in parts and "hada_t1" not in parts:
+        return (parts["hada_w1_a"].shape[0], parts["hada_w1_b"].shape[1])
+    if "lokr_w1" in parts and ("lokr_w2" in parts or "lokr_w2_a" in parts):
+        w1, w2 = parts["lokr_w1"], parts.get("lokr_w2")
+        rows = w2.shape[0] if w2 is not None else parts["lokr_w2_a"].shape[0]
+        columns = math.prod(w2.shape[1:]) if w2 is not None else parts["lokr_w2_b"].shape[1]
+        return (w1.shape[0] * rows, w1.shape[1] * columns)
+    if "trainable_tokens_delta" in parts:
+        return None
+    return None

@@ -1,0 +1,206 @@
+"""Files of strangers: each error that the safetensors format names, tricks of index and config, and a fuzz.
+
+Whatever a file holds, the answer is a `LoraError` or a right result: no crash, no hang, no huge allocation,
+and nothing is written outside the target. The long fuzz runs with ``-m slow``.
+"""
+
+import json
+import pathlib
+import random
+import struct
+import time
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lorax_fn as lx
+from lorax_fn.interop.files import read_tensors
+
+PARAMS = {"a.q_proj.weight": jnp.ones((6, 4)), "a.v_proj.weight": jnp.ones((5, 4))}
+TENSOR = "adapter_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("good")
+    lx.peft.save(folder, lx.split(PARAMS, 2)[1], params=PARAMS)
+    return folder
+
+
+def put_together(header, body=b""):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + body
+
+
+def one(dtype="F32", shape=(2,), offsets=(0, 8)):
+    return {"x": {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}}
+
+
+FILES = {
+    "header too small": b"\x01\x02",
+    "header too large": struct.pack("<Q", 2**62) + b"{}",
+    "header length beyond the file": struct.pack("<Q", 1000) + b"{}",
+    "header of 2^63": struct.pack("<Q", 2**63) + b"{}",
+    "header is not utf-8": put_together(b"\xff\xfe{}"),
+    "header does not start with a brace": put_together(b"[1, 2]"),
+    "header is not JSON": put_together(b'{"x": '),
+    "header nests without end": put_together(b'{"x":' * 20_000),
+    "unknown dtype": put_together(one("F33"), bytes(8)),
+    "offsets beyond the file": put_together(one(shape=(4,), offsets=(0, 16)), bytes(8)),
+    "offsets of another size": put_together(one(shape=(3,)), bytes(8)),
+    "offsets the wrong way round": put_together(one(offsets=(8, 0)), bytes(8)),
+    "negative offsets": put_together(b'{"x":{"dtype":"F32","shape":[2],"data_offsets":[-8,0]}}', bytes(8)),
+    "overlapping tensors": put_together(one() | {"y": one(offsets=(4, 12))["x"]}, bytes(12)),
+    "a hole between tensors": put_together(one() | {"y": one(offsets=(12, 20))["x"]}, bytes(20)),
+    "bytes after the last tensor": put_together(one(), bytes(64)),
+    "metadata incomplete": put_together(one(), bytes(4)),
+    "shape that overflows": put_together(one(shape=(2**40, 2**40)), bytes(8)),
+    "shape of 2^63": put_together(one(shape=(2**63,)), bytes(8)),
+    "negative shape": put_together(one(shape=(-2,)), bytes(8)),
+    "absurdly many axes": put_together(one(shape=(1,) * 200, offsets=(0, 4)), bytes(4)),
+    "metadata that is not text": put_together({"__metadata__": {"a": 1}} | one(), bytes(8)),
+    "four bits that fill no byte": put_together(one("F4", (3,), (0, 1)), bytes(1)),
+    "a directory of nothing": b"",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_each_error_of_the_format_is_a_lora_error(name, tmp_path):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(FILES[name])
+    with pytest.raises(lx.LoraError, match="cannot be read"):
+        read_tensors(path)
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        "../outside.safetensors",
+        "/etc/x.safetensors",
+        "a/b.safetensors",
+        "..",
+        "x.bin",
+        "a\x00.safetensors",
+        3,
+        None,
+    ],
+)
+def test_an_index_leads_nowhere_else(tmp_path, file):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    lx.huggingface.save(tmp_path / "out", PARAMS)
+    (tmp_path / "out" / "model.safetensors").rename(tmp_path / "outside.safetensors")
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"a.q_proj.weight": file}})
+    )
+    with pytest.raises(lx.LoraError, match="not plain"):
+        lx.huggingface.load(folder, PARAMS)
+
+
+def test_an_index_that_disagrees_with_its_files_is_an_error(tmp_path):
+    lx.huggingface.save(tmp_path, PARAMS, shard_bytes=90)
+    index = tmp_path / "model.safetensors.index.json"
+    facts = json.loads(index.read_text())
+    for weight_map in (
+        {},
+        [],
+        {"a.q_proj.weight": "gone.safetensors"},
+        {"other": facts["weight_map"]["a.q_proj.weight"]},
+    ):
+        index.write_text(json.dumps({"weight_map": weight_map}))
+        with pytest.raises(lx.LoraError):
+            lx.huggingface.load(tmp_path, PARAMS)
+
+
+def test_a_checkpoint_of_pickles_is_refused(tmp_path):
+    (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+    with pytest.raises(lx.LoraError, match="runs the code"):
+        lx.huggingface.load(tmp_path, PARAMS)
+
+
+def test_names_in_a_file_name_no_path(good, tmp_path):
+    from safetensors.numpy import save_file
+
+    tensors = {k.replace("a.q_proj", "../../x"): np.array(v) for k, v in read_tensors(good / TENSOR).items()}
+    save_file(tensors, tmp_path / TENSOR)
+    (tmp_path / "adapter_config.json").write_text((good / "adapter_config.json").read_text())
+    with pytest.raises(lx.LoraError, match="extra"):
+        lx.peft.load(tmp_path, PARAMS)
+
+
+def mutated(raw, rng):
+    """One of the ways in which a file goes wrong: bytes, cuts, edits of the header's numbers and words."""
+    raw = bytearray(raw)
+    (length,) = struct.unpack("<Q", raw[:8])
+    kind = rng.randrange(7)
+    if kind == 0:
+        for _ in range(rng.randint(1, 8)):
+            raw[rng.randrange(len(raw))] = rng.randrange(256)
+    elif kind == 1:
+        del raw[rng.randrange(len(raw)) :]
+    elif kind == 2:
+        raw[:8] = struct.pack("<Q", rng.choice([0, 1, length - 1, length + 1, 2**31, 2**62, 2**64 - 1]))
+    elif kind == 3:
+        at = 8 + rng.randrange(length)
+        raw[at : at + rng.randint(0, 6)] = bytes(rng.randrange(32, 127) for _ in range(rng.randint(0, 6)))
+    elif kind == 4:
+        raw += bytes(rng.randrange(256) for _ in range(rng.randint(1, 40)))
+    else:
+        header = json.loads(raw[8 : 8 + length])
+        name = rng.choice([k for k in header if k != "__metadata__"])
+        entry, number = header[name], rng.choice([0, 1, -1, 3, 2**31, 2**63, 2**64, 1e400, 0.5, None, "x"])
+        what = rng.choice(["shape", "data_offsets", "dtype", "name", "gone"])
+        if what in ("shape", "data_offsets"):
+            entry[what][rng.randrange(len(entry[what]))] = number
+        elif what == "dtype":
+            entry["dtype"] = rng.choice(["F16", "BF16", "F64", "I8", "BOOL", "C64", "F8_E4M3", "", 3])
+        elif what == "name":
+            header[rng.choice(["", "/", "..", "base_model.model.", name + "x", "\x00"])] = header.pop(name)
+        else:
+            del entry[rng.choice(list(entry))]
+        text = json.dumps(header).encode()
+        raw[: 8 + length] = struct.pack("<Q", len(text)) + text
+    return bytes(raw)
+
+
+def fuzz(good, folder, count, seed):
+    raw = (good / TENSOR).read_bytes()
+    config = json.loads((good / "adapter_config.json").read_text())
+    rng, loaded, slowest = random.Random(seed), 0, 0.0
+    for _ in range(count):
+        facts = dict(config)
+        if rng.random() < 0.2:
+            facts[rng.choice(list(facts))] = rng.choice(
+                [0, -1, 2**70, "x", [], [[]], {"x": 1}, None, True, {"(a*)*": 3}]
+            )
+        (folder / "adapter_config.json").write_text(json.dumps(facts))
+        (folder / TENSOR).write_bytes(mutated(raw, rng))
+        start = time.monotonic()
+        try:
+            lora = lx.peft.load(folder, PARAMS)
+            loaded += 1
+            for path, dw in lx.delta(lora).items():
+                assert dw.shape == PARAMS[path].shape
+        except lx.LoraError:
+            pass
+        slowest = max(slowest, time.monotonic() - start)
+    return loaded, slowest
+
+
+def memory_peak():
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+@pytest.mark.parametrize("count", [300, pytest.param(3000, marks=pytest.mark.slow)])
+@pytest.mark.filterwarnings("ignore::lorax_fn.LoraFileWarning")
+def test_a_fuzz_of_mutations_gives_errors_of_ours_alone(good, tmp_path, count):
+    before = memory_peak()
+    folder = tmp_path / "in"
+    folder.mkdir()
+    loaded, slowest = fuzz(good, folder, count, seed=count)
+    assert loaded < count / 2 and slowest < 5.0, (loaded, slowest)
+    assert memory_peak() - before < 400  # MiB: nothing allocates what a header claims
+    assert {p.name for p in pathlib.Path(tmp_path).rglob("*")} == {"in", "adapter_config.json", TENSOR}
