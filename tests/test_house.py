@@ -22,7 +22,19 @@ PACKAGE = ROOT / "lorax_fn"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 LINE_LIMIT = 400
 # Namespaces that users reach by name, lx.checkpoint.save: what they hold is public too.
-NAMESPACES = ("checkpoint", "data", "huggingface", "inits", "kohya", "mappings", "optim", "peft", "quantization", "ranks", "report")
+NAMESPACES = (
+    "checkpoint",
+    "data",
+    "huggingface",
+    "inits",
+    "kohya",
+    "mappings",
+    "optim",
+    "peft",
+    "quantization",
+    "ranks",
+    "report",
+)
 
 
 def public_names(module):

@@ -42,12 +42,12 @@ class Piece:
 
     @property
     def scale(self) -> float:
-        return SCALINGS[self.scaling](self.alpha, self.rank) if self.rank else 0.0
+        return self.alpha / SCALINGS[self.scaling](self.rank) if self.rank else 0.0
 
 
 def alpha_for(scale: float, rank: int, scaling: str) -> float:
     """The alpha that gives ``scale`` at ``rank``."""
-    return scale / SCALINGS[scaling](1.0, rank)
+    return scale * SCALINGS[scaling](rank)
 
 
 def outputs_of(piece: Piece, index: np.ndarray) -> Piece:

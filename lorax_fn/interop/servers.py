@@ -18,7 +18,6 @@ from lorax_fn.interop.weights import Leaves, is_embedding
 from lorax_fn.methods.lora import LoRA
 from lorax_fn.methods.low_rank import LowRank
 from lorax_fn.methods.whole import Full, Rows
-from lorax_fn.ranks.resizing import with_rank
 
 TARGETS = ("peft", "vllm", "sglang")
 ACCEPTED = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's max_lora_rank may be
@@ -131,4 +130,4 @@ def _with_width(adapter: Any, rank: int) -> LoRA:
     b = jnp.pad(b, [(0, more if i == s else 0) for i in range(b.ndim)])
     stack, n, m = adapter.layout.shapes(adapter.shape)
     size = int(np.prod(stack))
-    return with_rank(adapter, a.reshape(size, -1, rank), b.reshape(size, rank, -1), rank)
+    return adapter.with_factors(a.reshape(size, -1, rank), b.reshape(size, rank, -1), rank)
