@@ -1,5 +1,8 @@
 """LoRA for any JAX function: `split` the parameters, `adapt` the function, `merge` when done."""
 
+import importlib as _importlib
+import typing as _typing
+
 from lorax_fn import checkpoint as checkpoint
 from lorax_fn import inits as inits
 from lorax_fn import quantization as quantization
@@ -9,10 +12,6 @@ from lorax_fn.checkpoint.storage import LoraCheckpointWarning as LoraCheckpointW
 from lorax_fn.core.adapters import Adapter as Adapter
 from lorax_fn.core.errors import LoraError as LoraError
 from lorax_fn.core.layouts import Layout as Layout
-from lorax_fn.interop import huggingface as huggingface
-from lorax_fn.interop import kohya as kohya
-from lorax_fn.interop import mappings as mappings
-from lorax_fn.interop import peft as peft
 from lorax_fn.interop.files import LoraFileWarning as LoraFileWarning
 from lorax_fn.many.stacking import stack as stack
 from lorax_fn.many.stacking import unstack as unstack
@@ -59,4 +58,23 @@ from lorax_fn.transform.usage import Usage as Usage
 from lorax_fn.transform.usage import usage as usage
 from lorax_fn.transform.walk import LoraFallbackWarning as LoraFallbackWarning
 
+if _typing.TYPE_CHECKING:
+    from lorax_fn.interop import huggingface as huggingface
+    from lorax_fn.interop import kohya as kohya
+    from lorax_fn.interop import mappings as mappings
+    from lorax_fn.interop import peft as peft
+
 __version__ = "0.1.0"
+
+# Files of others are read by few programs: these namespaces load when they are first used.
+_LATER = {name: f"lorax_fn.interop.{name}" for name in ("huggingface", "kohya", "mappings", "peft")}
+
+
+def __getattr__(name: str) -> _typing.Any:
+    if name in _LATER:
+        return _importlib.import_module(_LATER[name])
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LATER})
