@@ -348,7 +348,7 @@ def test_unknown_format_version_and_method(tmp_path):
     checkpoint.save(path, lora_of())
     edit(path, lambda facts: facts["adapters"][0].update(method="Whole"))
     with pytest.raises(
-        LoraError, match=r"unknown method(.|\n)*bias(.|\n)*Whole\(value\)(.|\n)*Full(.|\n)*LoRA"
+        LoraError, match=r"unknown method(.|\n)*bias(.|\n)*Whole\(value\)(.|\n)*DoRA(.|\n)*more"
     ):
         checkpoint.load(path)
     edit(path, lambda facts: facts["adapters"][0].update(method="LoRA"))

@@ -14,6 +14,13 @@ from lorax_fn.methods.table import METHODS
 LAYOUT = lx.Layout((0,), (2, 1), (3,))  # a stack, two inputs in another order, an output
 
 
+def same(one, other):
+    """Whether two trees hold the same shardings: adapters are equal only where they are one object."""
+    return jax.tree.structure(one) == jax.tree.structure(other) and jax.tree.leaves(one) == jax.tree.leaves(
+        other
+    )
+
+
 def mesh():
     return jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"))
 
@@ -79,9 +86,9 @@ def test_whole_leaves_rows_and_dropout_keys():
     assert got["bias"].value.spec == P("tensor")
     assert got["k/kernel"].key.spec == P()
     arrays = jax.device_put(params, at)
-    assert lx.shardings(lora, arrays) == got
+    assert same(lx.shardings(lora, arrays), got)
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), arrays)
-    assert lx.shardings(lora, abstract) == got
+    assert same(lx.shardings(lora, abstract), got)
 
 
 @pytest.mark.parametrize(
@@ -107,7 +114,7 @@ def test_the_optimizers_arrays_follow_where_they_have_the_adapters_shape(tx):
         lora,
     )
     got = lx.shardings(state, at)
-    assert got.lora == lx.shardings(lora, at)
+    assert same(got.lora, lx.shardings(lora, at))
     assert (got.step.spec, got.key.spec, got.extra["mean"].spec) == (P(), P(), P())
     pairs = list(zip(jax.tree.leaves(state.opt_state), jax.tree.leaves(got.opt_state), strict=True))
     want = {(2, 8): P(None, "tensor"), (8,): P("tensor")}

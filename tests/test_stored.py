@@ -12,7 +12,19 @@ from rule_cases import RULE_CASES, normal
 
 import lorax_fn as lx
 
-BUILT = {"stack"}  # layers that differ (one is doubled) stacked for a scan: unpacked, and reported
+# What changes the numbers of a weight, or lays unlike ones side by side, needs it unpacked, and is reported.
+BUILT = {
+    "stack",
+    "sum over inputs",
+    "sum over outputs",
+    "sum over a stack",
+    "stack merged with inputs",
+    "stack merged with outputs",
+    "added to an array",
+    "two of them added",
+    "rows overwritten",
+    "written into rows",
+}
 CASES = [c for c in RULE_CASES if c.layout.inputs and c.layout.outputs]
 OPTIONS = {"int8": {"block": 2, "double": False}, "nf4": {"block": 4, "double": True}}
 CHUNKS = 3

@@ -68,7 +68,7 @@ class WeightUse:
       >>> import jax.numpy as jnp, lorax_fn as lx
       >>> use = lx.usage(lambda params: jnp.sin(params["w"]), {"w": jnp.ones((3, 2))})["w"]
       >>> use.ops, use.layout, use.served
-      (('sin',), None, False)
+      (('sin', 'return'), None, False)
     """
 
     path: str

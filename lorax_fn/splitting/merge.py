@@ -113,4 +113,16 @@ def _merged(adapter: Adapter, w: Any, dtype: Any) -> jax.Array:
     w = jnp.asarray(dense(w))
     wide = w.astype(accumulation_dtype(w.dtype, dtype))
     changed = adapter.weight(wide)
-    return jnp.where(changed == wide, w.astype(dtype), narrowed(changed, dtype))
+    return _kept(changed == wide, w.astype(dtype), narrowed(changed, dtype))
+
+
+@jax.custom_jvp
+def _kept(same: jax.Array, w: jax.Array, changed: jax.Array) -> jax.Array:
+    """The bits of ``w`` where nothing changes, also those of -0.0 and of a nan."""
+    return jnp.where(same, w, changed)
+
+
+@_kept.defjvp
+def _as_if_changed(primals: Any, tangents: Any) -> Any:
+    # A change that is zero now, as B is at first, has a gradient all the same.
+    return _kept(*primals), tangents[2]
