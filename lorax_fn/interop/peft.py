@@ -99,7 +99,7 @@ def save(
 
     Args:
       path: the folder, made where it is missing.
-      lora: ``{path: Adapter}``; of inits that took a part of W (PiSSA, ...), what `lorax_fn.to_plain` gives.
+      lora: ``{path: Adapter}``; of inits that took a part of W, what `lorax_fn.ranks.to_plain` gives.
       params: the base, abstract or not. With it target modules are named by the ends of their names where
         these say the same, and convolutions and embeddings are known by their leaves.
       mapping: as in `load`.

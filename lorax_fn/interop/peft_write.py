@@ -74,6 +74,14 @@ class Writing:
                 want="a module's name for each adapted leaf",
                 do="add their pairs to mapping=.",
             )
+        residual = [path for path, x in self.lora.items() if getattr(x, "residual", False)]
+        if residual:
+            raise error(
+                "these adapters belong to what their init left of the weights, and others have the weights.",
+                path=residual,
+                want="adapters of the original weights",
+                do="plain = lx.ranks.to_plain(params0, params, lora), with the params0 that split was given.",
+            )
         kinds = {_kind(path, x) for path, x in self.lora.items()} - {None}
         if len(kinds) > 1:
             raise error(

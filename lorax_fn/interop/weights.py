@@ -120,7 +120,9 @@ def _shape(adapter: Any) -> tuple[int, ...]:
     if shape is not None:
         return tuple(shape)
     if hasattr(adapter, "ids"):
-        return (max(adapter.ids) + 1, *adapter.values.shape[1:])
+        sizes = list(adapter.values.shape[1:])
+        sizes.insert(adapter.axis, max(adapter.ids) + 1)
+        return tuple(sizes)
     return tuple(adapter.value.shape)
 
 
