@@ -49,8 +49,16 @@ DEFAULTS: dict[str, Any] = {
 class Writing:
     """One set of adapters on its way into one adapter file."""
 
-    def __init__(self, lora: Mapping[str, Adapter], places: list[Place], leaves: Leaves, whole_tree: bool):
+    def __init__(
+        self,
+        lora: Mapping[str, Adapter],
+        places: list[Place],
+        leaves: Leaves,
+        whole_tree: bool,
+        for_peft=True,
+    ):
         self.lora, self.leaves, self.whole_tree = lora, leaves, whole_tree
+        self.for_peft = for_peft  # or for programs that tell a split from the tensors themselves
         self.all_places = places
         self.places: dict[str, list[Place]] = {}
         for place in places:
