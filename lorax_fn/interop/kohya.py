@@ -124,9 +124,9 @@ def save(
             "unknown style.", got=repr(style), want=f"one of {', '.join(STYLES)}", do='style="kohya".'
         )
     check_adapters(lora)
+    leaves, places = known_by_adapters(params, lora, mapping)
     if params is not None:
         check_fits(dict(flatten_with_paths(params)[0]), lora)
-    leaves, places = known_by_adapters(params, lora, mapping)
     writing = Writing(lora, places, leaves, params is not None, for_peft=False)
     tensors, facts = writing.run()
     _check_writable(tensors, facts, style)

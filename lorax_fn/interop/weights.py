@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from lorax_fn.core.errors import error
 from lorax_fn.core.layouts import Layout
 from lorax_fn.core.trees import PyTree, arrays
 from lorax_fn.interop.places import Place, Preset, find_places
@@ -107,6 +108,14 @@ def known_by_adapters(
     params: PyTree, lora: Mapping[str, Any], mapping: Mapping[str, str] | None
 ) -> tuple[Leaves, list[Place]]:
     """As `known`, by what adapters tell of their leaves; ``params`` may be None."""
+    stacked = [path for path, adapter in lora.items() if adapter.is_stacked]
+    if stacked:
+        raise error(
+            "these adapters are several side by side, as lx.stack makes them.",
+            path=stacked,
+            want="one adapter for each leaf",
+            do="save each of lx.unstack(lora) by itself.",
+        )
     return known(_abstract(lora) if params is None else params, mapping, _layouts(lora))
 
 
