@@ -116,6 +116,8 @@ def known_by_adapters(
             want="one adapter for each leaf",
             do="save each of lx.unstack(lora) by itself.",
         )
+    if params is None and isinstance(mapping, Mapping) and not isinstance(mapping, Preset):
+        mapping = Preset(mapping)  # pairs of leaves that are not adapted find nothing here
     return known(_abstract(lora) if params is None else params, mapping, _layouts(lora))
 
 
