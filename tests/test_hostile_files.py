@@ -24,7 +24,10 @@ TENSOR = "adapter_model.safetensors"
 @pytest.fixture(scope="module")
 def good(tmp_path_factory):
     folder = tmp_path_factory.mktemp("good")
-    lx.peft.save(folder, lx.split(PARAMS, 2)[1], params=PARAMS)
+    lora = lx.split(PARAMS, 2)[1]
+    lx.peft.save(folder, lora, params=PARAMS)
+    lx.kohya.save(folder / "a.safetensors", lora, params=PARAMS)
+    lx.huggingface.save(folder, PARAMS)
     return folder
 
 
@@ -151,9 +154,9 @@ def mutated(raw, rng):
         name = rng.choice([k for k in header if k != "__metadata__"])
         entry, number = header[name], rng.choice([0, 1, -1, 3, 2**31, 2**63, 2**64, 1e400, 0.5, None, "x"])
         what = rng.choice(["shape", "data_offsets", "dtype", "name", "gone"])
-        if what in ("shape", "data_offsets"):
+        if what in ("shape", "data_offsets") and entry[what]:
             entry[what][rng.randrange(len(entry[what]))] = number
-        elif what == "dtype":
+        elif what in ("dtype", "shape"):
             entry["dtype"] = rng.choice(["F16", "BF16", "F64", "I8", "BOOL", "C64", "F8_E4M3", "", 3])
         elif what == "name":
             header[rng.choice(["", "/", "..", "base_model.model.", name + "x", "\x00"])] = header.pop(name)
@@ -164,24 +167,34 @@ def mutated(raw, rng):
     return bytes(raw)
 
 
-def fuzz(good, folder, count, seed):
-    raw = (good / TENSOR).read_bytes()
-    config = json.loads((good / "adapter_config.json").read_text())
+def peft_file(folder, rng, good):
+    facts = json.loads((good / "adapter_config.json").read_text())
+    if rng.random() < 0.2:
+        wrong = [0, -1, 2**70, "x", [], [[]], {"x": 1}, None, True, {"(a*)*": 3}]
+        facts[rng.choice(list(facts))] = rng.choice(wrong)
+    (folder / "adapter_config.json").write_text(json.dumps(facts))
+    (folder / TENSOR).write_bytes(mutated((good / TENSOR).read_bytes(), rng))
+    return {path: dw.shape for path, dw in lx.delta(lx.peft.load(folder, PARAMS)).items()}
+
+
+def weights_file(folder, rng, good):
+    (folder / "model.safetensors").write_bytes(mutated((good / "model.safetensors").read_bytes(), rng))
+    return {path: x.shape for path, x in lx.huggingface.load(folder, PARAMS).items()}
+
+
+def kohya_file(folder, rng, good):
+    (folder / "a.safetensors").write_bytes(mutated((good / "a.safetensors").read_bytes(), rng))
+    return {path: dw.shape for path, dw in lx.delta(lx.kohya.load(folder / "a.safetensors", PARAMS)).items()}
+
+
+def fuzz(kind, good, folder, count, seed):
     rng, loaded, slowest = random.Random(seed), 0, 0.0
     for _ in range(count):
-        facts = dict(config)
-        if rng.random() < 0.2:
-            facts[rng.choice(list(facts))] = rng.choice(
-                [0, -1, 2**70, "x", [], [[]], {"x": 1}, None, True, {"(a*)*": 3}]
-            )
-        (folder / "adapter_config.json").write_text(json.dumps(facts))
-        (folder / TENSOR).write_bytes(mutated(raw, rng))
         start = time.monotonic()
         try:
-            lora = lx.peft.load(folder, PARAMS)
+            shapes = kind(folder, rng, good)
             loaded += 1
-            for path, dw in lx.delta(lora).items():
-                assert dw.shape == PARAMS[path].shape
+            assert all(shape == PARAMS[path].shape for path, shape in shapes.items())
         except lx.LoraError:
             pass
         slowest = max(slowest, time.monotonic() - start)
@@ -194,13 +207,15 @@ def memory_peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-@pytest.mark.parametrize("count", [300, pytest.param(3000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", [peft_file, weights_file, kohya_file])
+@pytest.mark.parametrize("count", [150, pytest.param(3000, marks=pytest.mark.slow)])
 @pytest.mark.filterwarnings("ignore::lorax_fn.LoraFileWarning")
-def test_a_fuzz_of_mutations_gives_errors_of_ours_alone(good, tmp_path, count):
+def test_a_fuzz_of_mutations_gives_errors_of_ours_alone(good, tmp_path, kind, count):
     before = memory_peak()
     folder = tmp_path / "in"
     folder.mkdir()
-    loaded, slowest = fuzz(good, folder, count, seed=count)
+    loaded, slowest = fuzz(kind, good, folder, count, seed=count)
     assert loaded < count / 2 and slowest < 5.0, (loaded, slowest)
     assert memory_peak() - before < 400  # MiB: nothing allocates what a header claims
-    assert {p.name for p in pathlib.Path(tmp_path).rglob("*")} == {"in", "adapter_config.json", TENSOR}
+    files = {"in", "adapter_config.json", TENSOR, "model.safetensors", "a.safetensors"}
+    assert {p.name for p in pathlib.Path(tmp_path).rglob("*")} <= files

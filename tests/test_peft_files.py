@@ -5,6 +5,7 @@ outputs, and PEFT saves the very same keys, numbers and fields again.
 """
 
 import copy
+import dataclasses
 import functools
 import json
 
@@ -177,8 +178,10 @@ def test_pissa_goes_through_to_plain(tmp_path):
     base = NETS["dense"][0]()
     params0 = {name: jnp.asarray(value(p)) for name, p in base.named_parameters()}
     params, lora = lx.split(params0, RANK, alpha=ALPHA, init="pissa")
-    lora = {path: lx.LoRA(x.a * 1.1, x.b, x.alpha, x.rank, x.scaling, x.layout) for path, x in lora.items()}
-    lx.peft.save(tmp_path, lx.to_plain(params0, params, lora))
+    lora = {path: dataclasses.replace(x, a=x.a * 1.1) for path, x in lora.items()}
+    with pytest.raises(lx.LoraError, match="to_plain"):
+        lx.peft.save(tmp_path, lora)
+    lx.peft.save(tmp_path, lx.ranks.to_plain(params0, params, lora))
     model = peft.PeftModel.from_pretrained(base, tmp_path).merge_and_unload()
     for path, want in lx.merge(params, lora).items():
         np.testing.assert_allclose(want, value(model.get_parameter(path)), atol=1e-5)

@@ -1,5 +1,6 @@
 """What `lx.peft` refuses: files that do not fit, unknown mathematics, what no server would serve."""
 
+import dataclasses
 import json
 
 import jax
@@ -271,6 +272,13 @@ def test_expert_axes_are_not_transposed_and_square_ones_follow_the_layout(tmp_pa
         )
 
 
+def test_an_alpha_that_is_an_array_is_saved_as_its_number(tmp_path):
+    lora = {p: dataclasses.replace(x, alpha=jnp.float32(5.0)) for p, x in lora_of().items()}
+    back = lx.peft.load(saved(tmp_path, lora), PARAMS)
+    assert {x.alpha for x in back.values()} == {5.0}
+    assert lx.peft.config(tmp_path)["lora_alpha"] == 5
+
+
 def test_load_leaves_the_callers_tree_alone_and_two_adapters_do_not_meet(tmp_path):
     first, second = saved(tmp_path / "a"), saved(tmp_path / "b", lora_of(3))
     before = dict(PARAMS)
@@ -285,6 +293,8 @@ def test_kinds_that_one_file_cannot_hold_together_are_refused(tmp_path):
         lx.peft.save(tmp_path, mixed)
     with pytest.raises(lx.LoraError, match="no adapter"):
         lx.peft.save(tmp_path, {})
+    with pytest.raises(lx.LoraError, match="unstack"):
+        lx.peft.save(tmp_path, lx.stack([lora_of(), lora_of()]))
     with pytest.raises(lx.LoraError, match="dropout"):
         lx.peft.save(tmp_path, lx.dropout(lora_of(), 0.5, jax.random.key(0)))
 

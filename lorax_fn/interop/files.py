@@ -134,7 +134,8 @@ def _as_lora_error(path: Any) -> Iterator[None]:
 def write_tensors(path: pathlib.Path, tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
     """Writes a safetensors file; it appears by one rename when all of it is on disk."""
     numpy = needs("safetensors.numpy", "peft")
-    arrays = {name: np.ascontiguousarray(np.asarray(x)) for name, x in sorted(tensors.items())}
+    # asarray with an order, as ascontiguousarray makes a vector of a single number
+    arrays = {name: np.asarray(x, order="C") for name, x in sorted(tensors.items())}
     with appearing(path) as stage:
         numpy.save_file(arrays, str(stage), metadata=dict(metadata))
 

@@ -124,12 +124,12 @@ def save(
             "unknown style.", got=repr(style), want=f"one of {', '.join(STYLES)}", do='style="kohya".'
         )
     check_adapters(lora)
+    leaves, places = known_by_adapters(params, lora, mapping)
     if params is not None:
         check_fits(dict(flatten_with_paths(params)[0]), lora)
-    leaves, places = known_by_adapters(params, lora, mapping)
-    writing = Writing(lora, places, leaves, params is not None)
+    writing = Writing(lora, places, leaves, params is not None, for_peft=False)
     tensors, facts = writing.run()
-    _check_writable(tensors, facts)
+    _check_writable(tensors, facts, style)
     made = _renamed(tensors, writing.modules, component, style, facts)
     metadata = {"format": "pt"}
     if style == "diffusers":
@@ -303,7 +303,13 @@ def _metadata(metadata: Mapping[str, str], component: str) -> dict[str, Any]:
     return found
 
 
-def _check_writable(tensors: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+def _check_writable(tensors: Mapping[str, Any], facts: Mapping[str, Any], style: str) -> None:
+    if style == "diffusers" and facts["peft_type"] != "LORA":
+        raise error(
+            "diffusers reads no LoHa and no LoKr.",
+            got=facts["peft_type"],
+            do='style="kohya" for other programs, or fold it: lx.merge(params, lora).',
+        )
     whole = [
         n
         for n in tensors
@@ -339,7 +345,10 @@ def _renamed(
                 if end == ".lora_magnitude_vector":
                     end, x = ".dora_scale", x.reshape(-1, *(1,) * (1 if x.ndim == 1 else x.ndim - 1))
             made[name + end] = x
+        whole = f"{name}.lokr_w1" in made and f"{name}.lokr_w2" in made
+        if whole:  # LyCORIS then takes no alpha
+            made[f"{name}.lokr_w2"] = made[f"{name}.lokr_w2"] * (alpha / rank)
         if style != "diffusers":
-            number = alpha * math.sqrt(rank) if facts.get("use_rslora") else alpha
+            number = 1.0 if whole else alpha * math.sqrt(rank) if facts.get("use_rslora") else alpha
             made[f"{name}.alpha"] = np.asarray(number, np.float32)
     return made

@@ -99,7 +99,7 @@ def save(
 
     Args:
       path: the folder, made where it is missing.
-      lora: ``{path: Adapter}``; of inits that took a part of W (PiSSA, ...), what `lorax_fn.to_plain` gives.
+      lora: ``{path: Adapter}``; of inits that took a part of W, what `lorax_fn.ranks.to_plain` gives.
       params: the base, abstract or not. With it target modules are named by the ends of their names where
         these say the same, and convolutions and embeddings are known by their leaves.
       mapping: as in `load`.
@@ -128,9 +128,9 @@ def save(
     lost = [name for name, x in lora.items() if not is_concrete(x)]
     if lost:
         raise error("abstract adapters have no numbers to save.", path=lost, do="split concrete params.")
+    leaves, places = known_by_adapters(params, lora, mapping)
     if params is not None:
         check_fits(dict(flatten_with_paths(params)[0]), lora)
-    leaves, places = known_by_adapters(params, lora, mapping)
     lora = for_server(lora, target, max_lora_rank, leaves, places)
     writing = Writing(lora, places, leaves, params is not None)
     tensors, facts = writing.run()

@@ -67,7 +67,8 @@ def write_lokr(writing: Any, lora: Mapping[str, LoKr]) -> dict[str, Any]:
         else:
             writing.tensors[f"{key}.lokr_w2_a"], writing.tensors[f"{key}.lokr_w2_b"] = b.T, a.T
         writing.modules[place.module] = (x.rank, alpha)
-    return {"peft_type": "LOKR", "decompose_factor": _factor(sides), **writing.numbers("alpha")}
+    factor = {"decompose_factor": _factor(sides)} if writing.for_peft else {}
+    return {"peft_type": "LOKR", **factor, **writing.numbers("alpha")}
 
 
 def write_vera(writing: Any, lora: Mapping[str, VeRA]) -> dict[str, Any]:

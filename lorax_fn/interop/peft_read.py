@@ -210,13 +210,16 @@ class Reading:
         ids = token_ids(module, self.config)
         place = places[0]
         shape = self.leaves.by_path[place.path].shape
-        good = len(shape) == 2 and values.shape == (len(ids or ()), shape[1])
-        if not good or ids is None or max(ids) >= shape[0] or place.entry:
+        layout = self.leaves.layouts.get(place.path)
+        linear = layout is not None and not place.same and self.leaves.kind(place.path) in ("linear", "head")
+        axis = layout.outputs[0] if linear and layout is not None else 0  # of a head, tokens are outputs
+        good = len(shape) == 2 and values.shape == (len(ids or ()), shape[1 - axis])
+        if not good or ids is None or max(ids) >= shape[axis] or place.entry:
             self.misshaped.append(
                 f"{PREFIX}{module}: rows {ids} of shape {values.shape} for a table {tuple(shape)}"
             )
             return
-        self._put(place.path, Rows(values, tuple(ids)))
+        self._put(place.path, Rows(values, tuple(ids), axis))
 
     def _lora_bias(self, module: str, bias: np.ndarray, parts: Mapping) -> None:
         """PEFT adds ``scale * bias`` to the output: the same as a base bias that is so much larger."""

@@ -49,8 +49,16 @@ DEFAULTS: dict[str, Any] = {
 class Writing:
     """One set of adapters on its way into one adapter file."""
 
-    def __init__(self, lora: Mapping[str, Adapter], places: list[Place], leaves: Leaves, whole_tree: bool):
+    def __init__(
+        self,
+        lora: Mapping[str, Adapter],
+        places: list[Place],
+        leaves: Leaves,
+        whole_tree: bool,
+        for_peft=True,
+    ):
         self.lora, self.leaves, self.whole_tree = lora, leaves, whole_tree
+        self.for_peft = for_peft  # or for programs that tell a split from the tensors themselves
         self.all_places = places
         self.places: dict[str, list[Place]] = {}
         for place in places:
@@ -73,6 +81,14 @@ class Writing:
                 got=sorted({type(self.lora[path]).__name__ for path in lost}),
                 want="a module's name for each adapted leaf",
                 do="add their pairs to mapping=.",
+            )
+        residual = [path for path, x in self.lora.items() if getattr(x, "residual", False)]
+        if residual:
+            raise error(
+                "these adapters belong to what their init left of the weights, and others have the weights.",
+                path=residual,
+                want="adapters of the original weights",
+                do="plain = lx.ranks.to_plain(params0, params, lora), with the params0 that split was given.",
             )
         kinds = {_kind(path, x) for path, x in self.lora.items()} - {None}
         if len(kinds) > 1:

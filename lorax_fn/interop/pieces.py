@@ -17,7 +17,7 @@ from lorax_fn.core.matrices import factor_entries
 from lorax_fn.interop.places import Units
 from lorax_fn.methods.dora import DoRA
 from lorax_fn.methods.lora import LoRA
-from lorax_fn.methods.low_rank import SCALINGS
+from lorax_fn.methods.low_rank import scale_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,12 +42,12 @@ class Piece:
 
     @property
     def scale(self) -> float:
-        return self.alpha / SCALINGS[self.scaling](self.rank) if self.rank else 0.0
+        return float(scale_of(self.alpha, self.rank, self.scaling, ())) if self.rank else 0.0
 
 
 def alpha_for(scale: float, rank: int, scaling: str) -> float:
     """The alpha that gives ``scale`` at ``rank``."""
-    return scale * SCALINGS[scaling](rank)
+    return scale / float(scale_of(1.0, rank, scaling, ()))
 
 
 def outputs_of(piece: Piece, index: np.ndarray) -> Piece:
@@ -167,7 +167,7 @@ def from_adapter(path: str, adapter: Any, entry: tuple[int, ...]) -> Piece:
                 "the ranks or alphas of one module's entries differ, and its file has one for all.",
                 path=path,
                 got=f"ranks {sorted(set(ranks[within].tolist()))}",
-                do="one rank for all experts: lx.resize(lora, rank) pads the smaller ones.",
+                do="one rank for all experts: lx.ranks.resize(lora, rank) pads the smaller ones.",
             )
     else:
         a, b = np.asarray(a), np.asarray(b)

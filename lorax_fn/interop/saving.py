@@ -60,7 +60,7 @@ def to_file(places: list[Place], leaves: Leaves) -> np.ndarray:
             parts.append((place, to_torch(x, place, layout, kind)))
     place, x = parts[0]
     if place.theirs is None:
-        return np.ascontiguousarray(x)
+        return x
     axis = outputs_axis(place, leaves.entry_layout(place), leaves.kind(place.path))
     units = place.theirs
     size = x.shape[axis] * units.count // (units.last - units.first)

@@ -98,7 +98,7 @@ def _padded(lora: dict[str, Any], target: str, limit: int) -> dict[str, Adapter]
             f"the rank is larger than {target}'s max_lora_rank.",
             path=[path for path, r in widths.items() if r > limit],
             got=f"rank {most}, where max_lora_rank={limit}",
-            do=f"start the server with a larger one, or cut the adapter: lx.truncate(lora, {limit}).",
+            do=f"start the server with a larger one, or cut the adapter: lx.ranks.truncate(lora, {limit}).",
         )
     rank = next(r for r in ACCEPTED if r >= most)
     return {path: _with_width(adapter, rank) for path, adapter in lora.items()}

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from lorax_fn.core.errors import error
 from lorax_fn.core.layouts import Layout
 from lorax_fn.core.trees import PyTree, arrays
 from lorax_fn.interop.places import Place, Preset, find_places
@@ -107,6 +108,16 @@ def known_by_adapters(
     params: PyTree, lora: Mapping[str, Any], mapping: Mapping[str, str] | None
 ) -> tuple[Leaves, list[Place]]:
     """As `known`, by what adapters tell of their leaves; ``params`` may be None."""
+    stacked = [path for path, adapter in lora.items() if adapter.is_stacked]
+    if stacked:
+        raise error(
+            "these adapters are several side by side, as lx.stack makes them.",
+            path=stacked,
+            want="one adapter for each leaf",
+            do="save each of lx.unstack(lora) by itself.",
+        )
+    if params is None and isinstance(mapping, Mapping) and not isinstance(mapping, Preset):
+        mapping = Preset(mapping)  # pairs of leaves that are not adapted find nothing here
     return known(_abstract(lora) if params is None else params, mapping, _layouts(lora))
 
 
@@ -120,7 +131,9 @@ def _shape(adapter: Any) -> tuple[int, ...]:
     if shape is not None:
         return tuple(shape)
     if hasattr(adapter, "ids"):
-        return (max(adapter.ids) + 1, *adapter.values.shape[1:])
+        sizes = list(adapter.values.shape[1:])
+        sizes.insert(adapter.axis, max(adapter.ids) + 1)
+        return tuple(sizes)
     return tuple(adapter.value.shape)
 
 
