@@ -75,7 +75,7 @@ PEFT := torch==2.13.0 peft==0.21.2 bitsandbytes==0.50.2
 	@touch $@
 
 test-peft: .venv-peft/.installed
-	.venv-peft/bin/python -m pytest -n 2 tests/test_peft_parity.py tests/test_bitsandbytes.py $(ARGS)
+	.venv-peft/bin/python -m pytest -n 2 tests/test_peft_parity.py tests/test_peft_combining.py tests/test_bitsandbytes.py $(ARGS)
 
 # Models of others. The two do not install beside each other, and gemma's own requirements take too long to resolve.
 MODEL_BASE := jax flax optax orbax-checkpoint chex numpy pytest pytest-xdist hypothesis einops
