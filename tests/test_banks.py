@@ -134,7 +134,7 @@ def test_rows_of_a_model_equal_single_runs_and_so_do_gradients(name):
                 held = getattr(got.slots[path], field) if field in "ab" else got.slots[path].extras[field]
                 held = jnp.moveaxis(held, s, 0)[i]
                 inside = tuple(slice(n) for n in value.shape)
-                near(held[inside], value, rtol=1e-4)
+                near(held[inside], value)
                 assert np.abs(held).sum() == pytest.approx(np.abs(held[inside]).sum())  # pads get nothing
             for field in adapter.frozen:
                 assert not jnp.moveaxis(getattr(got.slots[path], field), s, 0)[i].any()

@@ -56,7 +56,7 @@ def test_svd_is_the_best_of_its_rank():
     for rank in (1, 2, 4):
         got = lx.delta(lx.combine(pairs, "svd", rank=rank))
         for path, dw in want.items():
-            for mine, whole in zip(got[path].reshape(-1, *dw.shape[-2:]), dw.reshape(-1, *dw.shape[-2:])):
+            for mine, whole in zip(entries(got[path]), entries(dw), strict=True):
                 values = np.linalg.svd(whole, compute_uv=False)
                 left = np.linalg.norm(whole - mine)
                 np.testing.assert_allclose(left, np.sqrt((values[rank:] ** 2).sum()), atol=1e-5 * values[0])
@@ -65,7 +65,7 @@ def test_svd_is_the_best_of_its_rank():
 
 def of_entries(f, *arrays):
     """``f`` of each stack entry of arrays ``[s, ., .]``."""
-    return np.stack([f(*entry) for entry in zip(*arrays)])
+    return np.stack([f(*entry) for entry in zip(*arrays, strict=False)])
 
 
 def trimmed(x, density):
@@ -78,12 +78,12 @@ def trimmed(x, density):
 def merged(arrays, weights, method, density, sign):
     if not method.startswith("dare") and method != "linear":
         arrays = [of_entries(lambda x: trimmed(x, density), x) for x in arrays]
-    weighted = [w * x for w, x in zip(weights, arrays)]
+    weighted = [w * x for w, x in zip(weights, arrays, strict=False)]
     if not method.endswith("ties"):
         return sum(weighted)
     votes = sum(arrays) if sign == "total" else sum(map(np.sign, arrays))
     agree = [np.sign(x) == np.where(votes >= 0, 1, -1) for x in arrays]
-    return sum(x * y for x, y in zip(weighted, agree)) / np.maximum(sum(agree), 1)
+    return sum(x * y for x, y in zip(weighted, agree, strict=False)) / np.maximum(sum(agree), 1)
 
 
 def entries(x):
@@ -105,7 +105,7 @@ TRIMMED = [
 )
 def test_trimming_methods_follow_their_formulas(method, density, sign, svd):
     loras, weights = [drawn(3, seed, alpha=2.0) for seed in (1, 2, 3)], [0.5, -1.0, 2.0]
-    got = lx.combine(list(zip(weights, loras)), method + svd, density=density, sign=sign)
+    got = lx.combine(list(zip(weights, loras, strict=False)), method + svd, density=density, sign=sign)
     name = method.removeprefix("peft_")
     for path in loras[0]:
         if svd:
@@ -114,8 +114,8 @@ def test_trimming_methods_follow_their_formulas(method, density, sign, svd):
             u, size, vt = np.linalg.svd(want, full_matrices=False)
             want = (u[:, :, :3] * size[:, None, :3]) @ vt[:, :3]
         else:
-            f = [np.sqrt(abs(w * lora[path].scale)) for w, lora in zip(weights, loras)]
-            signed = [np.sign(w) * x for w, x in zip(weights, f)]
+            f = [np.sqrt(abs(w * lora[path].scale)) for w, lora in zip(weights, loras, strict=False)]
+            signed = [np.sign(w) * x for w, x in zip(weights, f, strict=False)]
             a = merged([entries(lora[path].a) for lora in loras], signed, name, density, sign)
             b = merged([entries(lora[path].b) for lora in loras], f, name, density, sign)
             want = a @ b

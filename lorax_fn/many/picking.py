@@ -145,7 +145,7 @@ def _column_of(cls: type[Adapter], names: tuple[str, ...], slot: Any) -> Callabl
 
 
 def _by_entry(f: Callable, w: Any, layout: Layout, *factors: Any) -> Any:
-    """``f(w, layout, *factors)`` of one stack entry after the other; it picks the factors of one at a time."""
+    """``f(w, layout, *factors)`` of one stack entry after the other, so of one entry's picks at a time."""
     if not layout.stack:
         return f(dense(w), layout, *factors)
     axis = layout.stack[0]

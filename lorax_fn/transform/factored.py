@@ -45,8 +45,8 @@ class Factored:
     ``parts`` holds ``a`` and ``b``, and where they exist ``scale`` (an array along stack axes, the rank, or
     neither), ``column``, and for dropout ``key``, ``rate`` (if it is an array) and ``draws`` (how many
     products dropped inputs before the inner function that this weight entered). Of a bank's adapters ``a``,
-    ``b`` and ``scale`` run along `PICK`, and ``pick`` is a number: see `transform/picks.py`. A stored weight without an
-    adapter has none. ``lookup`` marks rows
+    ``b`` and ``scale`` run along `PICK`, and ``pick`` is a number: see `transform/picks.py`. A stored
+    weight without an adapter has none. ``lookup`` marks rows
     that were gathered by array indices: they are an activation as much as a weight, so building them is no
     loss.
     """

@@ -284,9 +284,7 @@ def _dynamic_slice(walk, eqn, values):
     def sliced(part: Part) -> Part:
         zero = jnp.zeros((), starts[0].dtype) if starts else 0
         begin = [zero if axis < 0 else starts[axis] for axis in part.axes]
-        size = [
-            n if axis < 0 else sizes[axis] for axis, n in zip(part.axes, part.array.shape, strict=True)
-        ]
+        size = [n if axis < 0 else sizes[axis] for axis, n in zip(part.axes, part.array.shape, strict=True)]
         return Part(lax.dynamic_slice(part.array, begin, size), part.axes) if part.axes else part
 
     return [looked_up(w, w.with_parts(one(eqn, w.base, *starts), sliced))]
@@ -298,9 +296,7 @@ def _tile(walk, eqn, values):
     reps = eqn.params["reps"]
 
     def tiled(part: Part) -> Part:
-        return Part(
-            jnp.tile(part.array, [1 if axis < 0 else reps[axis] for axis in part.axes]), part.axes
-        )
+        return Part(jnp.tile(part.array, [1 if axis < 0 else reps[axis] for axis in part.axes]), part.axes)
 
     return [w.with_parts(one(eqn, w.base), tiled)]
 
@@ -340,9 +336,7 @@ def _gather(walk, eqn, values):
         if not columns and not batching:
             cut = _sliced(part, (0,) * w.ndim, sizes, (1,) * w.ndim)
             return cut.renamed(place.__getitem__)
-        inner = [
-            axis for axis in part.axes if axis in place or axis < 0
-        ]  # the window that each index takes
+        inner = [axis for axis in part.axes if axis in place or axis < 0]  # the window that each index takes
         offset = tuple(range(index_axes, index_axes + len(inner)))
         numbers = lax.GatherDimensionNumbers(
             offset_dims=offset,
