@@ -13,6 +13,12 @@ from lorax_fn.core.adapters import Adapter as Adapter
 from lorax_fn.core.errors import LoraError as LoraError
 from lorax_fn.core.layouts import Layout as Layout
 from lorax_fn.interop.files import LoraFileWarning as LoraFileWarning
+from lorax_fn.many.banks import Bank as Bank
+from lorax_fn.many.banks import bank as bank
+from lorax_fn.many.combining import combine as combine
+from lorax_fn.many.combining import interpolate as interpolate
+from lorax_fn.many.combining import scale as scale
+from lorax_fn.many.combining import subtract as subtract
 from lorax_fn.many.stacking import stack as stack
 from lorax_fn.many.stacking import unstack as unstack
 from lorax_fn.methods.dora import DoRA as DoRA

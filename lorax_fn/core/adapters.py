@@ -29,6 +29,8 @@ class Factors:
       key: PRNG keys ``[*s]`` that drop inputs of A, or None.
       rate: the share of inputs dropped: a number, or a scalar array.
       tap: whether the factors only read what the weight contracts; see `transform/taps.py`.
+      pick: where A, B and scale of many adapters lie side by side, ``[*s, k, ...]``: the integer number of
+        the one to use (any outside of ``0 .. k-1`` adds nothing), or float weights ``[k]``; None for one.
     """
 
     a: jax.Array
@@ -39,6 +41,7 @@ class Factors:
     key: jax.Array | None = None
     rate: Any = 0.0
     tap: bool = False
+    pick: Any = None
 
 
 def fact(**options: Any) -> Any:

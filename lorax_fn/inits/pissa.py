@@ -77,14 +77,14 @@ class PiSSA(Init):
             if self.iterations is None:
                 u, size, vt = jnp.linalg.svd(matrix, full_matrices=False)
             else:
-                u, size, vt = _randomized_svd(key, matrix, r, self.iterations)
+                u, size, vt = randomized_svd(key, matrix, r, self.iterations)
             root = jnp.sqrt(size[:r] / s) * used
             return u[:, :r] * root[None, :], root[:, None] * vt[:r]
 
         return with_part_moved(one, key, w, layout, rank, scale, dtype)
 
 
-def _randomized_svd(key, matrix, rank: int, iterations: int):
+def randomized_svd(key, matrix, rank: int, iterations: int):
     """The largest singular triplets by subspace iteration, algorithms 4.4 and 5.1 of Halko et al."""
     width = min(rank + OVERSAMPLING, *matrix.shape)
     draw = jax.random.normal(key, (matrix.shape[1], width), matrix.dtype)

@@ -14,6 +14,7 @@ from lorax_fn.core.errors import LoraError, error
 from lorax_fn.transform import jaxpr as jx
 from lorax_fn.transform.factored import RANK, Factored, Part
 from lorax_fn.transform.meshes import axis_specs, explicit_mesh, result_sharding
+from lorax_fn.transform.picks import chosen, picked
 from lorax_fn.transform.stored import built
 from lorax_fn.transform.taps import EXACT, echo, inputs_of_tap
 
@@ -152,6 +153,7 @@ def low_rank_product(
     ``x @ A`` first where inputs are contracted, ``x @ B`` first where outputs are: the factor that
     shrinks ``x`` to the rank goes first, and neither ``a @ b`` nor anything of the weight's size is built.
     """
+    w = picked(w, x)
     a, b = w.parts["a"], w.parts["b"]
     contracted = set(xs) - set(out)
     shrinks_by = {"a": 1, "b": 1}
@@ -336,6 +338,7 @@ def build(w: Factored) -> Any:
         raise Refused(f"dropout drops inputs of a product, and {what} none.", w.paths)
     if not w.parts:
         return built(w.base)
+    w = chosen(w)
     compute = w.dtype if w.lookup or w.dtype.itemsize >= 4 else jnp.dtype(jnp.float32)
     a, b = absorbed(w, compute)
     out = [i for i in range(w.ndim) if i in a.axes or i in b.axes]

@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec
 from lorax_fn.transform import jaxpr as jx
 from lorax_fn.transform.contractions import Refused, scale_absorbed
 from lorax_fn.transform.factored import Factored, Part, folded, is_factored
+from lorax_fn.transform.picks import chosen
 from lorax_fn.transform.stored import Later, along_axes, is_unbuilt, local, restacked, scanned
 
 
@@ -328,6 +329,7 @@ def custom_jvp(walk, eqn, values):
     once for each of the two, both of them factored.
     """
     jaxpr, consts = jx.opened(eqn.params["call_jaxpr"])
+    values = list(map(chosen, values))
     if any(set(v.parts) - {"a", "b", "scale"} or is_unbuilt(v.base) for v in values if is_factored(v)):
         return jx.bind(eqn, walk.dense(eqn, values))
     if any(v.tap for v in values if is_factored(v)):  # taps answer to no cotangent, so to no rule of one

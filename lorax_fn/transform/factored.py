@@ -21,6 +21,7 @@ from lorax_fn.core.adapters import Adapter, Factors
 from lorax_fn.core.stored import is_stored
 
 RANK = -1
+PICK = -2  # along it lie the factors of many adapters, of which a bank's number picks one
 
 
 @jax.tree_util.register_dataclass
@@ -33,7 +34,7 @@ class Part:
 
     def renamed(self, new: Callable[[int], int]) -> "Part":
         # int: vmap writes numpy integers into equations, and those compare elementwise with other names.
-        return Part(self.array, tuple(i if i == RANK else int(new(i)) for i in self.axes))
+        return Part(self.array, tuple(i if i < 0 else int(new(i)) for i in self.axes))
 
 
 @jax.tree_util.register_dataclass
@@ -43,8 +44,9 @@ class Factored:
 
     ``parts`` holds ``a`` and ``b``, and where they exist ``scale`` (an array along stack axes, the rank, or
     neither), ``column``, and for dropout ``key``, ``rate`` (if it is an array) and ``draws`` (how many
-    products dropped inputs before the inner function that this weight entered). A stored weight without an
-    adapter has none. ``lookup`` marks rows
+    products dropped inputs before the inner function that this weight entered). Of a bank's adapters ``a``,
+    ``b`` and ``scale`` run along `PICK`, and ``pick`` is a number: see `transform/picks.py`. A stored
+    weight without an adapter has none. ``lookup`` marks rows
     that were gathered by array indices: they are an activation as much as a weight, so building them is no
     loss.
     """
@@ -116,6 +118,17 @@ def factor(path: str, base: Any, factors: Factors) -> Factored:
     }
     # A number is static; an array, traced or not, is a part, so that other values of it compile nothing.
     scale, rate = factors.scale, factors.rate
+    if factors.pick is not None:
+        many, pick = (*stack, PICK), factors.pick
+        if pick.ndim:  # a mixture: its weights go into the scale
+            scale = scale * pick.reshape(*(1,) * len(stack), -1)
+        parts = {
+            "a": Part(factors.a, (*many, *layout.inputs, RANK)),
+            "b": Part(factors.b, (*many, RANK, *layout.outputs)),
+            "scale": Part(scale, many),
+        }
+        parts |= {} if pick.ndim else {"pick": Part(pick, ())}
+        scale = 1.0
     if not isinstance(scale, numbers.Real):
         parts["scale"], scale = Part(jnp.asarray(scale), (*stack, RANK)[: np.ndim(scale)]), 1.0
     if factors.column is not None:

@@ -17,7 +17,8 @@ from jax import lax
 from jax.extend.core import primitives as prims
 
 from lorax_fn.transform.contractions import align, scale_absorbed, stack_into_rank
-from lorax_fn.transform.factored import RANK, Factored, Part, is_factored
+from lorax_fn.transform.factored import Factored, Part, is_factored
+from lorax_fn.transform.picks import chosen
 from lorax_fn.transform.stored import is_unbuilt, lookup, moved
 
 Rule = Callable[[Any, Any, Sequence[Any]], Any]
@@ -186,6 +187,7 @@ def _moves_together(w: Factored, axes: Sequence[int]) -> bool:
 
 def _stack_with(w: Factored, axes: Sequence[int]) -> Factored | None:
     """The weight with the stack axes among ``axes`` as inputs or as outputs, whichever stand beside them."""
+    w = chosen(w)
     if not w.parts or set(w.parts) - {"a", "b", "scale"} or is_unbuilt(w.base):
         return None
     changed: Factored | None = scale_absorbed(w)
@@ -199,20 +201,20 @@ def _stack_with(w: Factored, axes: Sequence[int]) -> Factored | None:
 
 def _regrouped(part: Part, groups: list, old: Sequence[int], new: Sequence[int]) -> Part:
     # For [4, 6] -> [2, 2, 6] and b [r, 6], or a [4, r]. Axes of size 1 belong to no group: they go first.
-    ones = [i for i, axis in enumerate(part.axes) if axis != RANK and old[axis] == 1]
+    ones = [i for i, axis in enumerate(part.axes) if axis >= 0 and old[axis] == 1]
     array = lax.squeeze(part.array, ones)
     axes = [axis for i, axis in enumerate(part.axes) if i not in ones]
     # The groups that this part holds whole, as ([0], [0, 1]) for a, in the order of its own axes; the rank
     # is a group of itself. Axes within a group have to be neighbors in the base's order before a reshape.
     runs = [(left, right) for left, right in groups if set(left) <= set(axes)]
-    runs += [([RANK], [RANK])] if RANK in axes else []
+    runs += [([axis], [axis]) for axis in axes if axis < 0]
     runs.sort(key=lambda run: axes.index(run[0][0]))
     order = [axis for left, _ in runs for axis in left]
     if order != axes:
         array = lax.transpose(array, [axes.index(axis) for axis in order])
     # Now one reshape of the part does what the program's reshape does to those groups: [4, r] -> [2, 2, r].
     sizes = dict(zip(order, array.shape, strict=True))
-    shape = [sizes[RANK] if i == RANK else new[i] for _, right in runs for i in right]
+    shape = [sizes[i] if i < 0 else new[i] for _, right in runs for i in right]
     return Part(lax.reshape(array, shape), tuple(i for _, right in runs for i in right))
 
 
@@ -222,7 +224,7 @@ def _regrouped(part: Part, groups: list, old: Sequence[int], new: Sequence[int])
 def _sliced(part: Part, start: Sequence[int], limit: Sequence[int], strides: Sequence[int]) -> Part:
     if not part.axes:
         return part
-    where = [(0, n, 1) if axis == RANK else (start[axis], limit[axis], strides[axis])
+    where = [(0, n, 1) if axis < 0 else (start[axis], limit[axis], strides[axis])
              for axis, n in zip(part.axes, part.array.shape, strict=True)]  # fmt: skip
     return Part(lax.slice(part.array, *zip(*where, strict=True)), part.axes)
 
@@ -240,7 +242,7 @@ def looked_up(w: Factored, cut: Factored) -> Factored:
 
     def entries(w: Factored, name: str) -> int:
         part = w.parts[name]
-        return math.prod(n for n, axis in zip(part.array.shape, part.axes, strict=True) if axis != RANK)
+        return math.prod(n for n, axis in zip(part.array.shape, part.axes, strict=True) if axis >= 0)
 
     row = any(entries(cut, name) == 1 < entries(w, name) for name in "ab" if name in w.parts)
     return dataclasses.replace(cut, lookup=w.lookup or row)
@@ -281,10 +283,8 @@ def _dynamic_slice(walk, eqn, values):
 
     def sliced(part: Part) -> Part:
         zero = jnp.zeros((), starts[0].dtype) if starts else 0
-        begin = [zero if axis == RANK else starts[axis] for axis in part.axes]
-        size = [
-            n if axis == RANK else sizes[axis] for axis, n in zip(part.axes, part.array.shape, strict=True)
-        ]
+        begin = [zero if axis < 0 else starts[axis] for axis in part.axes]
+        size = [n if axis < 0 else sizes[axis] for axis, n in zip(part.axes, part.array.shape, strict=True)]
         return Part(lax.dynamic_slice(part.array, begin, size), part.axes) if part.axes else part
 
     return [looked_up(w, w.with_parts(one(eqn, w.base, *starts), sliced))]
@@ -296,9 +296,7 @@ def _tile(walk, eqn, values):
     reps = eqn.params["reps"]
 
     def tiled(part: Part) -> Part:
-        return Part(
-            jnp.tile(part.array, [1 if axis == RANK else reps[axis] for axis in part.axes]), part.axes
-        )
+        return Part(jnp.tile(part.array, [1 if axis < 0 else reps[axis] for axis in part.axes]), part.axes)
 
     return [w.with_parts(one(eqn, w.base), tiled)]
 
@@ -331,16 +329,14 @@ def _gather(walk, eqn, values):
 
     def gathered(part: Part) -> Part:
         # The part's own gather: of the index vector it reads the columns that index an axis of its own.
-        where = {axis: i for i, axis in enumerate(part.axes) if axis != RANK}
+        where = {axis: i for i, axis in enumerate(part.axes) if axis >= 0}
         columns = [c for c, axis in enumerate(dims.start_index_map) if axis in where]
         batching = [c for c, axis in enumerate(dims.operand_batching_dims) if axis in where]
         batching.sort(key=lambda c: where[dims.operand_batching_dims[c]])  # a part has its own order of axes
         if not columns and not batching:
             cut = _sliced(part, (0,) * w.ndim, sizes, (1,) * w.ndim)
             return cut.renamed(place.__getitem__)
-        inner = [
-            axis for axis in part.axes if axis in place or axis == RANK
-        ]  # the window that each index takes
+        inner = [axis for axis in part.axes if axis in place or axis < 0]  # the window that each index takes
         offset = tuple(range(index_axes, index_axes + len(inner)))
         numbers = lax.GatherDimensionNumbers(
             offset_dims=offset,
@@ -349,7 +345,7 @@ def _gather(walk, eqn, values):
             operand_batching_dims=tuple(where[dims.operand_batching_dims[c]] for c in batching),
             start_indices_batching_dims=tuple(dims.start_indices_batching_dims[c] for c in batching),
         )
-        window = tuple(n if axis == RANK else sizes[axis]
+        window = tuple(n if axis < 0 else sizes[axis]
                        for axis, n in zip(part.axes, part.array.shape, strict=True))  # fmt: skip
         rows = lax.gather(
             part.array,
@@ -361,7 +357,7 @@ def _gather(walk, eqn, values):
             # Out of bounds the base already says what the result is; the change adds nothing to it.
             fill_value=0 if eqn.params["mode"] == lax.GatherScatterMode.FILL_OR_DROP else None,
         )
-        axes = (*index_place, *(axis if axis == RANK else place[axis] for axis in inner))
+        axes = (*index_place, *(axis if axis < 0 else place[axis] for axis in inner))
         return Part(rows, axes)
 
     cut = [axis for axis in dims.start_index_map if sizes[axis] < w.shape[axis]]

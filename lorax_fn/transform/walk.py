@@ -18,11 +18,14 @@ from lorax_fn.transform.contractions import build
 from lorax_fn.transform.control import CONTROL, signature
 from lorax_fn.transform.edits import EDITS
 from lorax_fn.transform.factored import Factored, Part, Sum, folded, is_factored
+from lorax_fn.transform.picks import chosen
 from lorax_fn.transform.products import PRODUCTS
 from lorax_fn.transform.rules import MOVES
 
 # Every primitive that has a rule; no name stands in two of the tables.
 RULES = {**MOVES, **EDITS, **PRODUCTS}
+# Rules that leave the factors of many adapters side by side; for every other rule one is picked before.
+KEEP_MANY = {*MOVES, "dot_general"} - {"mul", "div"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +126,9 @@ class Walk:
             return jx.bind(eqn, values)
         if name in CONTROL:
             return CONTROL[name](dataclasses.replace(self, around=(*self.around, eqn)), eqn, values)
-        results = RULES[name](self, eqn, values) if name in RULES else NotImplemented
+        rule = RULES.get(name)
+        given = values if name in KEEP_MANY else [chosen(v) for v in values]
+        results = NotImplemented if rule is None else rule(self, eqn, given)
         if results is NotImplemented:
             values = self.dense(eqn, values)
             for var, value in zip(eqn.invars, values, strict=True):

@@ -1,0 +1,206 @@
+"""Many adapters over one base: a mixed batch by `lx.bank`, beside one adapter, loops, merged copies, PEFT.
+
+    python benchmarks/many.py                 # the tables of README.md
+    python benchmarks/many.py --quick         # fewer rounds and adapters, for CI
+    python benchmarks/many.py --check         # exit with status 1 where a target is missed
+
+The model is that of step.py, written for rows of any number of axes. The rows of the mixed batch are
+compared with each adapter's own before anything is timed. Variants take turns within each round, and ratios are formed within
+rounds: of wall time, and of CPU time, which other programs on the machine disturb less.
+"""
+
+import argparse
+import sys
+import time
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from step import Sizes
+
+import lorax_fn as lx
+
+TARGETS = {("time", 64): 1.10, ("flops", 64): 1.02}  # a mixed batch against one adapter for all of it
+
+
+class Block(nn.Module):
+    """One pre-LN block; leading axes of ``x`` are rows, any number of them."""
+
+    sizes: Sizes
+
+    @nn.compact
+    def __call__(self, x):
+        width, heads = self.sizes.width, self.sizes.heads
+        h = nn.LayerNorm()(x)
+        q, k, v = (nn.Dense(width, name=n)(h).reshape(*h.shape[:-1], heads, -1) for n in "qkv")
+        scores = jnp.einsum("...qhd,...khd->...hqk", q, k) / jnp.sqrt(jnp.float32(width // heads))
+        causal = jnp.tril(jnp.ones(scores.shape[-2:], bool))
+        scores = nn.softmax(jnp.where(causal, scores, jnp.float32(-1e30)))
+        x = x + nn.Dense(width, name="o")(jnp.einsum("...hqk,...khd->...qhd", scores, v).reshape(x.shape))
+        h = nn.gelu(nn.Dense(self.sizes.hidden, name="up")(nn.LayerNorm()(x)))
+        return x + nn.Dense(width, name="down")(h)
+
+
+class Model(nn.Module):
+    sizes: Sizes
+
+    @nn.compact
+    def __call__(self, x):
+        for i in range(self.sizes.layers):
+            x = Block(self.sizes, name=f"block_{i}")(x)
+        return x
+
+
+def adapters(params, count, rank):
+    rng = np.random.default_rng(0)
+    _, lora = lx.split(params, rank)
+    return [
+        jax.tree.map(lambda x: jnp.asarray(0.02 * rng.normal(size=x.shape), x.dtype), lora)
+        for _ in range(count)
+    ]
+
+
+def variants(sizes, count, check=True):
+    """Compiled calls of no arguments by name, and the FLOPs and temp bytes of each program."""
+    model = Model(sizes)
+    x = jax.random.normal(jax.random.key(0), (sizes.batch, sizes.tokens, sizes.width))
+    params = jax.jit(model.init)(jax.random.key(1), x[:1])
+    loras, apply = adapters(params, count, sizes.rank), lx.adapt(model.apply)
+    bank, ids = lx.bank(loras), jnp.arange(sizes.batch) % count
+    rows = [np.flatnonzero(np.asarray(ids) == i) for i in range(count)]
+    used = [i for i in range(count) if len(rows[i])]
+
+    one = jax.jit(apply)
+    mixed = jax.jit(lambda params, bank, ids, x: jax.vmap(lambda i, x: apply(params, bank[i], x))(ids, x))
+    plain = jax.jit(model.apply)
+    programs = {
+        "one adapter": one.lower(params, loras[0], x).compile(),
+        "bank": mixed.lower(params, bank, ids, x).compile(),
+    }
+    groups = {i: x[rows[i]] for i in used}
+    merged = {i: lx.merge(params, loras[i]) for i in used} if count <= 16 else {}
+
+    def loop():
+        return [one(params, loras[i], groups[i]) for i in used]
+
+    calls = {
+        "one adapter": lambda: programs["one adapter"](params, loras[0], x),
+        "bank": lambda: programs["bank"](params, bank, ids, x),
+        "loop over adapters": loop,
+    }
+    if merged:
+        calls["merged copies"] = lambda: [plain(merged[i], groups[i]) for i in used]
+    want = loop()
+    got = calls["bank"]()
+    for i, alone in zip(used, want, strict=True):
+        np.testing.assert_allclose(got[rows[i]], alone, rtol=0, atol=1e-4 * np.abs(alone).max())
+    costs = {
+        name: (program.cost_analysis()["flops"], program.memory_analysis().temp_size_in_bytes)
+        for name, program in programs.items()
+    }
+    return calls, costs
+
+
+def peft_call(sizes, count):
+    """PEFT's mixed batch (`adapter_names`) on blocks of the same linear layers, in torch; None without it."""
+    try:
+        import peft
+        import torch
+    except ImportError:
+        return None
+    torch.set_grad_enabled(False)
+    width, hidden, heads = sizes.width, sizes.hidden, sizes.heads
+
+    class TorchBlock(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            for name in "qkvo":
+                setattr(self, name, torch.nn.Linear(width, width))
+            self.up, self.down = torch.nn.Linear(width, hidden), torch.nn.Linear(hidden, width)
+            self.first, self.second = torch.nn.LayerNorm(width), torch.nn.LayerNorm(width)
+
+        def forward(self, x):
+            h = self.first(x)
+            q, k, v = (getattr(self, n)(h).unflatten(-1, (heads, -1)).transpose(1, 2) for n in "qkv")
+            h = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+            x = x + self.o(h.transpose(1, 2).flatten(2))
+            return x + self.down(torch.nn.functional.gelu(self.up(self.second(x)), approximate="tanh"))
+
+    net = torch.nn.Sequential(*(TorchBlock() for _ in range(sizes.layers)))
+    config = peft.LoraConfig(r=sizes.rank, target_modules=[*"qkvo", "up", "down"], init_lora_weights=False)
+    net = peft.get_peft_model(net, config, "0")
+    for i in range(1, count):
+        net.add_adapter(str(i), config)
+    net.eval()
+    x = torch.randn(sizes.batch, sizes.tokens, width)
+    names = [str(i % count) for i in range(sizes.batch)]
+    return lambda: net(x, adapter_names=names).numpy(), lambda: net(x).numpy()
+
+
+def timed(calls, rounds):
+    """Wall and CPU seconds ``[rounds]`` by name; the order of the variants changes from round to round."""
+    wall, cpu = {name: [] for name in calls}, {name: [] for name in calls}
+    for call in calls.values():
+        jax.block_until_ready(call())
+    for round_ in range(rounds):
+        names = list(calls)
+        for name in names[round_ % len(names) :] + names[: round_ % len(names)]:
+            start = time.perf_counter(), time.process_time()
+            jax.block_until_ready(calls[name]())
+            wall[name].append(time.perf_counter() - start[0])
+            cpu[name].append(time.process_time() - start[1])
+    return {k: np.array(v) for k, v in wall.items()}, {k: np.array(v) for k, v in cpu.items()}
+
+
+def table(title, sizes, counts, rounds):
+    print(f"\n{title}\n")
+    print("| adapters | variant | ms | / one adapter | CPU time / one adapter | GFLOP / one | temp MB |")
+    print("|---|---|---|---|---|---|---|")
+    found = {}
+    for count in counts:
+        calls, costs = variants(sizes, count)
+        wall, cpu = timed(calls, rounds)
+        for name in calls:
+            ratios = [np.median(t[name] / t["one adapter"]) for t in (wall, cpu)]
+            flops = temp = ""
+            if name in costs:
+                flops = f"{costs[name][0] / costs['one adapter'][0]:.4f}"
+                temp = f"{costs[name][1] / 1e6:.1f}"
+                found[count, name] = (*ratios, costs[name][0] / costs["one adapter"][0])
+            ms = np.median(wall[name]) * 1e3
+            print(f"| {count} | {name} | {ms:.1f} | {ratios[0]:.3f} | {ratios[1]:.3f} | {flops} | {temp} |")
+        theirs = peft_call(sizes, count)
+        if theirs is not None:
+            mixed, one = theirs
+            wall, _ = timed({"PEFT, mixed": mixed, "PEFT, one": one}, rounds)
+            ratio = np.median(wall["PEFT, mixed"] / wall["PEFT, one"])
+            ms = np.median(wall["PEFT, mixed"]) * 1e3
+            print(
+                f"| {count} | PEFT, mixed batch (beside its own one adapter) | {ms:.1f} | {ratio:.3f} | | | |"
+            )
+    return found
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--check", action="store_true")
+    options = parser.parse_args()
+    counts, rounds = ([4, 64], 3) if options.quick else ([1, 4, 16, 64], 10)
+    prompt = Sizes(batch=16, tokens=64)
+    found = table("Prompts: 16 rows of 64 tokens", prompt, counts, rounds)
+    table("Decoding: 32 rows of one token", Sizes(batch=32, tokens=1), counts, 4 * rounds)
+    missed = False
+    for (what, count), most in TARGETS.items():
+        wall, _, flops = found[count, "bank"]
+        value = flops if what == "flops" else wall
+        missed |= value > most
+        print(
+            f"{'PASS' if value <= most else 'MISS'}  {what} of {count} adapters: {value:.4f}, at most {most}"
+        )
+    sys.exit(1 if missed and options.check else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,380 @@
+"""Banks: a row of a mixed batch is that of its adapter alone, values and gradients; slots swap for free."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
+from rule_cases import RULE_CASES, make_adapter, normal
+
+import lorax_fn as lx
+
+# One row of each kind of rule runs always, the whole matrix with -m slow.
+ALWAYS = {"dense", "attention out", "left", "layers by iteration", "ragged", "lookup", "conv"}
+CASES = [case if case.name in ALWAYS else pytest.param(case, marks=pytest.mark.slow) for case in RULE_CASES]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_rows_of_every_rule_equal_each_adapter_alone(case):
+    kinds = ((1, 2.0, 10), (3, 1.5, 20), (2, -1.0, 30))
+    loras = [{"w": make_adapter(case.shape, case.layout, *kind)} for kind in kinds]
+    bank = lx.bank(loras, capacity=4)
+    apply, params = lx.adapt(case.fn, fallback="allow"), {"w": case.weight}
+    xs = normal(3, (4, *case.x)) if isinstance(case.x, tuple) else jnp.stack([case.input] * 4)
+    ids, weights = [2, -1, 0, 1], normal(5, (4,))
+
+    @jax.jit
+    def run(params, bank):
+        def one(i, x):
+            return apply(params, bank[i], x)
+
+        if case.name.startswith("ragged"):  # JAX maps no ragged_dot over rows
+            rows = lax.map(lambda row: one(*row), (jnp.array(ids), xs))
+        else:
+            rows = jax.vmap(one)(jnp.array(ids), xs)
+        alone = [
+            case.fn(lx.merge(params, loras[i] if i >= 0 else {}), x) for i, x in zip(ids, xs, strict=True)
+        ]
+        delta = sum(w * lx.delta(lora)["w"] for w, lora in zip(weights, loras, strict=False))
+        return (
+            rows,
+            jnp.stack(alone),
+            apply(params, bank[weights], xs[0]),
+            case.fn({"w": params["w"] + delta}, xs[0]),
+        )
+
+    rows, alone, mixed, want = run(params, bank)
+    scale = 1 + np.abs(alone).max()
+    np.testing.assert_allclose(rows, alone, rtol=0, atol=case.tol * scale)
+    np.testing.assert_allclose(mixed, want, rtol=0, atol=case.tol * scale)
+
+
+# A model of everything at once: a table, a checkpointed scan over layers with experts, tied logits.
+TABLE, LAYERS = normal(1, (11, 6), 0.3), normal(2, (2, 5, 6, 6), 0.4)
+PARAMS = {
+    "table": TABLE,
+    "layers": {"experts": LAYERS, "gate": normal(3, (2, 6, 5))},
+    "bias": normal(4, (6,)),
+}
+LAYOUT = {
+    "table": lx.Layout((), (0,), (1,)),
+    "experts": lx.Layout((0, 1), (2,), (3,)),
+    "gate": lx.Layout((0,), (1,), (2,)),
+}
+
+
+def model(params, tokens):
+    @jax.checkpoint
+    def layer(x, w):
+        share = jax.nn.softmax(x @ w["gate"])
+        return x + (jnp.einsum("tn,enm->tem", jnp.tanh(x), w["experts"]) * share[..., None]).sum(1), None
+
+    x = params["table"][tokens] + params["bias"][None]
+    x, _ = lax.scan(layer, x, params["layers"])
+    return x @ params["table"].T
+
+
+def near(got, want, tol=1e-5):
+    np.testing.assert_allclose(got, want, rtol=0, atol=tol * (1 + np.abs(np.asarray(want)).max()))
+
+
+def drawn(rank, seed, params=PARAMS, **options):
+    _, lora = lx.split(params, rank, layout=LAYOUT, targets=["table", "experts", "gate"], **options)
+    keys = iter(jax.random.split(jax.random.key(seed), 99))
+    return jax.tree.map(
+        lambda x, t: x + 0.3 * jax.random.normal(next(keys), x.shape) if t else x, lora, lx.mask(lora)
+    )
+
+
+TOKENS = jax.random.randint(jax.random.key(0), (5, 4), 0, 11)
+IDS = jnp.array([1, -1, 0, 2, 1])
+METHODS = {
+    "lora": [dict(rank=1), dict(rank=3, alpha=2.0), dict(rank=2, scaling="rslora")],
+    "dora": [dict(rank=2, method="dora"), dict(rank=3), dict(rank=1, method="dora", alpha=3.0)],
+    "others": [dict(rank=2, method="vera"), dict(rank=2, method="lora_fa"), dict(rank=2, method="loha")],
+}
+apply = lx.adapt(model, fallback="error")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_rows_of_a_model_equal_single_runs_and_so_do_gradients(name):
+    loras = [drawn(seed=i, **options) for i, options in enumerate(METHODS[name])]
+    bank = lx.bank(loras)
+    scored = normal(6, (5, 4, 11))
+
+    @jax.jit
+    def mixed(bank):
+        rows = jax.vmap(lambda i, x: apply(PARAMS, bank[i], x))(IDS, TOKENS)
+        return (rows * scored).sum(), rows
+
+    @jax.jit
+    def alone(lora, x, score):
+        logits = apply(PARAMS, lora, x)
+        return (logits * score).sum(), logits
+
+    (_, rows), grads = jax.value_and_grad(mixed, has_aux=True)(bank)
+    want = [jax.tree.map(jnp.zeros_like, lora) for lora in loras]
+    for row, i in enumerate(IDS):
+        lora = loras[i] if i >= 0 else {}
+        (_, logits), grad = jax.value_and_grad(alone, has_aux=True)(lora, TOKENS[row], scored[row])
+        near(rows[row], logits)
+        if i >= 0:
+            want[i] = jax.tree.map(jnp.add, want[i], grad)
+    got = lx.Bank(grads.slots)
+    for i in range(3):
+        for path, adapter in bank.get(i).items():
+            if type(adapter) is not type(loras[i][path]):
+                continue  # kept as the LoRA of its factors
+            s = len(adapter.layout.stack)
+            for field in adapter.trained():
+                if (value := getattr(want[i][path], field)) is None:
+                    continue
+                held = getattr(got.slots[path], field) if field in "ab" else got.slots[path].extras[field]
+                held = jnp.moveaxis(held, s, 0)[i]
+                inside = tuple(slice(n) for n in value.shape)
+                near(held[inside], value)
+                assert np.abs(held).sum() == pytest.approx(np.abs(held[inside]).sum())  # pads get nothing
+            for field in adapter.frozen:
+                assert not jnp.moveaxis(getattr(got.slots[path], field), s, 0)[i].any()
+
+
+def test_unused_slots_scales_and_other_rows_leave_a_gradient_alone():
+    bank = lx.bank([drawn(2, i) for i in range(3)], capacity=4)
+
+    def grad(ids, tokens):
+        loss = lambda bank: jax.vmap(lambda i, x: apply(PARAMS, bank[i], x))(ids, tokens).sum()  # noqa: E731
+        return jax.jit(jax.grad(loss))(bank).slots
+
+    one = grad(jnp.array([1]), TOKENS[:1])
+    many = grad(jnp.array([1, 0, 0, -1]), TOKENS[:4])
+    for path, slots in many.items():
+        s = len(slots.layout.stack)
+        for field in "ab":
+            each = jnp.moveaxis(getattr(slots, field), s, 0)
+            assert each[0].any() and not each[2:].any()
+            near(each[1], jnp.moveaxis(getattr(one[path], field), s, 0)[1])
+        assert not slots.scale.any() and not slots.alpha.any()
+    trains = lx.mask(bank).slots["table"]
+    assert trains.a and trains.b and not (trains.scale or trains.alpha or trains.ranks or trains.kind)
+
+
+def test_a_slot_that_holds_nan_hurts_no_other_row():
+    loras = [drawn(2, i) for i in range(2)]
+    loras[0] = jax.tree.map(lambda x: x * jnp.nan, loras[0])
+    rows = jax.vmap(lambda i, x: apply(PARAMS, lx.bank(loras)[i], x))(jnp.array([-1, 1, 0]), TOKENS[:3])
+    near(rows[0], model(PARAMS, TOKENS[0]))
+    assert np.isfinite(rows[1]).all() and np.isnan(rows[2]).all()
+
+
+def test_training_all_slots_is_training_each():
+    loras = [drawn(r, i) for i, r in enumerate((1, 3))]
+    tx = lx.train_only(optax.adam(0.05))
+    ids = jnp.array([0, 1, 1])
+
+    def step(tree, loss, state):
+        grads = jax.grad(loss)(tree)
+        updates, state = tx.update(grads, state, tree)
+        return optax.apply_updates(tree, updates), state
+
+    def of_bank(bank):
+        each = jax.vmap(lambda i, x: jnp.square(apply(PARAMS, bank[i], x)).sum())(ids, TOKENS[:3])
+        return each.sum()
+
+    bank = lx.bank(loras)
+    state, run = tx.init(bank), jax.jit(lambda bank, state: step(bank, of_bank, state))
+    for _ in range(3):
+        bank, state = run(bank, state)
+    for i, lora in enumerate(loras):
+        mine = TOKENS[:3][ids == i]
+        loss = lambda lora, mine=mine: sum(jnp.square(apply(PARAMS, lora, x)).sum() for x in mine)  # noqa: E731
+        state, run = tx.init(lora), jax.jit(lambda lora, state, loss=loss: step(lora, loss, state))
+        for _ in range(3):
+            lora, state = run(lora, state)
+        for path, adapter in bank.get(i).items():
+            near(adapter.a, lora[path].a)
+            near(adapter.b, lora[path].b)
+
+
+def test_ids_and_weights_per_token_under_scan_and_in_decode():
+    loras = [drawn(2, i) for i in range(2)]
+    bank, x = lx.bank(loras), normal(8, (3, 4, 6))
+    dense = lx.adapt(lambda params, x: jnp.tanh(x @ params["table"].T), fallback="error")
+    ids = jnp.array([[0, 0, 1, 1], [-1, 1, -1, 0], [1, 1, 1, 1]])  # the first prompt switches half-way
+    got = jax.vmap(jax.vmap(lambda i, x: dense(PARAMS, bank[i], x)))(ids, x)
+    weights = normal(9, (3, 4, 2))
+    mixed = jax.vmap(jax.vmap(lambda w, x: dense(PARAMS, bank[w], x)))(weights, x)
+    delta = jnp.stack([lx.delta(lora)["table"] for lora in loras])
+    for b in range(3):
+        for t in range(4):
+            w = PARAMS["table"] + (delta[ids[b, t]] if ids[b, t] >= 0 else 0.0)
+            near(got[b, t], jnp.tanh(x[b, t] @ w.T))
+            w = PARAMS["table"] + (weights[b, t, :, None, None] * delta).sum(0)
+            near(mixed[b, t], jnp.tanh(x[b, t] @ w.T))
+
+    # A loop of decoding: the adapter of each row and step is data, and the cache is of other in_axes.
+    def decode(ids, first):
+        def step(carry, i):
+            x, cache = carry
+            x = dense(PARAMS, bank[i], x + cache)[:6]
+            return (x, cache + x), x
+
+        return lax.scan(step, (first, jnp.zeros(6)), ids)[1]
+
+    steps = jax.jit(jax.vmap(decode, in_axes=(0, 1)))(ids, x[:, 0].T)
+    for b in range(3):
+        out, cache = x[b, 0], jnp.zeros(6)
+        for t in range(4):
+            w = PARAMS["table"] + (delta[ids[b, t]] if ids[b, t] >= 0 else 0.0)
+            out = jnp.tanh((out + cache) @ w.T)[:6]
+            cache = cache + out
+            near(steps[b, t], out)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_mixtures_are_exact_and_one_hot_is_one_adapter(method):
+    loras = [drawn(2, i, method=method) for i in range(3)]
+    bank, weights = lx.bank(loras), jnp.array([0.5, -0.25, 1.5])
+    changes = [jax.tree.map(jnp.subtract, lx.merge(PARAMS, lora), PARAMS) for lora in loras]
+    mixed = jax.tree.map(
+        lambda w, *d: w + sum(x * y for x, y in zip(weights, d, strict=True)), PARAMS, *changes
+    )
+    got = jax.jit(lambda w: apply(PARAMS, bank[w], TOKENS[0]))(weights)
+    near(got, model(mixed, TOKENS[0]), 2e-5)
+    for path, leaf in lx.merge(PARAMS, bank[weights])["layers"].items():
+        near(leaf, mixed["layers"][path])
+    one = apply(PARAMS, bank[jnp.array([0.0, 1.0, 0.0])], TOKENS[0])
+    near(one, model(lx.merge(PARAMS, loras[1]), TOKENS[0]))
+    np.testing.assert_allclose(
+        lx.merge(PARAMS, bank[1])["table"], lx.merge(PARAMS, loras[1])["table"], atol=1e-6
+    )
+
+
+def test_quantized_bases_dropout_and_two_banks():
+    params = lx.quantize(PARAMS, "int8", targets=["gate", "experts"], block=2, layout=LAYOUT)
+    loras = [drawn(2, i) for i in range(2)]
+    bank = lx.bank(loras)
+    rows = jax.vmap(lambda i, x: apply(params, bank[i], x))(IDS[:3], TOKENS[:3])
+    for row, i in enumerate([1, -1, 0]):
+        want = model(lx.merge(params, {} if i < 0 else loras[i]), TOKENS[row])
+        near(rows[row], want, 2e-5)
+    twice = lx.adapt(apply, fallback="error")
+    both = jax.vmap(lambda i, j, x: twice(PARAMS, bank[i], bank[j], x))(
+        IDS[:2], jnp.array([0, 1]), TOKENS[:2]
+    )
+    for row, (i, j) in enumerate([(1, 0), (-1, 1)]):
+        pair = ([(1.0, loras[i])] if i >= 0 else []) + [(1.0, loras[j])]
+        near(both[row], apply(PARAMS, lx.combine(pair), TOKENS[row]), 2e-5)
+    x, key = normal(7, (4, 11)), jax.random.key(3)
+    dense = lx.adapt(lambda params, x: x @ params["table"], fallback="error")
+    dropped = jax.vmap(lambda i: dense(PARAMS, lx.dropout(bank[i], 0.5, key), x))(jnp.array([0, -1]))
+    assert (dropped[0] != dense(PARAMS, loras[0], x)).any()
+    near(dropped[1], x @ PARAMS["table"])
+
+
+def test_rows_sharded_over_a_mesh():
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    bank = lx.bank([drawn(2, i) for i in range(3)])
+    ids, tokens = jnp.arange(8) % 4 - 1, jnp.tile(TOKENS[:4], (2, 1))
+    run = jax.jit(jax.vmap(lambda bank, i, x: apply(PARAMS, bank[i], x), in_axes=(None, 0, 0)))
+    rows = NamedSharding(mesh, PartitionSpec("data"))
+    got = run(bank, jax.device_put(ids, rows), jax.device_put(tokens, rows))
+    assert got.sharding.spec[0] == "data"
+    near(got, run(bank, ids, tokens))
+
+
+def test_a_hundred_swaps_compile_nothing_and_copy_one_slot(caplog):
+    loras = [drawn(r, i) for i, r in enumerate((1, 2, 4, 3))]
+    bank = lx.bank(loras, rank=4, capacity=8)
+    run = jax.jit(lambda bank, ids: jax.vmap(lambda i, x: apply(PARAMS, bank[i], x))(ids, TOKENS[:2]))
+    run(bank, jnp.array([0, 1]))
+    bank = bank.set(0, loras[1], donate=True)
+    pointer = bank.slots["table"].a.unsafe_buffer_pointer()
+    with jax.log_compiles():
+        for i in range(100):
+            bank = bank.set(i % 8, loras[i % 4], donate=True)
+            run(bank, jnp.array([i % 8, -1]))
+        assert "ompil" not in caplog.text, caplog.text
+        assert bank.slots["table"].a.unsafe_buffer_pointer() == pointer
+        other = lx.bank(loras, rank=4, capacity=9)
+        run(other, jnp.array([0, 1]))
+        assert "Compiling" in caplog.text  # a bank of another size does compile
+    got = run(bank, jnp.array([3, 2]))
+    near(got[0], apply(PARAMS, loras[99 % 4], TOKENS[0]))
+
+
+def test_get_is_what_set_put_there_and_clear_empties():
+    loras = [
+        drawn({"experts": (1, 2, 0, 3, 1, 1, 1, 1, 1, 1), "*": 2}, 1),
+        drawn(3, 2, method="dora"),
+        {"table": drawn(1, 3)["table"]},
+    ]
+    loras[0] = jax.tree.map(lambda x: x, loras[0])
+    bank = lx.bank(loras, capacity=5, rank=4)
+    assert len(bank) == 5 and "5 slots" in repr(bank) and lx.bank([{}, *loras]).get(0) == {}
+    before = bank
+    bank = bank.set(4, loras[1]).clear(0)
+    assert bank.get(0) == {} == before.get(4) and bank.get(3) == {}
+    for i, lora in ((1, loras[1]), (2, loras[2]), (4, loras[1])):
+        back = bank.get(i)
+        assert jax.tree.structure(back) == jax.tree.structure(lora)
+        assert jax.tree.all(jax.tree.map(lambda x, y: bool((x == y).all()), back, lora))
+    uneven = before.get(0)["layers/experts"]
+    assert uneven.rank == (1, 2, 0, 3, 1, 1, 1, 1, 1, 1) and uneven.alpha == 32.0
+    assert lx.bank([loras[1]] * 7).nbytes == 7 * lx.bank([loras[1]]).nbytes
+    shapes = jax.eval_shape(lambda: drawn(2, 0))
+    assert lx.bank([shapes], capacity=3).slots["table"].a.shape == (3, 11, 2)
+    traced = jax.jit(lambda bank, i, lora: bank.set(i, lora))(before, 4, loras[1])
+    assert jax.tree.all(jax.tree.map(lambda x, y: bool((x == y).all()), traced.get(4), loras[1]))
+
+
+@pytest.mark.parametrize(
+    "act, match",
+    [
+        (lambda bank: bank[3], "no such slot"),
+        (lambda bank: bank[-2], "no such slot"),
+        (lambda bank: bank[True], "neither a slot nor a mixture"),
+        (lambda bank: bank[jnp.array([0, 1])], "neither a slot nor a mixture"),
+        (lambda bank: bank[jnp.ones(3)], "neither a slot nor a mixture"),
+        (lambda bank: bank.set(-1, {}), "no such slot"),
+        (lambda bank: bank.set(2, {}), "no such slot"),
+        (lambda bank: bank.set(0, drawn(3, 0)), "rank is larger than the bank's"),
+        (lambda bank: bank.set(0, {"gate": drawn(1, 0)["table"]}), "no place"),
+        (lambda bank: bank.set(0, {"table": drawn(1, 0)["layers/gate"]}), "does not fit this bank"),
+        (lambda bank: bank.set(0, drawn(2, 0, method="dora")), "does not fit this bank"),
+        (lambda bank: bank.set(0, {"table": lx.Full(TABLE)}), "low-rank adapters only"),
+        (lambda bank: lx.bank([]), "no adapter says"),
+        (lambda bank: lx.bank([drawn(2, 0)] * 3, capacity=2), "more adapters than slots"),
+        (lambda bank: lx.bank([drawn(3, 0)], rank=2), "rank is larger"),
+        (lambda bank: lx.bank([drawn(2, 0), {"table": drawn(1, 0)["layers/gate"]}]), "one base"),
+        (lambda bank: jax.jit(lambda bank: bank.get(0))(bank), "not known here"),
+        (lambda bank: lx.bank([lx.stack([drawn(2, 0), drawn(2, 1)])]), "stacked along axis 0"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_told(act, match):
+    with pytest.raises(lx.LoraError, match=match):
+        act(lx.bank([drawn(2, 0), drawn(1, 1)]))
+
+
+def test_cost_of_a_mixed_batch_is_that_of_one_adapter():
+    """FLOPs, one base product over the whole batch, and temp bytes without a copy of all layers' adapters."""
+    params = {f"layer_{i}": {"kernel": normal(i, (64, 64), 0.1)} for i in range(8)}
+
+    def deep(params, x):
+        for name in params:
+            x = jnp.tanh(x @ params[name]["kernel"])
+        return x
+
+    loras = [lx.split(params, 8, init="gaussian", key=jax.random.key(i))[1] for i in range(16)]
+    bank, run = lx.bank(loras), lx.adapt(deep)
+    x, ids = jnp.ones((16, 32, 64)), jnp.arange(16)
+    one = jax.jit(lambda params, lora, x: run(params, lora, x)).lower(params, loras[0], x).compile()
+    many = jax.jit(lambda params, bank, ids, x: jax.vmap(lambda i, x: run(params, bank[i], x))(ids, x))
+    many = many.lower(params, bank, ids, x).compile()
+    flops = [c.cost_analysis()["flops"] for c in (one, many)]
+    assert flops[1] < 1.02 * flops[0]
+    picked = 16 * 8 * (64 * 8 + 8 * 64) * 4  # rows, layers, A and B, bytes
+    grown = many.memory_analysis().temp_size_in_bytes - one.memory_analysis().temp_size_in_bytes
+    assert grown < picked / 2
+    assert many.as_text().count("f32[512,64]{1,0} dot(") == 8
