@@ -10,8 +10,8 @@ HEAD = """# API reference
 
 <!-- Made by python tests/api_page.py; do not edit. -->
 
-All public names, from their docstrings, by the folder of the package that holds them. `lorax_fn.split` is `lx.split` after
-`import lorax_fn as lx`.
+All public names, from their docstrings, by the folder of the package that holds them. After
+`import lorax_fn as lx`, `lorax_fn.split` is `lx.split`.
 """
 # The folders in the order in which a reader meets them; one that is not named here comes after these.
 ORDER = (

@@ -1,4 +1,4 @@
-"""The documentation: its reference holds every public name, its navigation every page, its pictures are there."""
+"""The documentation: its reference holds every public name, and its navigation every page."""
 
 import pathlib
 import re

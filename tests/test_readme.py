@@ -1,4 +1,4 @@
-"""Every Python block of README.md and of each page of docs/ and its folders runs, top to bottom, in a process of its own."""
+"""Every Python block of README.md and of each page below docs/ runs, top to bottom, in its own process."""
 
 import os
 import pathlib
