@@ -18,6 +18,8 @@ def runner():
     import importlib.util
     import warnings
 
+    pytest.importorskip("jupytext", reason="the extra 'notebooks' is not in this environment")
+
     spec = importlib.util.spec_from_file_location("notebooks_run", FOLDER / "run.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -66,6 +68,7 @@ def test_a_path_of_a_machine_is_found(path, runner):
 @pytest.mark.slow
 @pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
 def test_it_runs(file):
+    pytest.importorskip("jupytext", reason="the extra 'notebooks' is not in this environment")
     run = [sys.executable, str(FOLDER / "run.py"), "--check", file.name[:2]]
     done = subprocess.run(run, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
