@@ -2,14 +2,14 @@
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help setup test test-jax test-oldest test-newest test-peft test-extra lint demo demo-qlora bench clean
+.PHONY: help setup test test-jax test-oldest test-newest test-peft test-extra lint demo demo-qlora bench docs notebooks clean
 
 # The first interpreter that starts, is new enough and can make a venv (a version manager's shim may do neither).
 # python3 goes first: it is the one the user chose. PYTHON=... overrides.
 PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.13; do \
 	if $$p -c 'import ensurepip, sys, venv; assert sys.version_info >= (3, 11)' >/dev/null 2>&1; then \
 	echo $$p; break; fi; done)
-EXTRAS := test,lint,examples
+EXTRAS := test,lint,examples,notebooks
 ARGS ?=
 
 PY := .venv/bin/python
@@ -23,6 +23,8 @@ help:
 	@echo 'make test-peft             the methods against the real peft, in a venv of its own (about 2 GB)'
 	@echo 'make test-extra            google-tunix, gemma and the compiler of TPUs, each in a venv of its own (4 GB)'
 	@echo 'make lint                 ruff, pyright and the import arrows'
+	@echo 'make docs                 the documentation as a site, in build/site; warnings are errors'
+	@echo 'make notebooks [ARGS=...] runs notebooks/*.py and writes their outputs into the .ipynb beside them'
 	@echo 'make bench [ARGS=...]     one training step, timed (benchmarks/step.py)'
 	@echo 'make setup                .venv alone; PYTHON=... chooses the interpreter'
 
@@ -119,6 +121,17 @@ demo-qlora: .venv/.installed .venv/.assets
 
 bench: .venv/.installed
 	$(PY) benchmarks/step.py $(ARGS)
+
+.venv/.docs: .venv/.installed
+	@$(PIP) -e '.[docs]'
+	@touch $@
+
+docs: .venv/.docs
+	$(PY) tests/api_page.py
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build
+
+notebooks: .venv/.installed .venv/.assets
+	$(PY) notebooks/run.py $(ARGS)
 
 clean:
 	rm -rf .venv .venv-oldest .venv-newest .venv-peft .venv-tunix .venv-gemma .venv-tpu
