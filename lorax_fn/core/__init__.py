@@ -1,1 +1,1 @@
-"""The nouns that every other folder shares: errors, layouts, trees and paths, adapters, stored weights."""
+"""The nouns that all folders share: errors, layouts, trees and paths, adapters, stored weights."""

@@ -1,4 +1,4 @@
-"""What an adapter is: it changes or replaces one weight, and answers what other code asks of it."""
+"""The adapter: a pytree that changes or replaces one weight, and the interface that methods implement."""
 
 import dataclasses
 import itertools
@@ -21,16 +21,16 @@ class Factors:
     """The low-rank form ``W' = column * (W + scale * A @ B)`` that the transform contracts.
 
     Args:
-      a: ``[*s, *n, r]``; without ``*s`` where all stack entries share it.
+      a: ``[*s, *n, r]``, or ``[*n, r]`` if all stack entries share it.
       b: ``[*s, r, *m]``.
       layout: which axes of the weight are stack, inputs and outputs.
       scale: a number, or an array ``[]``, ``[*s]`` or ``[*s, r]``.
       column: ``[*s, *m]`` factor of the whole weight (DoRA), or None for 1.
-      key: PRNG keys ``[*s]`` that drop inputs of A, or None.
-      rate: the share of inputs dropped: a number, or a scalar array.
-      tap: whether the factors only read what the weight contracts; see `transform/taps.py`.
-      pick: where A, B and scale of many adapters lie side by side, ``[*s, k, ...]``: the integer number of
-        the one to use (any outside of ``0 .. k-1`` adds nothing), or float weights ``[k]``; None for one.
+      key: PRNG keys ``[*s]`` for dropout on the inputs of A, or None.
+      rate: the fraction of inputs to drop: a number, or a scalar array.
+      tap: True if the factors only observe what the weight contracts; see `transform/taps.py`.
+      pick: None for one adapter. If A, B and scale are those of many, ``[*s, k, ...]``: the integer index of
+        the one to use (others than ``0 .. k-1`` add nothing), or float weights ``[k]``.
     """
 
     a: jax.Array
@@ -45,14 +45,14 @@ class Factors:
 
 
 def fact(**options: Any) -> Any:
-    """A field of an adapter that is static, a part of the tree's structure: another value compiles anew."""
+    """A static field of an adapter: it is part of the tree's structure, so a new value recompiles."""
     return dataclasses.field(metadata={"static": True}, **options)
 
 
 def number(**options: Any) -> Any:
-    """A field that is static as a Python number or a tuple of them, and a leaf as an array.
+    """A field that is static if it holds a Python number or a tuple of them, and a leaf if it holds an array.
 
-    As a leaf it never trains, and other values of it compile nothing.
+    As a leaf it never trains, and a new value does not recompile.
     """
     return dataclasses.field(metadata={"static": True, "number": True}, **options)
 
@@ -71,8 +71,8 @@ def register(cls: type[T]) -> type[T]:
     """Makes a class a frozen dataclass and a pytree.
 
     Plain fields are leaves, `fact` fields are static, and `number` fields are either. Two adapters are equal
-    where they are the same object, for arrays have no single truth value; compare them by value with
-    ``jax.tree.all(jax.tree.map(jnp.array_equal, one, other))``.
+    only if they are the same object, because comparing arrays does not give one truth value. To compare by
+    value, use ``jax.tree.all(jax.tree.map(jnp.array_equal, one, other))``.
     """
     made: Any = dataclasses.dataclass(frozen=True, eq=False, repr=False)(cls)
     fields = dataclasses.fields(made)
@@ -104,7 +104,7 @@ def register(cls: type[T]) -> type[T]:
         x = object.__new__(made)
         x.__dict__.update(zip(arrays + live, leaves, strict=True))
         x.__dict__.update(zip(facts + still, values, strict=True))
-        # A tree_map may put a Python number where an array was: it stays a leaf.
+        # tree_map may put a Python number where an array was. It stays a leaf, so that structures agree.
         x.__dict__["_live"] = live
         return x
 
@@ -115,13 +115,13 @@ def register(cls: type[T]) -> type[T]:
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Adapter:
-    """What changes or replaces one weight: a frozen dataclass that is a pytree, made so by `register`.
+    """What changes or replaces one weight: a frozen dataclass and pytree, by the decorator `register`.
 
-    A method is a subclass with `weight` (the changed weight, always) and, where a fast path exists,
-    `factors` (its low-rank form, which the transform contracts without building the weight). All that the
-    rest of the package needs to know of a method, it asks by the members below.
+    A method is a subclass that defines `weight` (the changed weight) and, if it has a fast path, `factors`
+    (the low-rank form, which the transform contracts without building the weight). The rest of the package
+    knows a method only through the members below.
 
-    ``frozen`` names the array fields that never train: they get a zero gradient and ``mask`` False.
+    ``frozen`` names the array fields that never train: their gradient is zero and `lorax_fn.mask` is False.
 
     Example:
       >>> import lorax_fn as lx
@@ -130,48 +130,47 @@ class Adapter:
     """
 
     frozen: ClassVar[tuple[str, ...]] = ()
-    up: ClassVar[tuple[str, ...]] = ()  # array fields on the side of the outputs: LoRA+ trains them faster
-    adds: ClassVar[bool] = False  # W' = W + dW, with a dW that is known without W
-    owns_factors: ClassVar[bool] = (
-        False  # dW = scale * a @ b of its own fields a and b: it can be cut and resized
-    )
+    up: ClassVar[tuple[str, ...]] = ()  # array fields on the output side, which LoRA+ trains faster
+    adds: ClassVar[bool] = False  # True if W' = W + dW and dW does not depend on W
+    # True if dW = scale * a @ b with the fields a and b themselves, so that the rank can be changed.
+    owns_factors: ClassVar[bool] = False
 
     def weight(self, w: jax.Array) -> jax.Array:
-        """The changed weight, summed in float32 or wider and returned in ``w``'s dtype, ``w``'s shape."""
+        """The changed weight, accumulated in float32 or wider, in the shape and dtype of ``w``."""
         raise TypeError(f"{type(self).__name__} must define weight(w)")
 
     def factors(self, w: jax.Array) -> Factors | None:
-        """The low-rank form of the change, or None where `weight` is the form to compute with."""
+        """The low-rank form of the changed weight, or None if only `weight` can be used."""
         del w
         return None
 
     def pair(self) -> Factors | None:
-        """A, B and the scale of a low-rank change that is known without the weight, or None."""
+        """A, B and the scale of a low-rank change that does not depend on the weight, or None."""
         return None
 
     def delta(self) -> jax.Array:
-        """``dW`` in float32 on the weight's own axes, where the class ``adds``."""
-        raise TypeError(f"{type(self).__name__} has no dW that is known without its weight")
+        """``dW`` in float32 on the weight's own axes; defined if the class ``adds``."""
+        raise TypeError(f"{type(self).__name__} has no dW that is independent of its weight")
 
     def base(self, w: Any) -> Any:
-        """What of the weight stands beside `factors`: all of it, unless the adapter replaces a part."""
+        """The part of the weight that `factors` adds to: all of it, unless the adapter replaces a part."""
         return w
 
     def axes(self) -> dict[str, tuple[int | None, ...]]:
-        """Which axis of the weight each axis of each array field runs along, None for a rank.
+        """For each array field, the axis of the weight that each of its axes runs along; None for the rank.
 
-        Shardings of the weight are handed down along it; a field left out is replicated.
+        `lorax_fn.shardings` follows it. A field that is left out is replicated.
         """
         return {}
 
     def problem(self, w: Any) -> str | None:
-        """Why this adapter does not fit a weight of ``w``'s shape, or None where it fits."""
+        """What this adapter would fit instead of ``w``, as an error's ``want``; None if it fits."""
         del w
         return None
 
     @classmethod
     def trained(cls) -> tuple[str, ...]:
-        """The array fields that train, where they hold floats."""
+        """The array fields that train if they hold floats."""
         fields = dataclasses.fields(cls)
         return tuple(f.name for f in fields if not f.metadata.get("static") and f.name not in cls.frozen)
 
@@ -181,27 +180,31 @@ class Adapter:
         return sum(int(np.prod(value.shape)) for value in values if is_float(value))
 
     def numbers(self) -> dict[str, Any]:
-        """The facts of one line of a table: rank, alpha and scale, those that the method has."""
+        """What a table shows of this adapter: those of rank, alpha and scale that the method has."""
         return {}
 
     def with_dropout(self, rate: Any, key: jax.Array) -> "Adapter":
-        """A copy that drops a share of the inputs of A by a PRNG key, or a `LoraError` that says why not."""
+        """A copy that drops a fraction ``rate`` of the inputs of A.
+
+        Raises:
+          LoraError: the method does not support dropout.
+        """
         del rate, key
         raise error(
-            "this method takes no dropout.",
+            "this method does not support dropout.",
             got=type(self).__name__,
-            want="a method with inputs of A to drop",
+            want="a method that multiplies inputs by a factor A",
             do="leave it out: lora | lx.dropout({path: a for path, a in lora.items() if ...}, rate, key).",
         )
 
     @property
     def under_dropout(self) -> bool:
-        """Whether this adapter came out of `lorax_fn.dropout`: it then carries keys that drop inputs of A."""
+        """Whether this adapter came out of `lorax_fn.dropout`, so that it carries dropout keys."""
         return getattr(self, "key", None) is not None
 
     @property
     def is_stacked(self) -> bool:
-        """Whether its arrays have an axis more than its layout tells, as those for `jax.vmap` do."""
+        """Whether its arrays have one axis more than its layout has, for `jax.vmap` to map over."""
         return any(
             is_array(value := getattr(self, name)) and len(value.shape) != len(axes)
             for name, axes in self.axes().items()
@@ -209,7 +212,7 @@ class Adapter:
         )
 
     def __repr__(self) -> str:
-        """One line, whatever the fields hold: arrays by dtype and shape."""
+        """One line, in which arrays show as dtype and shape."""
         fields = dataclasses.fields(self)
         arrays = {f.name: getattr(self, f.name) for f in fields if not f.metadata.get("static")}
         told = {name: short(value) for name, value in arrays.items() if value is not None}
@@ -219,7 +222,7 @@ class Adapter:
 
 
 def short(x: Any) -> str:
-    """An array as ``f32[16,8]``, a long tuple by its runs, ``2x0 78x8``, any other value by its ``repr``."""
+    """An array as ``f32[16,8]``, a long tuple by its runs (``2x0 78x8``), other values by their ``repr``."""
     if isinstance(x, tuple) and len(x) > 4:
         return " ".join(f"{len(list(same))}x{value}" for value, same in itertools.groupby(x))
     if not is_array(x) or isinstance(x, np.generic):

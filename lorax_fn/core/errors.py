@@ -1,15 +1,15 @@
-"""`LoraError`, the one error of this package: what happened, then facts, then what to do."""
+"""`LoraError`, the one error class of this package: what happened, then facts, then what to do."""
 
 from collections.abc import Sequence
 
 
 class LoraError(ValueError):
-    """Any mistake that a user of this library can make and mend.
+    """A mistake that a user of this library can make and correct.
 
-    The message has one form: what happened; then ``where``, ``got``, ``want`` and ``do`` lines.
+    Every message has the same form: what happened; then lines ``path``, ``got``, ``want`` and ``do``.
 
     Args:
-      message: the whole text.
+      message: the complete text.
 
     Example:
       >>> import lorax_fn as lx
@@ -18,14 +18,14 @@ class LoraError(ValueError):
     """
 
 
-SHOWN = 5  # lines of one fact, and paths whose nearest names are looked for
+SHOWN = 5  # how many lines of one fact are shown, and for how many paths nearest names are suggested
 
 
 def error(what: str, *, do: str, **facts: object) -> LoraError:
     """Builds a `LoraError` with aligned fact lines: ``error("no match.", path=..., got=..., do=...)``.
 
-    A fact that is a list has one line per entry: the first five, and how many more there are. Where all
-    entries of a list say the same, they are said once.
+    A fact that is a list gets one line per entry: the first five, then how many more there are. If all
+    entries are the same, one line is shown.
     """
     lines = [what]
     for name, fact in {**facts, "do": do}.items():
@@ -45,9 +45,9 @@ def _shown(fact: list) -> list[str]:
 
 
 def nearest(path: str, others: Sequence[str], n: int = 4) -> list[str]:
-    """The paths most like ``path``, for error messages.
+    """The ``n`` paths most like ``path``, for error messages.
 
-    Comparing two paths letter by letter is slow, so only those that share most pairs of letters are compared.
+    Exact comparison is slow, so only the paths that share the most pairs of letters are compared.
     """
     import difflib
 

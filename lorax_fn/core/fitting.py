@@ -1,4 +1,4 @@
-"""Whether a `lora` fits a tree of parameters."""
+"""Checks that a `lora` is a dict of adapters and fits a tree of parameters."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,16 +9,16 @@ from lorax_fn.core.trees import is_array, is_float
 
 
 def check_fits(leaves: Mapping[str, Any], lora: Any, *, allow_dropped: bool = True) -> None:
-    """Checks every adapter against the leaf it is named after.
+    """Checks every adapter against the leaf of its path.
 
     Args:
       leaves: leaves by path.
       lora: what should be a flat dict of adapters.
-      allow_dropped: whether adapters of `lorax_fn.dropout` are welcome.
+      allow_dropped: whether adapters from `lorax_fn.dropout` are allowed.
 
     Raises:
-      LoraError: ``lora`` is not a dict of adapters, or an adapter has no leaf, another shape, or an unwanted
-        dropout; the first of them are listed, with how many more there are.
+      LoraError: ``lora`` is not a dict of adapters; or there is no leaf at an adapter's path, the leaf is not
+        a float array of the adapter's shape, or the adapter carries a dropout key and may not.
 
     Example:
       >>> from lorax_fn.core.fitting import check_fits
@@ -38,10 +38,10 @@ def check_fits(leaves: Mapping[str, Any], lora: Any, *, allow_dropped: bool = Tr
 def misfits(
     leaves: Mapping[str, Any], lora: Any, *, allow_dropped: bool = True
 ) -> list[tuple[str, str, str]]:
-    """``(path, what is there, what should be)`` of every adapter that does not fit its leaf.
+    """``(path, got, want)`` for every adapter that does not fit its leaf.
 
-    Where params have no leaf of that path, the last is empty: to look for near names takes time, and only a
-    message needs them.
+    If params have no leaf at that path, ``want`` is empty: finding similar names takes time, and only an
+    error message needs them.
     """
     check_lora(lora)
     return [
@@ -52,7 +52,7 @@ def misfits(
 
 
 def _wanted(leaves: Mapping[str, Any], wrong: list[tuple[str, str, str]]) -> list[str]:
-    """What should be there, with the nearest names of the paths that a message has room for."""
+    """The ``want`` of each misfit; where it is empty, the nearest paths, for as many as a message shows."""
     paths = list(leaves)
     return [
         want or (f"one of {nearest(path, paths)}" if i <= SHOWN else "a path of params")
@@ -61,7 +61,7 @@ def _wanted(leaves: Mapping[str, Any], wrong: list[tuple[str, str, str]]) -> lis
 
 
 def check_lora(lora: Any) -> None:
-    """Raises a `LoraError` where ``lora`` is anything but a dict of adapters."""
+    """Raises a `LoraError` if ``lora`` is not a dict of adapters."""
     if not isinstance(lora, Mapping):
         strange: Any = type(lora).__name__
     else:
@@ -70,14 +70,14 @@ def check_lora(lora: Any) -> None:
         raise error(
             "lora is not a dict of adapters.",
             got="None",
-            want="{path: Adapter}, as lx.split returns it second",
+            want="{path: Adapter}, the second result of lx.split",
             do="pass {} for the model without adapters.",
         )
     if strange:
         raise error(
             "lora is not a dict of adapters.",
             got=strange,
-            want="{path: Adapter}, as lx.split returns it second",
+            want="{path: Adapter}, the second result of lx.split",
             do="params, lora = lx.split(params); params come before lora in every call.",
         )
 
@@ -85,7 +85,7 @@ def check_lora(lora: Any) -> None:
 def _misfit(
     leaves: Mapping[str, Any], path: str, adapter: Any, allow_dropped: bool
 ) -> tuple[str, str] | None:
-    """What is there and what should be, or None where the adapter fits."""
+    """``(got, want)``, or None if the adapter fits."""
     if path not in leaves or not is_array(leaves[path]):
         return "no such array in params", ""
     leaf = leaves[path]
@@ -100,7 +100,7 @@ def _misfit(
 
 
 def check_unstacked(lora: Mapping[str, Any]) -> None:
-    """Raises a `LoraError` where ``lora`` is not a dict of adapters, or any has an axis for `jax.vmap`."""
+    """Raises a `LoraError` if ``lora`` is not a dict of adapters, or one is stacked for `jax.vmap`."""
     check_lora(lora)
     stacked = [path for path, adapter in lora.items() if adapter.is_stacked]
     if stacked:
@@ -114,7 +114,7 @@ def check_unstacked(lora: Mapping[str, Any]) -> None:
 
 
 def check_adapters(lora: Any) -> None:
-    """Refuses what can be neither trained nor saved: anything but a dict of adapters without dropout."""
+    """Raises a `LoraError` unless ``lora`` is a dict of adapters, none of them under dropout."""
     check_lora(lora)
     dropped = [path for path, node in lora.items() if node.under_dropout]
     if dropped:

@@ -1,4 +1,4 @@
-"""PRNG keys: one checked key, and one key for each leaf."""
+"""PRNG keys: a check of the user's key, and one key per leaf."""
 
 import zlib
 from typing import Any
@@ -11,7 +11,7 @@ from lorax_fn.core.trees import is_array
 
 
 def checked_key(key: Any) -> jax.Array:
-    """``key`` itself, if it is one PRNG key of the new or the old style."""
+    """``key`` itself, if it is a single PRNG key, new-style or old-style; else raises a `LoraError`."""
     dtype = key.dtype if is_array(key) else None
     new = dtype is not None and jax.numpy.issubdtype(dtype, jax.dtypes.prng_key) and key.shape == ()
     if new or (dtype == np.uint32 and key.ndim == 1):
@@ -20,5 +20,5 @@ def checked_key(key: Any) -> jax.Array:
 
 
 def leaf_key(key: jax.Array, path: str) -> jax.Array:
-    """A key of one leaf: crc32 of its path, never ``hash()``, so it is the same in every process."""
+    """The key of one leaf. It folds in the crc32 of the path, since ``hash()`` differs between processes."""
     return jax.random.fold_in(key, np.uint32(zlib.crc32(path.encode())))

@@ -10,9 +10,9 @@ class Layout:
     """Which axes of one weight are stacked, contracted and produced.
 
     Args:
-      stack: axes along which independent weights lie side by side, ``*s``.
-      inputs: contracted axes, ``n``.
-      outputs: axes of the result, ``m``.
+      stack: ``*s``, the axes along which independent weights lie side by side.
+      inputs: ``n``, the contracted axes.
+      outputs: ``m``, the axes of the result.
 
     Example:
       >>> import lorax_fn as lx
@@ -57,12 +57,12 @@ class WeightUse:
       shape: its shape.
       dtype: its dtype.
       ops: names of the primitives that consume it (after casts, reshapes and slices), in order, each once.
-      layout: stack, inputs and outputs axes, or None where no low-rank layout serves.
-      times: how often a pass uses it; a use inside a scan counts once a step.
+      layout: its stack, input and output axes, or None if no low-rank layout suits all uses.
+      times: how often one pass uses it; a use inside a scan counts once per iteration.
       flops: floating point operations of those uses.
       served: whether every use has a low-rank rule.
       source: for each use without a rule, its primitive and source line.
-      moves: False where no gradient reaches it: its results are not returned, or all pass ``stop_gradient``.
+      moves: False if no gradient reaches it: no output depends on it, or only through ``stop_gradient``.
 
     Example:
       >>> import jax.numpy as jnp, lorax_fn as lx

@@ -13,12 +13,12 @@ from lorax_fn.core.stored import dense
 
 
 def accumulation_dtype(*dtypes: Any) -> Any:
-    """The float dtype in which to add numbers of these: float32, or the widest where that is wider."""
+    """The dtype to accumulate in: float32, or the widest of ``dtypes`` if that is wider."""
     return max((jnp.dtype(jnp.float32), *map(jnp.dtype, dtypes)), key=lambda dtype: dtype.itemsize)
 
 
 def product(factors: Factors, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
-    """``scale * A @ B`` on the axes of a weight of ``shape``, in ``dtype``, or in that of wider factors."""
+    """``scale * A @ B`` on the axes of a weight of ``shape``, in ``dtype``, or wider if the factors are."""
     wide = accumulation_dtype(dtype, factors.a.dtype, factors.b.dtype)
     layout = factors.layout
     stack, n, m = layout.shapes(shape)
@@ -26,7 +26,7 @@ def product(factors: Factors, shape: tuple[int, ...], dtype: Any = jnp.float32) 
     a = factors.a.astype(wide).reshape(-1, i, factors.a.shape[-1])
     b = factors.b.astype(wide).reshape(-1, a.shape[-1], o)
     scale = jnp.asarray(factors.scale, wide)
-    if scale.ndim > len(stack):  # one number a rank
+    if scale.ndim > len(stack):  # one number per rank
         b = b * scale.reshape(s, -1, 1)
     else:
         b = b * (scale.reshape(s, 1, 1) if scale.ndim else scale)
@@ -36,7 +36,7 @@ def product(factors: Factors, shape: tuple[int, ...], dtype: Any = jnp.float32) 
 
 
 def entries(w, layout: Layout) -> jax.Array:
-    """A weight as float32 matrices ``[s, n, m]``, one per stack entry, whatever its axes."""
+    """A weight as matrices ``[s, n, m]``, one per stack entry, in float32 or wider."""
     w = dense(w)
     stack, n, m = layout.shapes(w.shape)
     order = (*layout.stack, *layout.inputs, *layout.outputs)
@@ -56,24 +56,24 @@ def from_entries(matrices: jax.Array, layout: Layout, shape) -> jax.Array:
 
 
 def used_ranks(rank, count: int) -> np.ndarray:
-    """``[s, r]`` float32: 1 where an entry uses that rank, 0 in the pad."""
+    """``[s, r]`` float32: 1 for the ranks that a stack entry uses, 0 for its padding."""
     ranks = np.asarray(rank if isinstance(rank, tuple) else (rank,) * count)
     return (np.arange(ranks.max())[None, :] < ranks[:, None]).astype(np.float32)
 
 
 def entry_scales(scale: Any, count: int) -> jax.Array:
-    """The scale of each stack entry, ``[s]`` float32; 1 for rank 0, where nothing is used, to divide by."""
+    """The scale of each stack entry as a divisor, ``[s]`` float32: 1 where it is 0, as for rank 0."""
     scales = jnp.broadcast_to(jnp.asarray(scale, jnp.float32).reshape(-1), (count,))
     return jnp.where(scales == 0, jnp.ones_like(scales), scales)
 
 
 def taken_out(a: jax.Array, b: jax.Array, w, layout: Layout, scale, dtype):
-    """``(a, b, w - scale a @ b)`` from factors ``[s, n, r], [s, r, m]``, on the axes of `split`."""
+    """``(a, b, w - scale a @ b)`` from factors ``[s, n, r]`` and ``[s, r, m]``, as an `Init` returns them."""
     stack, n, m = layout.shapes(w.shape)
     matrices = entries(w, layout)
     scales = entry_scales(scale, matrices.shape[0]).astype(matrices.dtype)
     a, b = a.astype(dtype), b.astype(dtype)
-    # of the factors as they are stored: what rounding takes from them stays in the residual
+    # Subtract the product of the rounded factors, so that their rounding error stays in the residual.
     wide_a, wide_b = a.astype(matrices.dtype), b.astype(matrices.dtype)
     residual = matrices - scales[:, None, None] * jnp.matmul(wide_a, wide_b, precision=EXACT)
     r = a.shape[-1]

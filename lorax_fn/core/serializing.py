@@ -1,11 +1,11 @@
-"""Adapters in the serializers of others: `flax.serialization` and `jax.export`.
+"""Makes adapters known to other serializers: `flax.serialization` and `jax.export`.
 
-Both need each class of a pytree to be registered; `register` does it for an adapter class. A static fact is a
-part of what is written, so that no reader gets other numbers than the writer had: Flax stores it beside the
-arrays and refuses to restore it into an adapter with other facts; `jax.export` stores it with the tree.
+Both require every pytree class to be registered, which `register` does for an adapter class. Static fields
+are written too, so that a reader gets the numbers that the writer had: Flax stores them beside the arrays and
+refuses to restore into an adapter whose static fields differ; `jax.export` stores them with the tree.
 
-Equinox's ``tree_serialise_leaves`` writes leaves only and asks no class: alpha, rank and scaling are then
-those of the tree that it is read into, whatever was saved. Use `lorax_fn.checkpoint` instead.
+Equinox's ``tree_serialise_leaves`` writes leaves only and consults no class. After reading, alpha, rank and
+scaling are those of the tree it was read into, not those that were saved. Use `lorax_fn.checkpoint` instead.
 """
 
 import collections
@@ -30,10 +30,10 @@ _names: collections.Counter = collections.Counter()
 
 
 def encode(value: Any) -> Any:
-    """A static value as JSON: numbers, strings and None as they are, tuples as lists, a Layout as an object.
+    """A static value as JSON: scalars, strings and None as they are, tuples as lists, a Layout as an object.
 
     Raises:
-      TypeError: the value is of another kind.
+      TypeError: the value has any other type.
     """
     if isinstance(value, Layout):
         return {name: list(getattr(value, name)) for name in AXES}
@@ -47,14 +47,14 @@ def encode(value: Any) -> Any:
 
 
 def decode(value: Any) -> Any:
-    """The static value that `encode` made JSON of."""
+    """The inverse of `encode`."""
     if isinstance(value, dict):
         return Layout(**value)
     return tuple(decode(part) for part in value) if isinstance(value, list) else value
 
 
 def register(cls: type) -> None:
-    """Makes `jax.export` and `flax.serialization` know an adapter class, which is registered as a pytree."""
+    """Registers an adapter class, already a pytree, with `jax.export` and `flax.serialization`."""
     name = f"{cls.__module__}.{cls.__qualname__}"
     _names[name] += 1
     again = f"#{_names[name]}" if _names[name] > 1 else ""  # a notebook cell that was run a second time
@@ -74,7 +74,7 @@ def _to_bytes(static: Any) -> bytes:
             "an adapter's static field can't be exported.",
             got=f"a value of type {failure}",
             want="a number, string, bool, None, Layout or a tuple of these",
-            do="give the method fields of these kinds.",
+            do="use only such types for the method's static fields.",
         ) from None
 
 
@@ -87,7 +87,7 @@ def _tell_flax(serialization: Any, cls: type) -> None:
 
 
 def _parts(adapter: Any) -> tuple[dict[str, Any], str]:
-    """The fields of an adapter that are children of the pytree, and the others as one line of JSON."""
+    """An adapter's fields that are children of the pytree, by name, and the others as one line of JSON."""
     children = jax.tree_util.tree_flatten_with_path(adapter, is_leaf=lambda x: x is not adapter)[0]
     held = {path[0].name: child for path, child in children}
     rest = [field.name for field in dataclasses.fields(adapter) if field.name not in held]
@@ -109,7 +109,7 @@ def _with_state(adapter: Any, state: Any) -> Any:
     found = state.get("static") if isinstance(state, dict) else None
     if found != static or state.keys() - {"static"} != held.keys():
         raise error(
-            "the stored adapter is not of the kind that it is restored into.",
+            "the stored adapter is not of the kind of the adapter it is restored into.",
             got=found if found != static else f"arrays {sorted(state.keys() - {'static'})}",
             want=static if found != static else f"arrays {sorted(held)}",
             do="restore into the adapters of the same split: method, rank, alpha and layout must agree.",
@@ -123,7 +123,7 @@ def _with_state(adapter: Any, state: Any) -> Any:
 
 
 class _WhenFlaxComes(importlib.abc.MetaPathFinder):
-    """Registers the adapters with Flax when it is imported: to import it here would take seconds."""
+    """Registers the adapters with Flax when Flax is imported; importing it here would take seconds."""
 
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> Any:
         if fullname != FLAX:

@@ -1,4 +1,4 @@
-"""Weights that are kept in another form than their own array, such as 4-bit codes."""
+"""Weights that are not stored as plain arrays, such as 4-bit codes."""
 
 import math
 from collections.abc import Callable
@@ -10,11 +10,10 @@ from lorax_fn.core.layouts import Layout
 
 
 class Stored:
-    """A weight kept in another form than its own array, such as 4-bit codes.
+    """A weight that is not stored as a plain array, such as 4-bit codes.
 
-    A subclass is a registered pytree of arrays, each of which has the weight's axes in the weight's order. It
-    has the ``shape`` and ``dtype`` of the weight, and names its ``format``. To everything in this library it
-    is one leaf.
+    A subclass is a registered pytree of arrays, each with the weight's axes in the weight's order. It has the
+    ``shape`` and ``dtype`` of the dense weight and names its ``format``. This library treats it as one leaf.
     """
 
     shape: tuple[int, ...]
@@ -24,7 +23,7 @@ class Stored:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all that is stored."""
+        """The number of bytes of all stored arrays."""
         return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self))
 
     @property
@@ -36,19 +35,19 @@ class Stored:
         return math.prod(self.shape)
 
     def dense(self) -> jax.Array:
-        """The weight itself: an array of ``shape`` and ``dtype``."""
+        """The weight as an array of ``shape`` and ``dtype``."""
         raise TypeError(f"{type(self).__name__} must define dense()")
 
     def store(self, w: jax.Array) -> "Stored":
-        """Another weight of this shape, stored as this one is."""
+        """Stores another weight of the same shape in the same form."""
         raise TypeError(f"{type(self).__name__} must define store(w)")
 
     def entry(self, axis: int) -> "Stored | None":
-        """This object for arrays that lost ``axis``, as those of a loop over it; None for a packed axis."""
+        """This object after its arrays lost stack axis ``axis``, as in a loop; None for any other axis."""
         raise TypeError(f"{type(self).__name__} must define entry(axis)")
 
     def stacked(self, axis: int, size: int) -> "Stored":
-        """This object for arrays that got a stack axis ``axis`` of ``size``: undoes `entry`."""
+        """This object after its arrays got a stack axis ``axis`` of ``size``: the inverse of `entry`."""
         raise TypeError(f"{type(self).__name__} must define stacked(axis, size)")
 
 
@@ -57,14 +56,14 @@ def is_stored(x: object) -> bool:
 
 
 def dense(x: Any) -> Any:
-    """``x`` itself, or the weight that it stores."""
+    """``x`` itself, or as a dense array if it is `Stored`."""
     return x.dense() if isinstance(x, Stored) else x
 
 
 def by_entry(f: Callable, w: Any, layout: Layout, *factors: Any) -> Any:
-    """``f(w, layout, *factors)`` of a dense ``w``; where it is stored, one stack entry after the other.
+    """``f(w, layout, *factors)`` for a dense ``w``; for a stored one, applied to one stack entry at a time.
 
-    So no more than one entry is dense at a time. ``factors`` and the result have the stack ``*s`` in front.
+    This way only one entry is dense at a time. ``factors`` and the result have leading stack axes ``*s``.
     """
     axis = layout.stack[0] if layout.stack else None
     if not isinstance(w, Stored) or axis is None or w.entry(axis) is None:

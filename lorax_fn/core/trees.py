@@ -1,4 +1,4 @@
-"""The nouns that every other module shares: paths, layouts, adapters and the one error.
+"""Trees of parameters: their leaves by path, and what kind of leaf each one is.
 
 Shape legend, used in every docstring of the package: ``*s`` stack axes (scan layers, experts),
 ``n`` input (contracted) axes, ``m`` output axes, ``r`` rank, ``k`` adapters, ``B`` batch, ``T`` tokens.
@@ -18,7 +18,7 @@ PyTree = Any
 
 
 def is_array(x: object) -> bool:
-    """Arrays of any kind, abstract and stored ones included; Python scalars are not arrays here."""
+    """Whether ``x`` is an array, abstract and stored ones included. Python scalars do not count."""
     return isinstance(x, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct | Stored)
 
 
@@ -31,9 +31,9 @@ def is_float(x: Any) -> bool:
 
 
 def _is_box(x: object) -> bool:
-    """A Flax Variable or metadata box: one array with facts about it.
+    """Whether ``x`` is a Flax Variable or metadata box, which wraps one array.
 
-    Asked of flax only where flax is loaded: a tree cannot hold its boxes otherwise.
+    Flax is consulted only if it is imported already; otherwise no tree can contain its boxes.
     """
     if "flax" not in sys.modules:
         return False
@@ -46,11 +46,11 @@ def _is_box(x: object) -> bool:
 def flatten_with_paths(tree: PyTree, is_leaf=None) -> tuple[list[tuple[str, Any]], Any]:
     """Flattens ``tree`` to ``[(path, leaf)]`` and its treedef.
 
-    The trailing key of a Flax Variable or box is dropped, so that boxed, unboxed, State and pure dict
-    give one path. A `Stored` weight is one leaf.
+    The trailing key of a Flax Variable or box is dropped, so that a leaf has the same path in a module, a
+    State and a plain dict, boxed or not. A `Stored` weight is one leaf.
 
     Raises:
-      LoraError: two leaves have one path.
+      LoraError: two leaves have the same path.
     """
 
     def stop(x):
@@ -69,20 +69,20 @@ def flatten_with_paths(tree: PyTree, is_leaf=None) -> tuple[list[tuple[str, Any]
         raise error(
             "two leaves have one path.",
             path=twice,
-            want="one path a leaf: adapters are keyed by path",
-            do="rename a key; keys that hold '/' can collide with nested ones.",
+            want="a different path for each leaf, since adapters are keyed by path",
+            do="rename a key; keys that contain '/' can collide with nested ones.",
         )
     return named, jax.tree_util.tree_structure(tree, is_leaf=stop)
 
 
 def named_leaves(tree: PyTree, alone: str = "") -> list[tuple[str, Any]]:
-    """``[(path, leaf)]`` of any tree, such as a batch; a tree that is one leaf goes by ``alone``."""
+    """``[(path, leaf)]`` of any tree, such as a batch; a single leaf has the path ``alone``."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     return [(jax.tree_util.keystr(path, simple=True, separator="/") or alone, leaf) for path, leaf in leaves]
 
 
 def replace_leaves(tree: PyTree, new: Mapping[str, Any]) -> PyTree:
-    """``tree`` with the leaves of some paths replaced; the very same tree where none is."""
+    """``tree`` with the leaves at some paths replaced, or ``tree`` itself if there are none."""
     if not new:
         return tree
     named, treedef = flatten_with_paths(tree)
@@ -90,17 +90,17 @@ def replace_leaves(tree: PyTree, new: Mapping[str, Any]) -> PyTree:
 
 
 def is_abstract(x: PyTree) -> bool:
-    """Whether any array of a leaf or tree is a shape without numbers."""
+    """Whether any array of a leaf or tree is abstract: a shape and dtype without values."""
     return any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(x))
 
 
 def is_concrete(x: PyTree) -> bool:
-    """Whether a leaf or tree has its numbers: nothing in it is abstract or traced."""
+    """Whether the values of a leaf or tree are known: nothing in it is abstract or traced."""
     return not is_abstract(x) and not any(map(is_tracer, jax.tree.leaves(x)))
 
 
 def run(f: Callable, *args: Any) -> Any:
-    """Calls ``f``, or asks for its shapes where an argument is abstract."""
+    """Calls ``f``, or evaluates its shapes if an argument is abstract."""
     return jax.eval_shape(f, *args) if is_abstract(args) else f(*args)
 
 
