@@ -1,1 +1,1 @@
-"""One file a method: its paper, its equation, its class; the table of all; dropout."""
+"""One file per method, with its paper, equation and class; the table of methods; dropout."""

@@ -2,9 +2,9 @@
 
 W' = m * V / ||V||,   V = W + scale * A @ B,   ||.|| over the inputs of each output, equation (5)
 
-The norm is a constant in backward (section 4.3), and is never taken of a built V:
+The norm is treated as a constant in the backward pass (section 4.3). It is computed without building V:
 
-||V||^2 = ||W||^2 + 2 scale <W^T A, B> + scale^2 <(A^T A) B, B>, each summed over inputs or the rank.
+||V||^2 = ||W||^2 + 2 scale <W^T A, B> + scale^2 <(A^T A) B, B>, each term summed over inputs or the rank.
 """
 
 import dataclasses
@@ -22,10 +22,10 @@ from lorax_fn.methods.low_rank import Start
 
 @register
 class DoRA(LoRA):
-    """LoRA of the direction, and a trained magnitude of each output: ``W' = m * V / ||V||``.
+    """LoRA on the direction of each output, and a trained magnitude: ``W' = m * V / ||V||``.
 
-    Equation (5) of Liu et al. (https://arxiv.org/abs/2402.09353), the norm constant in backward. An output
-    whose norm is zero is left unscaled.
+    Equation (5) of Liu et al. (https://arxiv.org/abs/2402.09353), with the norm constant in the backward
+    pass. An output whose norm is zero is left unscaled.
 
     Args:
       a: ``[*s, *n, r]`` down-projection.
@@ -70,7 +70,7 @@ class DoRA(LoRA):
         return dataclasses.replace(super().factors(w), column=self._gain(self.norm(w)))
 
     def norm(self, w: jax.Array) -> jax.Array:
-        """``||W + scale * A @ B||`` over inputs, ``[*s, *m]`` float32, constant in backward."""
+        """``||W + scale * A @ B||`` over inputs, ``[*s, *m]`` float32 or wider, without a gradient."""
         w, a, b, scale = jax.lax.stop_gradient(
             (w, self.a, self.b, jnp.asarray(self.scale, accumulation_dtype(w.dtype)))
         )
@@ -94,13 +94,13 @@ class DoRA(LoRA):
 
 
 def _sum_over_inputs(x: jax.Array, layout: Any) -> jax.Array:
-    """``[*s, *m]`` from an array on the weight's axes."""
+    """The sum over the input axes of an array on the weight's axes, as ``[*s, *m]``."""
     kept = [i for i in range(layout.ndim) if i not in layout.inputs]
     return jnp.transpose(x.sum(layout.inputs), [kept.index(i) for i in (*layout.stack, *layout.outputs)])
 
 
 def _on_weight_axes(x: jax.Array, layout: Any) -> jax.Array:
-    """``[*s, *m]`` with axes of size 1 for the inputs, on the weight's axes."""
+    """An array ``[*s, *m]`` on the weight's axes, with size 1 along the inputs."""
     order = (*layout.stack, *layout.outputs)
     x = jnp.transpose(x, [order.index(i) for i in sorted(order)])
     return jnp.expand_dims(x, [i for i in range(layout.ndim) if i in layout.inputs])
@@ -111,11 +111,11 @@ def _norm(w: jax.Array, layout: Any) -> jax.Array:
 
 
 def _norm_of_sum(w: jax.Array, layout: Any, a: jax.Array, b: jax.Array, scale: jax.Array) -> jax.Array:
-    """``||W + scale * A @ B||`` over inputs, without the sum; ``scale`` is ``[*s]``."""
+    """``||W + scale * A @ B||`` over inputs, ``[*s, *m]``, without the sum itself; ``scale`` is ``[*s]``."""
     letters = "abcdefghijklmnopq"[: layout.ndim]
     s, n, m = ("".join(letters[i] for i in axes) for axes in (layout.stack, layout.inputs, layout.outputs))
     exact, wide = jax.lax.Precision.HIGHEST, accumulation_dtype(w.dtype)
-    # W keeps its dtype: a float32 copy of a bfloat16 base would be as large as the base twice over.
+    # [*s, r, *m]. W keeps its dtype, since a float32 copy of a bfloat16 base would take twice its memory.
     wa = jnp.einsum(
         f"{letters},{s}{n}y->{s}y{m}",
         w,
@@ -124,8 +124,8 @@ def _norm_of_sum(w: jax.Array, layout: Any, a: jax.Array, b: jax.Array, scale: j
         preferred_element_type=wide,
     )
     a, b = a.astype(wide), b.astype(wide)
-    aab = jnp.einsum(f"{s}{n}y,{s}{n}z->{s}yz", a, a, precision=exact)
-    aab = jnp.einsum(f"{s}yz,{s}z{m}->{s}y{m}", aab, b, precision=exact)
+    aab = jnp.einsum(f"{s}{n}y,{s}{n}z->{s}yz", a, a, precision=exact)  # A^T A, [*s, r, r]
+    aab = jnp.einsum(f"{s}yz,{s}z{m}->{s}y{m}", aab, b, precision=exact)  # (A^T A) B, [*s, r, *m]
     scale = scale.reshape(scale.shape + (1,) * (wa.ndim - scale.ndim))
     change = ((2.0 * scale * wa + scale * scale * aab) * b).sum(len(layout.stack))
     square = _sum_over_inputs(jnp.square(w.astype(wide)), layout)

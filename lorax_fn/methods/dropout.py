@@ -14,26 +14,25 @@ from lorax_fn.core.trees import is_tracer
 def dropout(lora: dict[str, Adapter], rate: float | jax.Array, key: jax.Array) -> dict[str, Adapter]:
     """Drops inputs of A: ``x @ W + scale * (drop(x) @ A) @ B``, with ``drop(x) = x * keep / (1 - rate)``.
 
-    Section 4 of Hu et al. (https://arxiv.org/abs/2106.09685) in PEFT's form: only the low-rank branch is
-    dropped, of every low-rank method alike. Dropout is data, not a mode: call this inside the loss with that
-    step's key, and evaluate with the ``lora`` that has not passed through it. The mask of a product depends
-    on the key, on the weight's path and stack entry (so on the layer, also under scan), and on how many
-    products used that weight before: not on what else the program does, nor on `jax.jit` or
-    `jax.checkpoint` around it. Under `jax.vmap` one key an example gives one mask an example.
+    Section 4 of Hu et al. (https://arxiv.org/abs/2106.09685) in PEFT's form: dropout applies to the low-rank
+    branch only, and to all low-rank methods alike. Dropout is data, not a mode: call this inside the loss
+    with the key of the step, and evaluate with the original ``lora``. The mask of a product depends on the
+    key, on the weight's path and stack entry (so each layer of a scan has its own), and on how many products
+    used that weight before. It does not depend on the rest of the program, nor on `jax.jit` or
+    `jax.checkpoint` around it. Under `jax.vmap`, one key per example gives one mask per example.
 
     Args:
-      lora: adapters from `lorax_fn.split`. A `Full` or `Rows` replaces its weight and has no inputs to drop:
-        it comes back as it is.
-      rate: share of inputs to drop, ``0 <= rate < 1``; an array, traced or not, compiles once for all rates,
-        and is not checked where it is traced.
-      key: a PRNG key, of the new or the old style; consumed.
+      lora: adapters from `lorax_fn.split`. `Full` and `Rows` have no low-rank branch and are returned as is.
+      rate: fraction of inputs to drop, ``0 <= rate < 1``. An array compiles once for all rates; a traced
+        array is not checked.
+      key: a PRNG key, new-style or old-style; consumed.
 
     Returns:
-      Adapters of the same arrays that carry keys; ``lora`` itself for the number 0. They cannot be merged or
-      saved.
+      Adapters with the same arrays and with dropout keys, which cannot be merged or saved; ``lora`` itself if
+      ``rate`` is the number 0.
 
     Raises:
-      LoraError: ``rate`` is out of range, or an adapter cannot drop inputs and says why.
+      LoraError: ``rate`` is out of range, or an adapter's method does not support dropout.
 
     Example:
       >>> import jax, jax.numpy as jnp, lorax_fn as lx
@@ -55,12 +54,12 @@ def dropout(lora: dict[str, Adapter], rate: float | jax.Array, key: jax.Array) -
 
 
 def _keys(key: jax.Array, paths: list[str]) -> dict[str, jax.Array]:
-    """One key for each path, the same whatever the other paths are.
+    """One key per path, independent of which other paths there are.
 
-    All at once: a hundred single `jax.random.fold_in` take longer to compile than the masks themselves.
+    All are made at once: a hundred separate `jax.random.fold_in` take longer to compile than the masks.
     """
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        key = jax.random.wrap_key_data(key)  # the old style: jax.random.PRNGKey
+        key = jax.random.wrap_key_data(key)  # an old-style key, of jax.random.PRNGKey
     hashes = np.array([zlib.crc32(path.encode()) for path in paths], np.uint32)
     folded = jax.vmap(jax.random.fold_in, (None, 0))(key, hashes)
     return dict(zip(paths, jnp.unstack(folded), strict=True)) if paths else {}

@@ -17,8 +17,8 @@ from lorax_fn.methods.low_rank import LowRank, Start, scale_of
 class LoHa(LowRank):
     """A Hadamard product of two low-rank products: ``dW = scale * (A1 @ B1) * (A2 @ B2)``.
 
-    Proposition 1 of Hyeon-Woo et al. (https://arxiv.org/abs/2108.06098). The transform contracts it as
-    the low-rank product of the Khatri-Rao products of its factors, of rank r^2, which is the same number.
+    Proposition 1 of Hyeon-Woo et al. (https://arxiv.org/abs/2108.06098). The transform contracts it as an
+    equal low-rank product of rank r^2, whose factors are the Khatri-Rao products of A1 and A2, B1 and B2.
 
     Args:
       a1: ``[*s, *n, r]``.
@@ -30,7 +30,7 @@ class LoHa(LowRank):
       scaling: ``"lora"`` or ``"rslora"``.
       layout: which axes of the weight are stack, inputs and outputs.
       key: PRNG keys ``[*s]``; set by `lorax_fn.dropout` only.
-      rate: share of A's inputs dropped; set by `lorax_fn.dropout` only.
+      rate: fraction of A's inputs to drop; set by `lorax_fn.dropout` only.
 
     Example:
       >>> import jax.numpy as jnp, lorax_fn as lx
@@ -65,7 +65,7 @@ class LoHa(LowRank):
 
     @property
     def scale(self) -> Any:
-        """The number before the products."""
+        """The factor before the products."""
         return scale_of(self.alpha, self.rank, self.scaling, ())
 
     def axes(self) -> dict[str, tuple[int | None, ...]]:
@@ -74,8 +74,8 @@ class LoHa(LowRank):
 
     def pair(self) -> Factors:
         at = len(self.layout.stack)
-        a = self.a1[..., :, None] * self.a2[..., None, :]
-        b = jnp.expand_dims(self.b1, at + 1) * jnp.expand_dims(self.b2, at)
+        a = self.a1[..., :, None] * self.a2[..., None, :]  # [*s, *n, r, r]
+        b = jnp.expand_dims(self.b1, at + 1) * jnp.expand_dims(self.b2, at)  # [*s, r, r, *m]
         r2 = self.rank * self.rank
         a = a.reshape(*a.shape[:-2], r2)
         b = b.reshape(*b.shape[:at], r2, *b.shape[at + 2 :])

@@ -13,16 +13,17 @@ from lorax_fn.core.adapters import Factors, fact, number, register
 from lorax_fn.core.layouts import Layout
 from lorax_fn.methods.low_rank import LowRank, Start, scale_of
 
-LARGEST = 8  # of W1's sides: its product with r is the width that the transform contracts
+LARGEST = 8  # the longest side of W1: times r, it is the rank of the product that the transform contracts
 
 
 @register
 class LoKr(LowRank):
     """A Kronecker product of a small matrix and a low-rank one: ``dW = scale * kron(W1, A @ B)``.
 
-    Section 3.3 of Yeh et al. (https://arxiv.org/abs/2309.14859); its rank is ``rank(W1) r``. ``n`` and ``m``
-    (each flattened) split into ``n1 n2`` and ``m1 m2``, the first the largest divisor up to 8 and the root.
-    The transform contracts it as a low-rank product of width ``min(n1, m1) r``, which is the same number.
+    Section 3.3 of Yeh et al. (https://arxiv.org/abs/2309.14859); its rank is ``rank(W1) r``. The flattened
+    ``n`` and ``m`` are factored as ``n1 n2`` and ``m1 m2``, where ``n1`` and ``m1`` are the largest divisors
+    that exceed neither 8 nor the square root. The transform contracts it as an equal low-rank product of rank
+    ``min(n1, m1) r``.
 
     Args:
       w1: ``[*s, n1, m1]``, starts at 0.
@@ -34,7 +35,7 @@ class LoKr(LowRank):
       layout: which axes of the weight are stack, inputs and outputs.
       sizes: the weight's shape.
       key: PRNG keys ``[*s]``; set by `lorax_fn.dropout` only.
-      rate: share of A's inputs dropped; set by `lorax_fn.dropout` only.
+      rate: fraction of A's inputs to drop; set by `lorax_fn.dropout` only.
 
     Example:
       >>> import jax.numpy as jnp, lorax_fn as lx
@@ -84,17 +85,17 @@ class LoKr(LowRank):
 
     @property
     def scale(self) -> Any:
-        """The number before the product."""
+        """The factor before the product."""
         return scale_of(self.alpha, self.rank, self.scaling, ())
 
     def axes(self) -> dict[str, tuple[int | None, ...]]:
-        # inputs and outputs are each cut into two: no axis of a factor is one of the weight but the stack's
+        # Inputs and outputs are each cut into two axes, so factors share only stack axes with the weight.
         return dict.fromkeys(("w1", "a", "b"), (*self.layout.stack, None, None))
 
     def pair(self) -> Factors:
         stack, n, m = self.layout.shapes(self.sizes)
         n1, m1 = self.w1.shape[-2:]
-        # indices: i, n1; j, n2; k, m1; l, m2; r the rank; and the side of W1 that stays apart, i or k
+        # Indices: i in n1, j in n2, k in m1, l in m2, r in the rank. The shorter side of W1, i or k, joins r.
         if n1 <= m1:
             a = jnp.einsum("ik,...jr->...ijkr", jnp.eye(n1, dtype=self.a.dtype), self.a)
             b = jnp.einsum("...ik,...rl->...irkl", self.w1, self.b)
@@ -106,6 +107,6 @@ class LoKr(LowRank):
 
 
 def _split(size: int) -> tuple[int, int]:
-    """``size`` as two factors, the first the largest divisor up to `LARGEST` and its root."""
+    """Two factors of ``size``; the first is the largest divisor up to `LARGEST` and to the square root."""
     first = max((d for d in range(1, min(LARGEST, math.isqrt(size)) + 1) if size % d == 0), default=1)
     return first, size // first

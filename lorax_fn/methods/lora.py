@@ -25,17 +25,16 @@ class LoRA(LowRank):
     Args:
       a: ``[*s, *n, r]`` down-projection.
       b: ``[*s, r, *m]`` up-projection.
-      alpha: numerator of the scale; one number, or one per stack entry. As an array, ``[]`` or ``[*s]``, it
-        is a leaf that does not train: other values of it compile nothing, and `jax.vmap` and `jax.grad` go
-        over it.
+      alpha: numerator of the scale; one number, or one per stack entry. An array, ``[]`` or ``[*s]``, is a
+        leaf that does not train: new values do not recompile, and `jax.vmap` maps over it.
       rank: ``r``; or one int per stack entry, where entries below the largest are padded with exact zeros.
-        It is an array where `lorax_fn.stack` has put adapters of several ranks side by side.
+        It is an array in the result of `lorax_fn.stack`.
       scaling: ``"lora"`` for alpha / rank, ``"rslora"`` for alpha / sqrt(rank).
       layout: which axes of the weight are stack, inputs and outputs.
       key: PRNG keys ``[*s]``; set by `lorax_fn.dropout` only.
-      rate: share of A's inputs dropped; set by `lorax_fn.dropout` only.
-      residual: whether the init took a part of W into the factors (PiSSA, OLoRA, ...), so that they belong to
-        the params that `lorax_fn.split` returned and not to the original ones.
+      rate: fraction of A's inputs to drop; set by `lorax_fn.dropout` only.
+      residual: True if the init moved a part of W into the factors (PiSSA, OLoRA, ...), so that they fit only
+        the params that `lorax_fn.split` returned, not the original ones.
 
     Example:
       >>> import jax.numpy as jnp, lorax_fn as lx
@@ -74,13 +73,13 @@ class LoRA(LowRank):
 
     @property
     def scale(self) -> Any:
-        """The number before ``A @ B``; ``[*s]`` float32 where it differs along the stack, 0 for rank 0."""
+        """The factor before ``A @ B``; ``[*s]`` float32 if it differs along the stack, and 0 for rank 0."""
         stack = np.shape(self.a)[: len(self.layout.stack)]
         return scale_of(self.alpha, self.rank, self.scaling, stack)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The weight's shape, as the factors and the layout tell it."""
+        """The weight's shape, from the factors and the layout."""
         return self.shape_of(self.a, self.b)
 
     def axes(self) -> dict[str, tuple[int | None, ...]]:
@@ -91,7 +90,7 @@ class LoRA(LowRank):
         return Factors(self.a, self.b, self.layout, self.scale)
 
     def with_factors(self, a: jax.Array, b: jax.Array, rank: int | tuple[int, ...]) -> "LoRA":
-        """This adapter with factors ``[s, n, r], [s, r, m]`` of another rank, and the same scale."""
+        """This adapter with factors ``[s, n, r]`` and ``[s, r, m]`` of another rank, and the same scale."""
         stack, n, m = self.layout.shapes(self.shape)
 
         def kept(alpha, old, new):
@@ -118,7 +117,7 @@ class LoRA(LowRank):
 
 
 def _zero_pads(a: Any, b: Any, ranks: tuple[int, ...], s: int) -> tuple[Any, Any]:
-    """Exact zeros in A and B beyond each entry's rank: both then stay zero under elementwise optimizers."""
+    """A and B with exact zeros beyond each entry's rank, which stay zero under elementwise optimizers."""
     used = np.arange(a.shape[-1])[None, :] < np.asarray(ranks)[:, None]
     stack, r = a.shape[:s], a.shape[-1]
     used_a = used.reshape(*stack, *(1,) * (a.ndim - s - 1), r)

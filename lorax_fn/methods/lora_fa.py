@@ -11,9 +11,9 @@ from lorax_fn.methods.lora import LoRA
 
 @register
 class LoRAFA(LoRA):
-    """LoRA-FA: A stays as it was drawn, B trains; backward keeps ``x @ A`` and not ``x``.
+    """LoRA with a frozen random A: only B trains, so the backward pass keeps ``x @ A`` instead of ``x``.
 
-    Zhang et al., "LoRA-FA" (https://arxiv.org/abs/2308.03303), equation (2). Fields as `LoRA`.
+    Zhang et al., "LoRA-FA" (https://arxiv.org/abs/2308.03303), equation (2).
 
     Args:
       a: ``[*s, *n, r]``, frozen.

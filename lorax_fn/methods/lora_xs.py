@@ -18,8 +18,8 @@ from lorax_fn.methods.low_rank import LowRank, Start, scale_of
 class LoRAXS(LowRank):
     """A small trained core between frozen singular vectors of the weight: ``dW = scale * A R B``.
 
-    Equation (2) of Bałazy et al. (https://arxiv.org/abs/2405.17604): r^2 numbers a weight train. R starts at
-    0, where its gradient ``A^T G B^T`` is not; the paper's start, of deviation 1e-5, is that but for noise.
+    Equation (2) of Bałazy et al. (https://arxiv.org/abs/2405.17604): r^2 numbers per weight train. R starts
+    at 0, where its gradient ``A^T G B^T`` is not zero; the paper starts it at noise of deviation 1e-5.
 
     Args:
       a: ``[*s, *n, r]``, frozen: left singular vectors times singular values.
@@ -30,7 +30,7 @@ class LoRAXS(LowRank):
       scaling: ``"lora"`` or ``"rslora"``.
       layout: which axes of the weight are stack, inputs and outputs.
       key: PRNG keys ``[*s]``; set by `lorax_fn.dropout` only.
-      rate: share of A's inputs dropped; set by `lorax_fn.dropout` only.
+      rate: fraction of A's inputs to drop; set by `lorax_fn.dropout` only.
 
     Example:
       >>> import jax.numpy as jnp, lorax_fn as lx
@@ -64,7 +64,7 @@ class LoRAXS(LowRank):
 
     @property
     def scale(self) -> Any:
-        """The number before the product."""
+        """The factor before the product."""
         return scale_of(self.alpha, self.rank, self.scaling, ())
 
     @property

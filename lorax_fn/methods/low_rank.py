@@ -15,7 +15,7 @@ from lorax_fn.core.matrices import accumulation_dtype, product
 from lorax_fn.core.stored import dense
 from lorax_fn.core.trees import is_concrete, run
 
-# What alpha is divided by; ``rank`` may be an array.
+# The divisor of alpha, as a function of the rank, which may be an array.
 SCALINGS = {"lora": lambda rank: rank, "rslora": lambda rank: rank**0.5}
 
 
@@ -24,11 +24,10 @@ STACKED = "adapters without the leading axis that `lx.stack` makes: map over it,
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """What a method is made from, every part of it checked by `lorax_fn.split`.
+    """What `LowRank.create` starts a method from, already checked by `lorax_fn.split`.
 
-    ``key`` is this weight's own, ``shared_key`` that of all weights, for what they share.
-
-    ``init(key, w, layout, rank, scale, dtype) -> (a, b, w)`` gives the first factors, the weight to freeze.
+    ``key`` belongs to this weight; ``shared_key`` is the same for all weights, for what they share.
+    ``init(key, w, layout, rank, scale, dtype)`` gives the first factors and the weight to freeze, (a, b, w).
     """
 
     key: Any
@@ -42,10 +41,10 @@ class Start:
 
 
 def scale_of(alpha: Any, rank: Any, scaling: str, stack: tuple[int, ...]) -> Any:
-    """The number before ``A @ B``: ``alpha / rank`` or ``alpha / sqrt(rank)``, and 0 for rank 0.
+    """The factor before ``A @ B``: ``alpha / rank`` or ``alpha / sqrt(rank)``, and 0 for rank 0.
 
-    A Python number where alpha and rank are; an array ``[*s]`` in float32 where either is a tuple, with one
-    number per stack entry; the broadcast of both where either is an array.
+    It is a Python number if alpha and rank are; a float32 array ``[*s]`` if either is a tuple with one number
+    per stack entry; and the broadcast of both if either is an array.
     """
     divisor = SCALINGS[scaling]
     if not isinstance(rank, tuple) and not isinstance(alpha, tuple) and is_number(alpha) and is_number(rank):
@@ -71,32 +70,34 @@ def scale_of(alpha: Any, rank: Any, scaling: str, stack: tuple[int, ...]) -> Any
 
 
 class LowRank(Adapter):
-    """A method whose change is a product of two factors, whatever it stores.
+    """A method whose change can be written as a product of two factors.
 
-    A subclass has a ``layout`` and `pair`; it says by `refuses` what it cannot serve, and by `create` how
-    it starts. With the fields ``key`` and ``rate`` it takes dropout.
+    A subclass has a field ``layout`` and defines `pair`, which gives the factors, and `create`, which starts
+    them; `refuses` says which weights it does not support. The fields ``key`` and ``rate`` hold dropout.
     """
 
     adds: ClassVar[bool] = True
-    takes: ClassVar[frozenset[str]] = frozenset({"alpha", "scaling", "init"})  # what of `split` acts on it
-    layout: Layout  # these three are fields of every subclass, in their own places
+    takes: ClassVar[frozenset[str]] = frozenset(
+        {"alpha", "scaling", "init"}
+    )  # options of `split` that act on it
+    layout: Layout  # every subclass declares these three as fields, in its own order
     key: Any
     rate: Any
 
     @classmethod
     def create(cls, w: Any, start: Start) -> tuple[Adapter, Any]:
-        """The adapter of ``w``, and the weight to freeze: ``w`` itself unless the init moves some of it."""
+        """The adapter of ``w``, and the weight to freeze: ``w`` itself unless the init moves a part of it."""
         raise TypeError(f"{cls.__name__} must define create(w, start)")
 
     @classmethod
     def refuses(cls, shape: tuple[int, ...], start: Any) -> str | None:
-        """What this method cannot do for a weight of ``shape``, or None where it can."""
+        """What this method requires and a weight of ``shape`` lacks, as an error's ``want``, or None."""
         del shape
         return f"one rank for the whole stack, not {start.rank}" if isinstance(start.rank, tuple) else None
 
     @classmethod
     def rank_limit(cls, n: int, m: int) -> int:
-        """The largest rank that makes sense for ``n`` inputs and ``m`` outputs."""
+        """The largest useful rank for ``n`` inputs and ``m`` outputs."""
         return min(n, m)
 
     def pair(self) -> Factors:
@@ -105,7 +106,7 @@ class LowRank(Adapter):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The weight's shape, as the factors and the layout tell it."""
+        """The weight's shape, from the factors and the layout."""
         pair = jax.eval_shape(lambda adapter: (adapter.pair().a, adapter.pair().b), self)
         layout, a, b = self.layout, pair[0].shape[:-1], pair[1].shape
         whole = (*layout.stack, *layout.inputs)
@@ -114,13 +115,13 @@ class LowRank(Adapter):
         return tuple(sizes[i] for i in range(layout.ndim))
 
     def shape_of(self, a: Any, b: Any) -> tuple[int, ...]:
-        """The shape of a weight that has these factors, neither of them shared along the stack."""
+        """The shape of the weight of these factors, neither of which is shared along the stack."""
         down, up = self.factor_axes()
         sizes = dict(zip(up, np.shape(b), strict=True)) | dict(zip(down, np.shape(a), strict=True))
         return tuple(sizes[i] for i in range(self.layout.ndim))
 
     def factor_axes(self) -> tuple[tuple[int | None, ...], tuple[int | None, ...]]:
-        """Along which axes of the weight A and B run, None for the rank."""
+        """The axes of the weight along which A and B run, None for the rank."""
         stack, layout = self.layout.stack, self.layout
         return (*stack, *layout.inputs, None), (*stack, None, *layout.outputs)
 
@@ -137,7 +138,7 @@ class LowRank(Adapter):
         return dataclasses.replace(self.pair(), key=self.key, rate=self.rate)
 
     def numbers(self) -> dict[str, Any]:
-        # A scale of abstract or traced numbers is not known; asking for it would compute under the trace.
+        # The scale of abstract or traced numbers is unknown, and computing it would add to the trace.
         known = is_concrete([getattr(self, name, None) for name in ("rank", "alpha")])
         names = ("rank", "alpha", "scaling", "scale") if known else ("rank", "alpha", "scaling")
         told = {name: value for name in names if (value := getattr(self, name, None)) is not None}
@@ -149,7 +150,7 @@ class LowRank(Adapter):
         rank = getattr(self, "rank", None)
         if not isinstance(rank, tuple):
             return super().count()
-        # Pads of a stack of several ranks hold zeros and never train: only used ranks count.
+        # In a stack of several ranks the padding holds zeros that never train, so only used ranks count.
         share = sum(rank) / (len(rank) * max(rank))
         axes = self.axes()
         sizes = {name: math.prod(getattr(self, name).shape) for name in self.trained() if name != "key"}
@@ -157,8 +158,8 @@ class LowRank(Adapter):
 
     def with_dropout(self, rate: Any, key: jax.Array) -> Adapter:
         stack = self.layout.shapes(self.shape)[0]
-        # One key per stack entry, so that each layer of a scanned model drops inputs of its own. A single
-        # weight takes the key as it is: a split for each weight takes as long to compile as its mask.
+        # One key per stack entry, so that each layer of a scanned model has its own mask. An unstacked weight
+        # takes the key as it is, because splitting it would take as long to compile as the mask.
         if stack:
             keys = jax.random.split(key, math.prod(stack))
             key = keys.reshape(*stack, *keys.shape[1:])

@@ -1,4 +1,4 @@
-"""Adapters that can never move: where nothing that trains changes the weight, no step will ever do so."""
+"""Adapters that can never move, because to first order nothing that trains in them changes the weight."""
 
 import dataclasses
 from typing import Any
@@ -12,7 +12,7 @@ from lorax_fn.core.trees import is_concrete, is_float
 
 
 class LoraStuckWarning(UserWarning):
-    """Adapters were made that no training can move, such as those of PiSSA for a weight of zeros.
+    """Adapters were created that no training can move, such as PiSSA's for a weight of zeros.
 
     Example:
       >>> import warnings, jax.numpy as jnp, lorax_fn as lx
@@ -25,16 +25,16 @@ class LoraStuckWarning(UserWarning):
 
 
 def stuck(adapter: Adapter) -> str | None:
-    """Why an adapter cannot move, or None where it can or where its numbers are not known.
+    """Why an adapter cannot move, or None if it can or if its values are not known.
 
-    To first order, ``d(A B) = dA B + A dB``. With random dA and dB of what trains it is zero where one factor
-    of each product is zero: the gradient is then zero at every step.
+    To first order, ``d(A B) = dA B + A dB``. If this is zero for random changes of all that trains, then one
+    factor of each product is zero, and so is the gradient at every step.
 
     Args:
-      adapter: of any method; one without factors moves.
+      adapter: an adapter of any method; one without factors can always move.
 
     Returns:
-      One sentence, which names the stack entries if not all of them are stuck.
+      A clause that gives the reason, and names the stack entries if not all of them are stuck.
     """
     if not is_concrete(adapter) or adapter.is_stacked or adapter.pair() is None:
         return None
@@ -49,7 +49,7 @@ def stuck(adapter: Adapter) -> str | None:
 
 
 def _moves(adapter: Any) -> Any:
-    """``[*s]`` bool: whether a change of what trains changes ``A @ B``."""
+    """``[*s]`` bool: whether a change of the trained arrays changes ``A @ B`` to first order."""
     rng = np.random.default_rng(0)
     still = jax.tree.map(lambda x: jnp.zeros_like(x) if is_float(x) else x, adapter)
     step = {

@@ -1,4 +1,4 @@
-"""The methods by name."""
+"""The methods by name: one row each."""
 
 from lorax_fn.methods.dora import DoRA
 from lorax_fn.methods.loha import LoHa

@@ -20,7 +20,7 @@ class VeRA(LowRank):
     """Two trained vectors around frozen random factors: ``dW = A diag(d) B diag(b)``.
 
     Equation (2) of Kopiczko et al. (https://arxiv.org/abs/2310.11454); ``d`` starts at 0.1 and ``b`` at 0.
-    A and B are the same random numbers for every weight: each holds its own corner of them.
+    A and B are corners of two random matrices that all weights share.
 
     Args:
       a: ``[*n, r]``, frozen.
@@ -30,7 +30,7 @@ class VeRA(LowRank):
       rank: ``r``; may exceed the weight's own rank.
       layout: which axes of the weight are stack, inputs and outputs.
       key: PRNG keys ``[*s]``; set by `lorax_fn.dropout` only.
-      rate: share of A's inputs dropped; set by `lorax_fn.dropout` only.
+      rate: fraction of A's inputs to drop; set by `lorax_fn.dropout` only.
 
     Example:
       >>> import jax.numpy as jnp, lorax_fn as lx
@@ -54,7 +54,7 @@ class VeRA(LowRank):
     def create(cls, w: Any, start: Start) -> tuple["VeRA", Any]:
         stack, n, m = start.layout.shapes(w.shape)
         r = start.rank
-        # Rows and columns from keys that all weights share: each weight holds a corner of one random matrix.
+        # The keys are shared, so that the factors of every weight are corners of the same two matrices.
         key_a, key_b = jax.random.split(jax.random.fold_in(start.shared_key, _SHARED))
         a = _corner(key_a, math.prod(n), r, math.sqrt(1.0 / math.prod(n))).reshape(*n, r)
         b = _corner(key_b, math.prod(m), r, math.sqrt(1.0 / r)).T.reshape(r, *m)
@@ -88,7 +88,7 @@ _SHARED = 20231011
 
 
 def _corner(key: Any, rows: int, rank: int, bound: float) -> jax.Array:
-    """``[rows, rank]`` uniform in +-sqrt(3) bound, row ``i`` the same whatever ``rows`` is."""
+    """``[rows, rank]`` uniform in +-sqrt(3) bound; row ``i`` does not depend on the number of rows."""
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(rows, dtype=jnp.uint32))
     draw = jax.vmap(lambda k: jax.random.uniform(k, (rank,), jnp.float32, -1.0, 1.0))
     return draw(keys) * (math.sqrt(3.0) * bound)

@@ -1,4 +1,4 @@
-"""Whole values: `Full` trains a leaf as it is (a bias, a norm, a new head), `Rows` some rows of one."""
+"""`Full` trains a whole leaf (a bias, a norm, a new head), and `Rows` some rows of a table."""
 
 from typing import Any
 
@@ -13,10 +13,10 @@ from lorax_fn.core.stored import dense, is_stored
 
 @register
 class Full(Adapter):
-    """A leaf trained whole: ``W' = value``, cast to the dtype of the leaf at use.
+    """A leaf trained whole: ``W' = value``, cast to the leaf's dtype where it is used.
 
     Args:
-      value: array of the leaf's shape, in the dtype that trains.
+      value: array of the leaf's shape, in the dtype to train in.
 
     Example:
       >>> import jax.numpy as jnp, lorax_fn as lx
@@ -30,7 +30,7 @@ class Full(Adapter):
         return self.value.astype(w.dtype)
 
     def with_dropout(self, rate: Any, key: jax.Array) -> "Full":
-        """Itself: a leaf trained whole has no low-rank branch whose inputs could be dropped."""
+        """Returns itself, as a leaf trained whole has no low-rank branch."""
         del rate, key
         return self
 
@@ -47,23 +47,23 @@ class Full(Adapter):
 class Rows(Adapter):
     """Chosen rows of a table, such as new tokens of an embedding: ``W' = W`` but ``W'[ids] = values``.
 
-    The transform contracts it as ``W0 + S values``: ``S`` holds the columns ``ids`` of the identity, and
-    ``W0`` is W with zeros for these rows. They are replaced and not added to, so that it does not matter what
-    they were before: nan, inf, or large.
+    The transform contracts it as ``W0 + S values``, where ``S`` holds the columns ``ids`` of the identity and
+    ``W0`` is W with zeros in these rows. The rows are replaced, not added to, so their old values do not
+    matter, even if they are large, infinite or nan.
 
-    A vocabulary that grew needs a base of the new size first; an adapter of the old table does not fit it:
+    For a vocabulary that grew, enlarge the table first and then split:
 
         table = params["embed"]["embedding"]
         new = jnp.broadcast_to(table.mean(0, keepdims=True), (2, table.shape[1]))
         params["embed"]["embedding"] = jnp.concatenate([table, new])
         params, lora = lx.split(params, rows={"embed": [50, 51]})
 
-    Adapters that were trained on a table of 52 rows need the same two lines on a base of 50.
+    To load these adapters later, enlarge the base table with the same lines again.
 
     Args:
-      values: ``[k, ...]``, the rows as they train, with the axes of W but ``axis``.
-      ids: which rows they are, each once.
-      axis: the axis of W that the rows lie along: 0 for an embedding ``[V, d]``, 1 for a head ``[d, V]``.
+      values: ``[k, ...]``, the trained rows, with the axes of W other than ``axis``.
+      ids: the index of each row, without repeats.
+      axis: the axis of W that indexes rows: 0 for an embedding ``[V, d]``, 1 for a head ``[d, V]``.
 
     Example:
       >>> import jax.numpy as jnp, lorax_fn as lx
@@ -86,7 +86,7 @@ class Rows(Adapter):
         return {"rank": self.rank}
 
     def with_dropout(self, rate: Any, key: jax.Array) -> "Rows":
-        """Itself: rows that are looked up have no low-rank branch whose inputs could be dropped."""
+        """Returns itself, as replaced rows have no low-rank branch."""
         del rate, key
         return self
 
@@ -98,7 +98,7 @@ class Rows(Adapter):
         return {"values": (None, *others)}
 
     def base(self, w: Any) -> Any:
-        """W without the rows that train. A stored table keeps them: `factors` takes them off again."""
+        """W with zeros in the trained rows. A stored table keeps its rows, and `factors` subtracts them."""
         if is_stored(w):
             return w
         trained = np.zeros(w.shape[self.axis], bool)
