@@ -1,1 +1,1 @@
-"""What data does to each weight of a function: sums of x^T x, and mean gradients."""
+"""Statistics of a function on data, for each weight: sums of x^T x, and mean gradients."""

@@ -1,4 +1,4 @@
-"""The mean gradient of a loss by each weight, over batches."""
+"""The gradient of a loss with respect to each weight, averaged over batches."""
 
 from collections.abc import Callable, Iterable
 
@@ -15,13 +15,13 @@ from lorax_fn.transform.adapt import adapt
 def mean_gradients(
     loss: Callable, params: PyTree, batches: Iterable, paths: Iterable[str]
 ) -> dict[str, jax.Array]:
-    """The gradient of a loss by each weight, the mean over batches.
+    """The gradient of a loss with respect to each weight, averaged over batches.
 
     Args:
       loss: ``loss(params, batch) -> scalar``.
       params: its parameters, concrete.
-      batches: what ``loss`` is called with, one after the other.
-      paths: which weights.
+      batches: the batches, each passed to ``loss`` in turn.
+      paths: the paths of the weights.
 
     Returns:
       ``{path: gradient}`` float32, on the weights' own axes.

@@ -1,8 +1,8 @@
-"""What data does to the weights of a function: sums of ``x^T x``, and mean gradients, batch by batch.
+"""Sums of ``x^T x`` over all inputs ``x`` that each weight contracts, batch by batch.
 
-Both are gradients of the adapted function, so whatever `adapt` runs (scans, slices, several uses of one
-weight, jit, checkpoint) they run too, and they need what training needs: that outputs depend on the weight by
-operations that can be differentiated. Of the batches nothing is kept but the sums.
+They are computed as gradients of the adapted function. So they work wherever `adapt` does (scans, slices,
+several uses of one weight, jit, checkpoint), and need what training needs: outputs that depend on the weight
+through differentiable operations. Nothing is kept of the batches but the sums.
 """
 
 import dataclasses
@@ -22,13 +22,13 @@ from lorax_fn.core.trees import PyTree, arrays, is_float
 from lorax_fn.transform.adapt import adapt
 from lorax_fn.transform.usage import usage
 
-SPAN = 1e-6  # below this share of the largest eigenvalue a float32 covariance holds rounding only
+SPAN = 1e-6  # eigenvalues of a float32 covariance below this fraction of the largest are rounding errors
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Probe(Adapter):
-    """Changes nothing; the gradient by ``a`` is ``sum x^T x a`` over all that its weight contracts."""
+    """Changes nothing, but its gradient with respect to ``a`` is ``sum x^T x a`` over the weight's inputs."""
 
     a: Any
     layout: Layout = dataclasses.field(metadata={"static": True})
@@ -43,7 +43,7 @@ class _Probe(Adapter):
 
 
 def input_products(fn: Callable, params: PyTree, layouts: Mapping[str, Layout]) -> Callable:
-    """How to sum ``x^T x A`` over every input ``x`` that each weight contracts, in every batch.
+    """Builds a function that sums ``x^T x A`` over all inputs ``x`` that each weight contracts.
 
     Args:
       fn: ``fn(params, batch)`` with a float output.
@@ -51,13 +51,13 @@ def input_products(fn: Callable, params: PyTree, layouts: Mapping[str, Layout]) 
       layouts: ``{path: Layout}`` of the weights.
 
     Returns:
-      ``products(batches, probes)``: from ``{path: A}``, ``[*s, *n, k]`` float32 each, sums of the same
-      shapes; zeros where no input reached the weight. The identity gives the covariance itself. Probes of
-      the same shapes compile once.
+      ``products(batches, probes)``, which takes ``{path: A}``, each ``[*s, *n, k]`` float32, and returns sums
+      of the same shapes, zero for weights that no input reached. Identity matrices give the covariance
+      itself. Probes of the same shapes compile once.
 
     Raises:
-      LoraError: by ``products``: there is no batch or no float output, a weight is not used, is looked up by
-        row, or is used in a way that has no rule.
+      LoraError: from ``products``: there is no batch or no float output; or a weight is not used, is looked
+        up by row, or has a use without a low-rank rule.
     """
     adapted = adapt(fn, fallback="error")
 
@@ -91,7 +91,7 @@ def input_products(fn: Callable, params: PyTree, layouts: Mapping[str, Layout]) 
 def covariances(
     fn: Callable, params: PyTree, layouts: Mapping[str, Layout], batches: Iterable, at_once: int | None
 ) -> Iterator[tuple[str, jax.Array]]:
-    """``(path, X^T X)`` of each weight, ``[s, n, n]`` float32, ``at_once`` weights in each pass."""
+    """Yields ``(path, X^T X)`` for each weight, ``[s, n, n]`` float32, ``at_once`` weights per pass."""
     leaves = arrays(params)
     sums = input_products(fn, params, layouts)
     for group in groups(layouts, batches, at_once):
@@ -106,7 +106,7 @@ def covariances(
 
 
 def probed(sums: Callable, batches: Iterable, bases: Mapping, layouts: Mapping, leaves: Mapping) -> dict:
-    """``X^T X Q`` of each weight, ``[s, n, k]`` from bases ``Q [s, n, k]``, by `input_products`."""
+    """``X^T X Q`` for each weight by `input_products`, ``[s, n, k]``, where ``Q [s, n, k]`` are its bases."""
     probes = {}
     for path, basis in bases.items():
         stack, n, _ = layouts[path].shapes(leaves[path].shape)
@@ -116,14 +116,14 @@ def probed(sums: Callable, batches: Iterable, bases: Mapping, layouts: Mapping, 
 
 
 def _check_contracted(fn: Callable, params: PyTree, batch: Any, paths: list[str]) -> None:
-    """Every weight has to be contracted with inputs; rows that are looked up have none."""
+    """Raises a `LoraError` unless every weight is contracted with inputs, which rows looked up are not."""
     uses = usage(fn, params, batch)
     wrong = {}
     for path in paths:
         if not uses[path].ops:
             wrong[path] = "not used by fn(params, batch)"
         elif uses[path].ops[0] == "gather":
-            wrong[path] = "rows looked up by index: no inputs to take directions of"
+            wrong[path] = "rows looked up by index, which have no inputs"
     if wrong:
         raise error(
             "these weights contract no inputs.",
@@ -135,12 +135,12 @@ def _check_contracted(fn: Callable, params: PyTree, batch: Any, paths: list[str]
 
 
 def problem_of(sizes: Any, ranks: np.ndarray, needed: Any = True) -> str | None:
-    """Why spectra ``[s, k]`` cannot start stack entries of these ranks, or None where they can."""
+    """Why spectra ``[s, k]`` cannot start stack entries of these ranks, or None if they can."""
     sizes = np.asarray(sizes, np.float64)
     if not np.isfinite(sizes).all():
         return "not finite"
     if ((sizes[:, 0] <= 0) & needed).any():
-        return f"zero{_in_entries((sizes[:, 0] <= 0) & needed)}: no batch has a use of it that outputs show"
+        return f"zero{_in_entries((sizes[:, 0] <= 0) & needed)}: no batch uses it in a way that outputs show"
     span = (sizes > SPAN * sizes[:, :1]).sum(1)
     if (span < ranks).any():
         return f"of rank {span[span < ranks].min()}{_in_entries(span < ranks)}, below {int(ranks.max())}"

@@ -1,4 +1,4 @@
-"""Passes through batches: sums that are kept, functions that are compiled once."""
+"""Passes through batches: sums of what a function returns, and functions compiled once."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -11,7 +11,7 @@ from lorax_fn.core.trees import PyTree, is_array
 
 
 def groups(paths: Iterable[str], batches: Iterable, at_once: int | None) -> Iterator[list[str]]:
-    """The paths in groups of ``at_once``, each of which takes a pass through the batches."""
+    """Yields the paths in groups of ``at_once``, each of which takes one pass through the batches."""
     paths = list(paths)
     size = len(paths) if at_once is None else at_once
     if size < len(paths):
@@ -21,18 +21,18 @@ def groups(paths: Iterable[str], batches: Iterable, at_once: int | None) -> Iter
 
 
 def check_again(batches: Iterable, why: str) -> None:
-    """Raises a `LoraError` where the batches are an iterator, which allows one pass only."""
+    """Raises a `LoraError` if the batches are an iterator, which allows only one pass."""
     if iter(batches) is batches:
         raise error(
             "batches have to be passed through more than once.",
             got=f"a {type(batches).__name__}, and {why}",
-            want="a list, or anything that gives a new iterator each time",
+            want="a list, or another iterable that starts over each time",
             do="batches=list(batches).",
         )
 
 
 def summed(run: Callable, at: dict, params: PyTree, batches: Iterable) -> tuple[dict, int]:
-    """The sum over batches of ``run(at, params, batch)``, and their number."""
+    """The sum of ``run(at, params, batch)`` over batches, and the number of batches."""
     total, count = None, 0
     for batch in batches:
         new = run(at, params, batch)
@@ -42,14 +42,14 @@ def summed(run: Callable, at: dict, params: PyTree, batches: Iterable) -> tuple[
         raise error(
             "there are no batches to look at.",
             path=list(at),
-            got="an empty iterable, or an iterator that was used up before",
+            got="an empty iterable, or an iterator that is used up",
             do="batches=[x0, x1, ...], each called as fn(params, batch).",
         )
     return total, count
 
 
 def over_arrays(fn: Callable) -> Callable:
-    """`jax.jit` over the arrays among the leaves of the arguments; all else is static, as in `adapt`."""
+    """`jax.jit` in which array leaves of the arguments are traced and all other leaves are static."""
     known: dict[Any, Callable] = {}
 
     def call(*args):
