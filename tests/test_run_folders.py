@@ -90,7 +90,7 @@ def test_files_of_others_are_neither_read_nor_deleted(tmp_path):
             (tmp_path / name / "thesis.txt").write_text(name)
         else:
             (tmp_path / name).write_text(text)
-    with pytest.warns(lx.LoraCheckpointWarning, match=r"step-00000004 is no checkpoint(.|\n)*moved"):
+    with pytest.warns(lx.LoraCheckpointWarning, match=r"step-00000004 is not a checkpoint(.|\n)*moved"):
         fit(tmp_path, 4, max_to_keep=None)
     (tmp_path / "step-00000002" / "thesis.txt").write_text("step-00000002")
     assert_same(fit(tmp_path, 10, max_to_keep=1), by_hand(10)[0])

@@ -1,8 +1,8 @@
-"""Adapters and runs on disk: Orbax stores the arrays, JSON the facts.
+"""Adapters and runs on disk: Orbax stores the arrays, JSON the static fields.
 
-What other tools write: pickle, copies and `flax.serialization` keep every fact of an adapter. Equinox's
-``tree_serialise_leaves`` writes leaves alone, so that alpha, rank and scaling are afterwards those of the
-tree that it is read into, right or wrong: use `save` and `load`.
+Pickle, copies and `flax.serialization` keep every static field of an adapter too. Equinox's
+``tree_serialise_leaves`` writes leaves only, so after reading, alpha, rank and scaling are those of the tree
+it was read into, right or wrong. Use `save` and `load` instead.
 """
 
 from lorax_fn.checkpoint.adapters import load as load

@@ -1,18 +1,18 @@
-"""Adapters on disk: arrays by Orbax, every static fact and a fingerprint of the base beside them.
+"""Adapters on disk: Orbax stores the arrays; static fields and a fingerprint of the base are JSON.
 
-A checkpoint is a directory that holds ``adapter.json`` and ``arrays-<id>/`` (Orbax). The JSON names the array
-directory, so replacing that one file is what makes a new version appear, whole or not at all:
+A checkpoint is a directory with ``adapter.json`` and ``arrays-<id>/`` (Orbax). The JSON names the array
+directory, so a new version appears atomically when that one file is replaced:
 
     format, version     "lorax_fn.adapter", 2
     arrays              name of the array directory
-    files               {name: {size, crc32}} of every file in it
-    adapters            one entry per path, as `storage` says
+    files               {name: {size, crc32}} for every file in it
+    adapters            one entry per path, as described in `storage`
     base                one entry per leaf of params: path, shape, dtype, crc32 of a sample; or null
-    extra               what `save` was given so: structure, facts of the leaves, weak types; or null
-    crc32               of all the above; ``facts.sha256`` in the array directory is of all that too
+    extra               the tree given to `save`: structure, shapes and dtypes, weakly typed leaves; or null
+    crc32               of all the above, as is ``facts.sha256`` in the array directory
 
-Version 1 had no sizes, no extra and no sha256; it is read as before. `load` reads the adapters of a training
-checkpoint (`checkpoint/runs.py`) too. Orbax is imported when a function here is called.
+Version 1, which had no sizes, extra or sha256, can still be read. `load` also reads the adapters of a
+training checkpoint (`checkpoint/runs.py`). Orbax is imported when a function here is called.
 """
 
 import os
@@ -81,28 +81,29 @@ STAGE, ARRAYS = re.compile(r"\.new-[0-9a-f]{12}"), re.compile(r"arrays-[0-9a-f]{
 def save(
     path: str | os.PathLike, lora: dict[str, Adapter], *, params: PyTree = None, extra: PyTree = None
 ) -> None:
-    """Writes adapters to a directory, atomically: a crash leaves the old checkpoint or the new one.
+    """Writes adapters to a directory atomically: a crash leaves either the old checkpoint or the new one.
 
-    Where several processes run, all of them call it: arrays that no process holds whole are gathered, and the
-    first process writes.
+    With several processes, all of them must call it: arrays spread over processes are gathered, and the first
+    process writes.
 
     Args:
-      path: directory to make, or an older adapter checkpoint to replace. Other files in it stay.
-      lora: ``dict[str, Adapter]``; arrays keep their dtype, bit for bit.
-      params: the base that ``lora`` belongs to. Its paths, shapes, dtypes and a hash of at most 4096 elements
-        of each float leaf are stored, for `load` to compare; of abstract leaves no hash is. Give it wherever
-        an init moved a part of the weights into the adapters (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA): no
-        adapter tells that by itself, and on the original base it is wrong.
-      extra: what training moved besides the adapters: ``state.extra``, such as batch statistics. Any tree of
-        arrays and numbers; `load_extra` reads it.
+      path: directory to create, or an older adapter checkpoint to replace. Other files in it stay.
+      lora: ``dict[str, Adapter]``; arrays are stored bit for bit.
+      params: the base that ``lora`` belongs to. Its paths, shapes and dtypes, and a hash of at most 4096
+        elements of each concrete float leaf, are stored for `load` to compare. Always pass it if the init
+        moved a part of the weights into the adapters (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA), because such
+        adapters give wrong results on the original base.
+      extra: what training changed besides the adapters, ``state.extra``, such as batch statistics: any tree
+        of arrays and numbers. `load_extra` reads it.
 
     Raises:
       LoraError: ``lora`` is not a dict of adapters, came out of `dropout`, does not fit ``params`` or has a
-        field that can't be stored; ``extra`` holds something else than arrays and numbers; ``path`` holds
-        something that is not an adapter checkpoint, is the address of a remote store, or can't be written.
+        field that can't be stored; ``extra`` contains anything but arrays and numbers; ``path`` contains
+        something that is not an adapter checkpoint, is a remote address, or can't be written.
 
     Warns:
-      LoraCheckpointWarning: ``params`` hold running statistics, and no ``extra`` was given.
+      LoraCheckpointWarning: ``params`` contain running statistics, and no ``extra`` was given; or no
+        ``params`` were given, and the init moved a part of the weights into the adapters.
 
     Example:
       >>> import tempfile, jax.numpy as jnp, lorax_fn as lx
@@ -149,25 +150,24 @@ def save(
 def load(path: str | os.PathLike, *, params: PyTree = None, strict: bool = True) -> dict[str, Adapter]:
     """Reads the adapters that `save` wrote, or those of a training checkpoint of `fit`.
 
-    What is read is checked against sums first: damage, and facts that do not belong to the arrays, are found.
-    A sum is no signature: load only what you would trust anyway.
+    Checksums are verified first, which detects damage and static fields that do not belong to the arrays. A
+    checksum is not a signature: load only files that you trust.
 
     Args:
-      path: the checkpoint's directory; or the ``checkpoint_dir`` of `fit`, whose newest checkpoint that is
-        whole is then read; or one ``step-<number>`` directory in it.
-      params: the base to train or merge on, compared with the one that `save` was given. Abstract leaves are
-        compared by shape and dtype alone.
-      strict: False loads onto another base, too: adapters that have no leaf in ``params``, or one of another
-        shape, are left out; a `LoraCheckpointWarning` lists them and all that differs.
+      path: the checkpoint's directory; or the ``checkpoint_dir`` of `fit`, whose newest intact checkpoint is
+        read; or one ``step-<number>`` directory in it.
+      params: the base to train or merge on, which is compared with the one that `save` was given. Abstract
+        leaves are compared by shape and dtype only.
+      strict: False also loads onto another base. Adapters without a leaf in ``params``, or with a leaf of
+        another shape, are left out; a `LoraCheckpointWarning` lists them and all other differences.
 
     Returns:
-      The same ``dict[str, Adapter]``, bit for bit, on the default device. Statistics that training moved are
-      what `load_extra` reads.
+      The same ``dict[str, Adapter]``, bit for bit, on the default device. `load_extra` reads the rest of what
+      training changed.
 
     Raises:
-      LoraError: there is no checkpoint at ``path``, it is damaged, of a later format or of an unknown method;
-        or ``params`` differ from the base it was saved with (every differing path is named), or it was saved
-        without one.
+      LoraError: there is no checkpoint at ``path``; it is damaged, of a later format or of an unknown method;
+        or ``params`` differ from the base it was saved with, or it was saved without one.
 
     Example:
       >>> import tempfile, jax.numpy as jnp, lorax_fn as lx
@@ -188,19 +188,19 @@ def load(path: str | os.PathLike, *, params: PyTree = None, strict: bool = True)
 
 
 def load_extra(path: str | os.PathLike, like: PyTree = None) -> PyTree:
-    """Reads what training moved besides the adapters: the ``extra`` that `save` was given, or that of a run.
+    """Reads what training changed besides the adapters: the ``extra`` given to `save`, or that of a run.
 
     Args:
       path: as for `load`.
       like: a tree of the same structure, such as the ``extra`` that training began with; arrays may be
-        abstract. Needed where the tree has nodes other than dicts, lists, tuples and None (``nnx.State``).
+        abstract. Required if the tree has nodes other than dicts, lists, tuples and None (``nnx.State``).
 
     Returns:
-      The tree, bit for bit, on the default device; None where the state of a run had no extra. That of a run
-      under pmap keeps the axis of devices.
+      The tree, bit for bit, on the default device; None if a run's state had no extra. The extra of a run
+      under pmap keeps its device axis.
 
     Raises:
-      LoraError: as `load`; or `save` was given no ``extra``, or it is not of the structure of ``like``.
+      LoraError: as for `load`; or `save` was given no ``extra``, or its structure is not that of ``like``.
 
     Example:
       >>> import tempfile, jax.numpy as jnp, lorax_fn as lx
@@ -224,7 +224,7 @@ def load_extra(path: str | os.PathLike, like: PyTree = None) -> PyTree:
 
 
 def _found(path: pathlib.Path) -> tuple[pathlib.Path, dict, dict[str, np.ndarray], tuple | None]:
-    """Where the checkpoint is, its facts and arrays, and (structure, facts, weak, names) of its extra."""
+    """The checkpoint's directory, facts and arrays, and (structure, facts, weak, names) of its extra."""
     if not (path / FACTS).is_file() and (snapshot := find_snapshot(path)) is not None:
         path, facts = snapshot
         extra = [(i, leaf) for i, leaf in enumerate(facts["state"]) if leaf["path"].split("/")[0] == "extra"]
@@ -243,13 +243,13 @@ def _found(path: pathlib.Path) -> tuple[pathlib.Path, dict, dict[str, np.ndarray
 
 
 def _read(path: pathlib.Path) -> dict:
-    """The facts of an adapter checkpoint, all of them and its files checked."""
+    """The facts of an adapter checkpoint, after checking them and its files."""
     if not os.path.lexists(path / FACTS):
         raise error(
             "there is no adapter checkpoint here.",
             path=path,
             got=f"no {FACTS} in it" if path.exists() else "no such directory",
-            do="check the path; save writes a directory.",
+            do="check the path; a checkpoint is a directory.",
         )
     facts = read_facts(path / FACTS, FORMAT, (1, VERSION))
     schema.check(path / FACTS, facts.get("arrays"), schema.ARRAYS)
@@ -263,7 +263,7 @@ def _read(path: pathlib.Path) -> dict:
 def _fitting(
     path: pathlib.Path, base: list[dict] | None, params: PyTree, given: list[dict], lora: dict
 ) -> dict:
-    """The adapters that fit ``params``; a warning says what does not, and what else differs."""
+    """The adapters that fit ``params``. A warning lists the others, and all other differences."""
     skipped = {name: got for name, got, _ in misfits(dict(flatten_with_paths(params)[0]), lora)}
     lines = [f"  {name}: skipped: {got}" for name, got in skipped.items()]
     if base is None:
@@ -277,22 +277,22 @@ def _fitting(
 
 
 def _warn_of_residuals(path: Any, lora: dict[str, Adapter]) -> None:
-    """Says that adapters which took a part of W are of no use without the base that is left of it."""
+    """Warns that adapters whose init moved a part of W are useless without the remaining base."""
     moved = [name for name, adapter in lora.items() if getattr(adapter, "residual", False)]
     if moved:
         listed = ", ".join(moved[:3]) + (f" and {len(moved) - 3} more" if len(moved) > 3 else "")
         warnings.warn(
             f"{path} is saved without the params that its adapters belong to: their init took a part of W "
-            f"({listed}), so that on the original weights they give other numbers.\n"
-            "  do: save(path, lora, params=params) with the params that split returned, or save what "
-            "lx.ranks.to_plain(original, params, lora) makes for the original ones.",
+            f"({listed}), so they give wrong results on the original weights.\n"
+            "  do: save(path, lora, params=params) with the params that split returned, or save "
+            "lx.ranks.to_plain(original, params, lora), which fits the original ones.",
             LoraCheckpointWarning,
             stacklevel=3,
         )
 
 
 def _check_statistics(params: PyTree, extra: PyTree) -> None:
-    """Warns where the base holds statistics that training may move, and nobody says where they are."""
+    """Warns if the base contains statistics that training may have changed, and no extra is saved."""
     if extra is not None:
         return
     nnx = sys.modules.get("flax.nnx")
@@ -305,18 +305,18 @@ def _check_statistics(params: PyTree, extra: PyTree) -> None:
     if found:
         warnings.warn(
             f"{len(found)} running statistics in params, such as {found[0]}, are not saved with these "
-            "adapters. If training moved them, save(path, lora, params=..., extra=state.extra) keeps them, "
-            "and load_extra reads them; if not, extra={} says so.",
+            "adapters. If training changed them, save(path, lora, params=..., extra=state.extra) keeps them, "
+            "and load_extra reads them; if not, pass extra={}.",
             LoraCheckpointWarning,
             stacklevel=3,
         )
 
 
 def _check_replaceable(path: pathlib.Path) -> None:
-    ours = re.compile(f"{STAGE.pattern}|{re.escape(LOCK)}")  # what a save that was killed left
+    ours = re.compile(f"{STAGE.pattern}|{re.escape(LOCK)}")  # left by a save that was killed
     others = [file for file in path.iterdir() if not ours.fullmatch(file.name)] if path.is_dir() else []
     new = not os.path.lexists(path) or (path.is_dir() and not others)
-    # by the text alone: a damaged checkpoint may be replaced too
+    # Only the text is searched, so that a damaged checkpoint can be replaced too.
     facts = path / FACTS
     old = facts.is_file() and not facts.is_symlink() and FORMAT.encode() in facts.read_bytes()
     if not (new or old):
@@ -330,7 +330,7 @@ def _check_replaceable(path: pathlib.Path) -> None:
 
 
 def _write(path: pathlib.Path, facts: dict, arrays: dict[str, np.ndarray]) -> None:
-    """Writes all of it into a directory of its own inside ``path``, then puts it in place."""
+    """Writes everything into a staging directory inside ``path``, then moves it into place."""
     fresh = not path.exists()
     stage = path / f".new-{facts['arrays'].removeprefix('arrays-')}"
     path.mkdir(parents=True, exist_ok=True)
@@ -357,13 +357,13 @@ def _write_arrays(path: pathlib.Path, tree: dict[str, np.ndarray]) -> None:
 
 
 def _publish(stage: pathlib.Path, path: pathlib.Path, arrays: str) -> None:
-    """Makes the staged checkpoint appear at ``path`` by one rename, and removes the one before."""
+    """Makes the staged checkpoint appear at ``path`` by one rename, and removes the previous one."""
     before = _files_of(path)
     os.replace(stage / arrays, path / arrays)
     os.replace(stage / FACTS, path / FACTS)  # from here on the new arrays are the checkpoint
     for old in path.iterdir():
         if STAGE.fullmatch(old.name) and old != stage:
-            sweep(old)  # what a crash left
+            sweep(old)  # left by a crash
         elif ARRAYS.fullmatch(old.name) and old.name != arrays and not old.is_symlink():
             if old.name in before:
                 remove(old, SEAL, before[old.name])
@@ -372,7 +372,7 @@ def _publish(stage: pathlib.Path, path: pathlib.Path, arrays: str) -> None:
 
 
 def _files_of(path: pathlib.Path) -> dict[str, list[str]]:
-    """The array directory of the checkpoint that is replaced, and its files; nothing where it is damaged."""
+    """The array directory of the checkpoint to replace, and its files; empty if it is damaged."""
     try:
         facts: Any = parse(read_small(path / FACTS, 64 << 20, path), path)
         schema.check(path, facts, schema.adapter_facts(facts["version"]))

@@ -1,9 +1,9 @@
-"""Files of a checkpoint: read only where they are regular files inside it, and checked before they are used.
+"""Files of a checkpoint: only regular files inside it are read, and all are checked before they are used.
 
-Three sums guard a checkpoint: each file's size and crc32 stand in the JSON, a crc32 of the JSON stands in the
-JSON itself, and a sha256 of the JSON lies among the arrays (``facts.sha256``), so that facts and arrays of
-two checkpoints, or facts that were edited, do not pass as one. They find accidents and mistakes. They are no
-signature: whoever can write the directory can write other numbers with sums that are right.
+Three kinds of checksums protect a checkpoint. The JSON contains the size and crc32 of each file and its own
+crc32. A sha256 of the JSON lies among the arrays (``facts.sha256``), so that edited JSON, or the JSON of
+another checkpoint, is detected. This guards against accidents and mistakes, not against attackers: whoever
+can write to the directory can also write matching checksums.
 """
 
 import hashlib
@@ -24,19 +24,19 @@ CHUNK = 1 << 20
 
 
 class DamagedError(LoraError):
-    """A checkpoint of which a part is missing or changed."""
+    """A part of a checkpoint is missing or was changed."""
 
 
 def damaged(path: Any, got: Any, do: str = "") -> DamagedError:
-    """The error of a checkpoint that is not what was written."""
+    """The error for a checkpoint that is not as it was written."""
     do = do or "restore the directory from a copy, or save the adapters again."
     return DamagedError(str(error("the checkpoint is damaged.", path=path, got=got, do=do)))
 
 
 def local(path: str | os.PathLike, *, write: bool = False) -> pathlib.Path:
-    """The absolute path of a directory, its links followed; addresses of other machines are refused.
+    """The absolute path of a directory with links resolved; remote addresses are refused.
 
-    So are, to ``write``, names in which Orbax sees a pattern or an address: it would lose arrays.
+    To ``write``, names that Orbax takes for patterns or addresses are refused too: it would lose arrays.
     """
     text = os.fspath(path)
     if not isinstance(text, str) or "\0" in text:
@@ -45,10 +45,10 @@ def local(path: str | os.PathLike, *, write: bool = False) -> pathlib.Path:
         )
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", text):
         raise error(
-            "checkpoints lie on a file system.",
+            "checkpoints must be on a local file system.",
             path=text,
             got="the address of a remote store",
-            want="a directory of this machine, such as a mounted bucket",
+            want="a directory on this machine, such as a mounted bucket",
             do="pass a local directory and copy it there afterwards.",
         )
     found = pathlib.Path(os.path.realpath(text))
@@ -58,14 +58,14 @@ def local(path: str | os.PathLike, *, write: bool = False) -> pathlib.Path:
             "Orbax can't write below a directory of this name.",
             path=found,
             got=[repr(part) for part in odd],
-            want="a name without * ? [ and the backslash, and not gs:",
+            want="a name without * ? [ or a backslash, other than gs:",
             do="choose another name.",
         )
     return found
 
 
 def unwritable(path: pathlib.Path, failure: BaseException, do: str) -> LoraError:
-    """The error of a directory or disk that can't be written."""
+    """The error for a directory or disk that can't be written to."""
     return error(
         "a checkpoint could not be written.",
         path=path,
@@ -75,7 +75,7 @@ def unwritable(path: pathlib.Path, failure: BaseException, do: str) -> LoraError
 
 
 def file_sums(folder: pathlib.Path) -> dict[str, dict]:
-    """``{name: {size, crc32}}`` of every regular file below ``folder``."""
+    """``{name: {size, crc32}}`` for every regular file below ``folder``."""
     found = {}
     for root, _, names in os.walk(folder):
         for name in sorted(names):
@@ -89,10 +89,10 @@ def file_sums(folder: pathlib.Path) -> dict[str, dict]:
 
 
 def check_files(folder: pathlib.Path, sums: dict[str, Any]) -> None:
-    """Raises a `LoraError` that names every file which is missing, changed, or reached through a link.
+    """Raises a `LoraError` that names every file that is missing, changed, or reached through a link.
 
-    It goes before Orbax, which leaves broken event loops behind when several reads fail at once. Files that
-    ``sums`` does not name are not looked at.
+    This runs before Orbax, which leaves broken event loops behind when several reads fail at once. Files that
+    ``sums`` does not name are ignored.
     """
     wrong = {name: problem for name, fact in sums.items() if (problem := _file_problem(folder, name, fact))}
     if wrong:
@@ -133,7 +133,7 @@ def _text(facts: dict) -> bytes:
 
 
 def write_facts(path: pathlib.Path, facts: dict) -> None:
-    """Writes ``facts`` and their own crc32 as JSON, down to the disk."""
+    """Writes ``facts`` and their own crc32 as JSON, flushed to the disk."""
     with open(path, "w", encoding="utf-8") as file:
         json.dump(facts | {"crc32": zlib.crc32(_text(facts))}, file, indent=1, allow_nan=False)
         file.flush()
@@ -141,14 +141,14 @@ def write_facts(path: pathlib.Path, facts: dict) -> None:
 
 
 def write_seal(folder: pathlib.Path, facts: dict) -> None:
-    """Puts the sha256 of ``facts`` beside the arrays that they tell of."""
+    """Writes the sha256 of ``facts`` beside the arrays that they describe."""
     (folder / SEAL).write_text(hashlib.sha256(_text(facts)).hexdigest() + "\n", "ascii")
 
 
 def check_seal(folder: pathlib.Path, facts: dict) -> None:
-    """Raises a `LoraError` where the arrays in ``folder`` were written with other facts."""
+    """Raises a `LoraError` if the arrays in ``folder`` were written with other facts."""
     file = folder / SEAL
-    if facts["version"] == 1:  # there was no seal yet
+    if facts["version"] == 1:  # had no seal
         if os.path.lexists(file):
             raise damaged(file, "facts of version 1 beside arrays of a later one")
         return
@@ -160,7 +160,7 @@ def check_seal(folder: pathlib.Path, facts: dict) -> None:
 
 
 def read_small(file: pathlib.Path, limit: int, folder: pathlib.Path) -> bytes:
-    """The bytes of a regular file below ``folder``; a link, a pipe or a huge file is a `LoraError`."""
+    """The bytes of a regular file below ``folder``; a link, a pipe or a huge file raises a `LoraError`."""
     place = folder
     try:
         for part in file.relative_to(folder).parts:
@@ -177,7 +177,7 @@ def read_small(file: pathlib.Path, limit: int, folder: pathlib.Path) -> bytes:
 
 
 def parse(data: bytes, path: pathlib.Path) -> Any:
-    """Strict JSON: no NaN, no key twice, no text that is not Unicode."""
+    """Parses strict JSON, without NaN, repeated keys or invalid Unicode."""
     try:
         found = json.loads(data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
         json.dumps(found, ensure_ascii=False).encode()
@@ -189,21 +189,21 @@ def parse(data: bytes, path: pathlib.Path) -> Any:
 def _unique(pairs: list[tuple[str, Any]]) -> dict:
     found = dict(pairs)
     if len(found) != len(pairs):
-        raise ValueError("a key stands twice in one object")
+        raise ValueError("a key is repeated in one object")
     return found
 
 
 def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not a number of JSON")
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def read_facts(path: pathlib.Path, form: str, versions: tuple[int, ...]) -> dict:
-    """Reads what `write_facts` wrote; another format or version, or any damage, is a `LoraError`."""
+    """Reads what `write_facts` wrote; another format or version, or any damage, raises a `LoraError`."""
     facts = parse(read_small(path, FACTS_LIMIT, path.parent), path)
     if not isinstance(facts, dict) or type(facts.get("version")) is not int:
-        raise damaged(path, "JSON that tells of no checkpoint")
+        raise damaged(path, "JSON that does not describe a checkpoint")
     if type(facts.get("crc32")) is not int or facts["crc32"] != zlib.crc32(_text(facts)):
-        # before the format: a flipped byte may lie in its name
+        # This comes before the check of the format, because a flipped byte may be in its name.
         raise damaged(path, "content that does not match its own crc32")
     if facts.get("format") != form or facts["version"] not in versions:
         raise error(
@@ -217,7 +217,7 @@ def read_facts(path: pathlib.Path, form: str, versions: tuple[int, ...]) -> dict
 
 
 def remove(folder: pathlib.Path, facts_name: str, files: Any) -> None:
-    """Deletes the files of a checkpoint, the facts first, and directories left empty; others' files stay."""
+    """Deletes the files of a checkpoint, facts first, and directories left empty. Other files stay."""
     for name in [facts_name, *files, SEAL, f"arrays/{SEAL}"]:
         file = folder / name
         inside = os.path.realpath(file) == str(file) and file.is_relative_to(folder)
@@ -227,11 +227,11 @@ def remove(folder: pathlib.Path, facts_name: str, files: Any) -> None:
         try:
             os.rmdir(root)
         except OSError:
-            pass  # not empty: it holds something that is not ours
+            pass  # It is not empty, as it contains a file that is not ours.
 
 
 def sweep(path: pathlib.Path) -> None:
-    """Removes a directory that a crash left half-written; of a link only the link, not what it points to."""
+    """Removes a directory that a crash left half-written; if it is a link, only the link."""
     if path.is_symlink():
         path.unlink()
     else:

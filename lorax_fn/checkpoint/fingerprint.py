@@ -1,8 +1,8 @@
-"""Which base is this: paths, shapes, dtypes and a cheap content hash of a tree, and what two differ in.
+"""Fingerprints of base trees, to compare them cheaply: paths, shapes, dtypes and a hash of some elements.
 
 A fingerprint is a list with one entry per array leaf: path, shape, dtype, and the crc32 of at most 4096
-elements of a float leaf. It is JSON, and the same for every sharding of the same values. It tells most bases
-apart, not all: two that differ in few elements, none of which it reads, have one fingerprint.
+elements of a float leaf. It is JSON and does not depend on the sharding. It distinguishes most bases, but not
+all: two that differ only in elements it does not read have the same fingerprint.
 """
 
 import math
@@ -22,15 +22,15 @@ GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 def fingerprint(params: PyTree, version: int = VERSION) -> list[dict]:
-    """What tells one base from another: path, shape and dtype of every array, a hash of a sample of floats.
+    """The fingerprint of a tree: path, shape and dtype of every array, and a hash of a sample of its floats.
 
-    It is the same on every run and for every sharding; abstract leaves have no crc32. A quantized weight
-    names its format, and its crc32 is that of all its arrays. Integers, bools and PRNG keys are state, such
-    as the counters of random numbers, which a forward pass may move: their content is not compared.
+    It is the same in every run and for every sharding; abstract leaves have no crc32. A quantized weight
+    names its format, and its crc32 covers all its arrays. The content of integers, bools and PRNG keys is not
+    compared, because they may be state that a forward pass changes, such as counters of random numbers.
 
     Args:
       params: any tree.
-      version: 1 is how checkpoints of version 1 sampled: at even strides, of every dtype.
+      version: 1 samples as checkpoints of version 1 did: leaves of every dtype, at even strides.
     """
     return [
         {
@@ -58,7 +58,7 @@ def _crc(leaf: Any, version: int) -> int:
 def differences(saved: list[dict], given: list[dict]) -> dict[str, str]:
     """``{path: what differs}`` between a stored fingerprint and that of params.
 
-    Content is compared where both have a hash: abstract leaves have none.
+    Content is compared if both have a hash, which abstract leaves do not.
     """
     was = {entry["path"]: entry for entry in saved}
     now = {entry["path"]: entry for entry in given}
@@ -77,11 +77,11 @@ def differences(saved: list[dict], given: list[dict]) -> dict[str, str]:
 
 
 def places(size: int, version: int = VERSION) -> np.ndarray:
-    """Which elements of a flattened array are read: all of a small one, else `SAMPLE` of them.
+    """The elements of a flattened array to read: all of a small one, else `SAMPLE` of them.
 
-    They are the multiples of a stride near the golden ratio of the size, modulo the size. The stride and the
-    size have no common factor, so no axis is left in one place: every row and every column of a square matrix
-    of up to 4096 is met, far from the diagonal alone.
+    They are the multiples of a stride, modulo the size. The stride is near the golden ratio of the size and
+    has no common factor with it, so the elements are spread over all axes: they meet every row and every
+    column of a square matrix of up to 4096 rows, and do not lie on one diagonal.
     """
     if version == 1:
         return np.arange(0, size, -(-size // SAMPLE))
@@ -94,7 +94,7 @@ def places(size: int, version: int = VERSION) -> np.ndarray:
 
 
 def _sample(leaf: Any, version: int) -> np.ndarray:
-    """The elements at `places`; never the whole of a big or sharded array."""
+    """The elements at `places`, without copying a large or sharded array as a whole."""
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         leaf = jax.random.key_data(leaf)
     shape = np.shape(leaf)
@@ -108,6 +108,6 @@ def _sample(leaf: Any, version: int) -> np.ndarray:
         replicated = jax.NamedSharding(sharding.mesh, jax.P())
         if sharding.mesh.explicit_axes:
             return np.asarray(leaf.at[index].get(out_sharding=replicated))
-        if not leaf.is_fully_addressable:  # each process holds a part: all of them together gather the sample
+        if not leaf.is_fully_addressable:  # All processes gather the sample together.
             return np.asarray(jax.jit(lambda x: x[index], out_shardings=replicated)(leaf))
     return np.asarray(leaf[index])

@@ -1,7 +1,7 @@
 """One writer per directory: a lock file with the host and the process that holds it.
 
-The kernel's lock on the open file is what counts: it goes with its process, however that ends, and network
-file systems hand it on between hosts. What the file says is for people, and for file systems without locks.
+The kernel's lock on the open file decides: it is released when its process ends in any way, and network file
+systems share it between hosts. The content of the file is for people, and for file systems without locks.
 """
 
 import json
@@ -14,14 +14,14 @@ from lorax_fn.core.errors import error
 
 try:
     import fcntl
-except ImportError:  # Windows: what the file says decides
+except ImportError:  # On Windows, the content of the file decides.
     fcntl = None
 
 NAME = ".lorax_fn.lock"
 
 
 class Lock:
-    """The right to write in ``folder``, until `release` or the end of the process."""
+    """The exclusive right to write in ``folder``, until `release` or the end of the process."""
 
     def __init__(self, folder: pathlib.Path):
         self.path = folder / NAME
@@ -44,14 +44,14 @@ class Lock:
         self.file.flush()
 
     def _is_there(self) -> bool:
-        """Whether the open file still is the one in the folder: another writer may have removed it."""
+        """Whether the open file is still the one in the folder, as another writer may have removed it."""
         try:
             return os.path.samestat(os.fstat(self.file.fileno()), os.stat(self.path))
         except FileNotFoundError:
             return False
 
     def release(self) -> None:
-        """Removes the file, then lets go of it."""
+        """Removes the file, then releases the lock on it."""
         if not self.file.closed:
             if self._is_there():
                 self.path.unlink(missing_ok=True)
@@ -59,7 +59,7 @@ class Lock:
 
 
 def _take(file: Any) -> bool:
-    """Whether the lock of an open file is ours now; where there are no locks, whether its process is gone."""
+    """Takes the lock of an open file and says if that worked; without locks, whether its holder is gone."""
     if fcntl is not None:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -82,7 +82,7 @@ def _holder(file: Any) -> dict:
 
 
 def _is_gone(holder: dict) -> bool:
-    """Whether a process of this host has ended; of other hosts nobody knows."""
+    """Whether the holder is a process of this host that has ended; for other hosts this is unknown."""
     if holder.get("host") != socket.gethostname() or not 0 < holder["pid"] < 1 << 31:
         return False
     try:
@@ -99,7 +99,7 @@ def _busy(path: pathlib.Path, holder: dict) -> Exception:
     return error(
         "another run writes its checkpoints here.",
         path=path.parent,
-        got=f"{who} has {path.name}",
+        got=f"{who} holds {path.name}",
         want="one writer per directory",
-        do="give another checkpoint_dir, or end that run first.",
+        do="pass another checkpoint_dir, or end that run first.",
     )

@@ -1,4 +1,4 @@
-"""The checkpoints of `fit`, read: which one is the newest that is whole, and the state that it holds."""
+"""Reads the checkpoints of `fit`: finds the newest intact one, and restores the state in it."""
 
 import dataclasses
 import os
@@ -37,9 +37,9 @@ NAME = re.compile(r"step-(\d{8,})")
 def check_base(
     path: pathlib.Path, saved: list[dict] | None, given: list[dict], *, moved: bool = False
 ) -> None:
-    """Raises a `LoraError` that lists every path in which two fingerprints differ: saved, and of params.
+    """Raises a `LoraError` that lists every path where the saved fingerprint and that of params differ.
 
-    ``moved`` says that the init of these adapters took a part of W: their base is not the original one.
+    ``moved`` says that the init of these adapters moved a part of W, so that their base is not the original.
     """
     if saved is None:
         raise error(
@@ -55,7 +55,7 @@ def check_base(
             path=[f"{name}: {what}" for name, what in found.items()],
             got=f"{len(found)} leaves that differ",
             want="the same paths, shapes, dtypes and content",
-            do="pass the params that split returned beside this lora, or save adapters of the original ones: "
+            do="pass the params that split returned with this lora, or save adapters of the original ones: "
             "lx.ranks.to_plain(original, params, lora)."
             if moved
             else "load the base that the adapters were trained on.",
@@ -63,9 +63,9 @@ def check_base(
 
 
 def find_snapshot(path: pathlib.Path, *, rename: bool = False) -> tuple[pathlib.Path, dict] | None:
-    """A training checkpoint, or the newest whole one of a ``checkpoint_dir``, and its facts, if there is one.
+    """A training checkpoint, or the newest intact one of a ``checkpoint_dir``, and its facts; or None.
 
-    A damaged one is passed over with a warning; where all are damaged, that is an error.
+    Damaged ones are skipped with a warning; if all are damaged, a `LoraError` is raised.
     """
     if NAME.fullmatch(path.name) and is_snapshot(path):
         return path, _checked(path)
@@ -75,7 +75,7 @@ def find_snapshot(path: pathlib.Path, *, rename: bool = False) -> tuple[pathlib.
             return candidate, _checked(candidate)
         except DamagedError as failure:
             moved = _free(candidate, "damaged") if rename else None
-            note = f", it is now {moved}" if rename else ""
+            note = f"; it was renamed to {moved}" if rename else ""
             text = f"{failure}\npassed over; the next older checkpoint is used{note}"
             warnings.warn(text, LoraCheckpointWarning, stacklevel=2)
             if moved is not None:
@@ -86,30 +86,30 @@ def find_snapshot(path: pathlib.Path, *, rename: bool = False) -> tuple[pathlib.
 
 
 def move_aside(path: pathlib.Path) -> None:
-    """Renames what stands in the place of a checkpoint and is none, so that nothing of it is lost."""
+    """Renames what is in the place of a checkpoint but is not one, so that nothing of it is lost."""
     moved = _free(path, "moved")
     os.replace(path, moved)
     warnings.warn(
-        f"{path} is no checkpoint of fit and is in the place of one; it is now {moved}",
+        f"{path} is not a checkpoint of fit but is in the place of one; it was renamed to {moved}",
         LoraCheckpointWarning,
         stacklevel=2,
     )
 
 
 def _free(path: pathlib.Path, why: str) -> pathlib.Path:
-    """A name that nothing has."""
+    """An unused name beside ``path``."""
     names = (f"{path.name}.{why}{number}" for number in ("", *(f"-{i}" for i in range(2, 10_000))))
     return next(path.with_name(name) for name in names if not os.path.lexists(path.with_name(name)))
 
 
 def is_snapshot(path: pathlib.Path) -> bool:
-    """Whether a directory is a checkpoint of `fit`, whole or damaged, and not one of somebody else."""
+    """Whether a directory is a checkpoint of `fit`, intact or damaged."""
     parts = (FACTS, "arrays", "batches-0.json")
     return path.is_dir() and not path.is_symlink() and any(os.path.lexists(path / part) for part in parts)
 
 
 def steps(folder: pathlib.Path) -> list[pathlib.Path]:
-    """What has the name of a checkpoint in a directory, the newest first."""
+    """The entries of a directory that have the name of a checkpoint, newest first."""
     found = [path for path in folder.iterdir() if NAME.fullmatch(path.name)] if folder.is_dir() else []
     return sorted(found, key=step_of, reverse=True)
 
@@ -119,7 +119,7 @@ def step_of(path: pathlib.Path) -> int:
 
 
 def read_snapshot(path: pathlib.Path, facts: dict) -> dict[str, np.ndarray]:
-    """Every array of a checkpoint that `find_snapshot` found."""
+    """All arrays of a checkpoint that `find_snapshot` found."""
     rest = {f"state.{i}": fact for i, fact in enumerate(facts["state"])}
     every = named_facts(facts["adapters"]) | rest
     if not facts.get("packed"):
@@ -142,7 +142,7 @@ def _checked(path: pathlib.Path) -> dict:
 
 
 def others(state: Any) -> dict[str, PyTree]:
-    """All of a state but the adapters."""
+    """All parts of a state except the adapters."""
     return {"opt_state": state.opt_state, "step": state.step, "key": state.key, "extra": state.extra}
 
 
@@ -155,10 +155,10 @@ def began_with(state: Any) -> dict:
 
 
 def check_key(path: pathlib.Path, facts: dict, arrays: dict[str, np.ndarray], given: dict) -> None:
-    """Raises a `LoraError` where a run with another key would go on from this one's checkpoint.
+    """Raises a `LoraError` if a run with another key is about to continue from this checkpoint.
 
-    The key that the checkpoint itself holds is as good as the one that the run began with: a state that was
-    trained before may be given again, and a step of one's own may move its key.
+    Both the key in the checkpoint and the key that the run began with are accepted: the user may pass a state
+    that was trained before, and a custom step may change its key.
     """
     index = next(i for i, leaf in enumerate(facts["state"]) if leaf["path"] == "key")
     words = [int(word) for word in arrays[f"state.{index}"].reshape(-1)[:64]]
@@ -173,7 +173,7 @@ def check_key(path: pathlib.Path, facts: dict, arrays: dict[str, np.ndarray], gi
             path=path,
             got=f"a key of words {given['words']}",
             want=f"{first['words']}, with which that run began",
-            do="give each run a checkpoint_dir of its own; to go on from this one, create the state with\n"
+            do="give each run its own checkpoint_dir; to continue from this one, create the state with\n"
             + code,
         )
 
@@ -188,9 +188,9 @@ def restored_state(path: pathlib.Path, facts: dict, like: Any, key: dict) -> Any
         raise error(
             "the state is not of the kind that the checkpoint holds.",
             path=wrong,
-            got=f"{len(wrong)} entries of {path.name} that the state does not have so",
+            got=f"{len(wrong)} differences from {path.name}",
             want="the same adapters (method, rank, alpha, layout), optimizer and extra",
-            do="create the state as before, or take another checkpoint_dir; "
+            do="create the state as before, or use another checkpoint_dir; "
             "lx.checkpoint.load reads the adapters alone.",
         )
     arrays = read_snapshot(path, facts)
@@ -219,7 +219,7 @@ def _unlike(saved: list[dict], now: list[dict]) -> list[str]:
 
 
 def _flat(entry: dict) -> dict:
-    """Facts of an entry, and those of its fields by ``field.fact``."""
+    """The facts of an entry, nested ones under ``field.fact``."""
     flat = {}
     for name, value in entry.items():
         inner = _flat(value) if isinstance(value, dict) else None
@@ -228,7 +228,7 @@ def _flat(entry: dict) -> dict:
 
 
 def _placed(value: jax.Array, like: Any) -> Any:
-    """``value`` where ``like`` lies, and copied over the devices of a pmap."""
+    """``value`` with the sharding of ``like``, and copied to all devices of a pmap."""
     if not isinstance(like, jax.Array) or not like.committed:
         return value
     if jnp.issubdtype(like.dtype, jax.dtypes.prng_key):
@@ -239,7 +239,7 @@ def _placed(value: jax.Array, like: Any) -> Any:
 
 
 def once(state: Any) -> Any:
-    """The state without the device axis that pmap puts before each of its arrays; ``extra`` keeps it."""
+    """The state without the leading device axis of pmap, which ``extra`` keeps."""
     if not np.ndim(state.step):
         return state
 

@@ -1,19 +1,19 @@
-"""The checkpoints of `fit`: adapters, optimizer state, step, key, extra and data position; never the base.
+"""Writes the checkpoints of `fit`: adapters, optimizer state, step, key, extra and data position.
 
-A ``checkpoint_dir`` holds ``step-<number>/`` directories, each with
+The base is not stored. A ``checkpoint_dir`` contains ``step-<number>/`` directories, each with
 
     arrays/             every array of the state, by Orbax, and the sha256 of ``train.json``
-    batches-<p>.json    where in its batches process p is
+    batches-<p>.json    the position of process p in its batches
     train.json          format, version, step, files {name: {size, crc32}}, adapters (as in `storage`), state
-                        (facts of all other leaves), weak (paths of those weakly typed), extra (its
-                        structure), key (the one that the run began with), base (fingerprint of the frozen
-                        tree), loop (evaluations so far), packed (whether arrays of one dtype lie end to
-                        end), crc32 of all that
+                        (facts of all other leaves), weak (paths of weakly typed leaves), extra (its
+                        structure), key (with which the run began), base (fingerprint of the frozen tree),
+                        loop (evaluations so far), packed (whether arrays of one dtype are concatenated),
+                        crc32 of all that
 
-It is written as ``.step-<number>`` by a thread, and appears by one rename when everything is on disk. What is
-damaged afterwards is found by the sums, renamed to ``step-<number>.damaged`` and passed over with a warning.
-While a run writes here, ``.lorax_fn.lock`` keeps others out. Files with other names are nobody's business:
-they are neither read nor deleted. The state of a pmap is stored once, not once per device, but for ``extra``.
+A thread writes ``.step-<number>``, which is renamed when everything is on disk. Damage is detected by
+checksums; a damaged checkpoint is renamed to ``step-<number>.damaged`` and skipped with a warning. While a
+run writes here, ``.lorax_fn.lock`` keeps other runs out. Files with other names are neither read nor deleted.
+The state of a pmap is stored once rather than once per device, except for ``extra``.
 """
 
 import json
@@ -66,7 +66,7 @@ STAGE = re.compile(r"\.step-\d{8,}")
 
 
 class Snapshots:
-    """The training checkpoints of one directory: one is written at a time, by a thread."""
+    """The training checkpoints of one directory, written one at a time by a thread."""
 
     def __init__(self, folder: str | os.PathLike, params: PyTree, keep: int | None, keep_best: int):
         self.folder = local(folder, write=True)
@@ -79,7 +79,7 @@ class Snapshots:
             raise error(
                 "this checkpoint holds adapters alone: no optimizer state, step or key to go on from.",
                 path=self.folder,
-                do="start anew from them: lora = lx.checkpoint.load(path, params=params), "
+                do="start a new run from them: lora = lx.checkpoint.load(path, params=params), "
                 "state = lx.TrainState.create(lora=lora, ...), and another checkpoint_dir.",
             )
         with together("take the directory of"):
@@ -90,7 +90,7 @@ class Snapshots:
         self.thread = ThreadPoolExecutor(1, "lorax_fn.fit")
 
     def _take(self) -> None:
-        """Makes the directory, keeps other writers out, and removes what a crash left half-written."""
+        """Creates the directory, locks it, and removes what a crash left half-written."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.lock = Lock(self.folder)
@@ -100,12 +100,12 @@ class Snapshots:
         except OSError as failure:
             if self.lock is not None:
                 self.lock.release()
-            do = "give a checkpoint_dir that this process may write to; no step was taken."
+            do = "pass a checkpoint_dir that this process can write to; no step was taken."
             raise unwritable(self.folder, failure, do) from failure
 
     def restore(self, state: Any) -> tuple[Any, dict, Any] | None:
-        """``(state, facts of the loop, data position)`` of the newest checkpoint that is whole, or None."""
-        if not _first_process():  # the first one moves what is damaged out of the way
+        """``(state, facts of the loop, data position)`` of the newest intact checkpoint, or None."""
+        if not _first_process():  # The first process renames damaged checkpoints before the others look.
             _meet("find")
         found = find_snapshot(self.folder, rename=_first_process())
         if _first_process():
@@ -131,7 +131,7 @@ class Snapshots:
         return restored, facts["loop"], _position(own)
 
     def save(self, state: Any, step: int, loop: dict, position: Any) -> None:
-        """Copies ``state`` to the host and goes on; a thread writes it."""
+        """Copies ``state`` to the host and returns; a thread writes it."""
         self.wait()
         stage = self.folder / f".step-{step:08d}"
         self.key = self.key or began_with(state)
@@ -179,7 +179,7 @@ class Snapshots:
                 write_seal(stage / "arrays", facts)
                 write_facts(stage / FACTS, facts)
                 final = self.folder / stage.name.removeprefix(".")
-                if is_snapshot(final):  # A run was started over; its new checkpoint is on disk already.
+                if is_snapshot(final):  # a run that was started over
                     _remove(final)
                 if os.path.lexists(final):
                     move_aside(final)
@@ -207,23 +207,23 @@ class Snapshots:
         return unwritable(self.folder / stage.name.removeprefix("."), failure, do)
 
     def check(self) -> None:
-        """Raises what the thread met, if it is done."""
+        """Raises the thread's error, if it is done and had one."""
         if self.pending is not None and self.pending.done():
             self.wait()
 
     def wait(self) -> None:
-        """Waits for the checkpoint that is being written and raises what went wrong with it."""
+        """Waits for the checkpoint that is being written, and raises its error if there was one."""
         pending, self.pending = self.pending, None
         if pending is not None:
             pending.result()
 
     def finish(self) -> None:
-        """`wait` of all processes: when it returns, the checkpoint can be read by each of them."""
+        """Waits for all processes: when it returns, each of them can read the checkpoint."""
         self.wait()
         _meet("finish")
 
     def close(self) -> None:
-        """Lets a checkpoint under way be finished; says nothing of its failure (`wait` does that)."""
+        """Lets a pending checkpoint finish, without raising its error, which `wait` does."""
         self.thread.shutdown(wait=True)
         self.checkpointer.close()
         self.writer.close()
@@ -232,30 +232,30 @@ class Snapshots:
 
 
 def _position(file: pathlib.Path) -> Any:
-    """Where in its batches a process is; the feed says what it makes of it."""
+    """The position of a process in its batches, as `Feed.position` gave it."""
     found = parse(read_small(file, 64 << 20, file.parent), file)
     if not isinstance(found, dict):
-        raise damaged(file, "JSON that tells of no position")
+        raise damaged(file, "JSON that does not describe a position")
     return found
 
 
 def _remove(path: pathlib.Path) -> None:
-    """Deletes a checkpoint, but nothing that somebody else put into its directory."""
+    """Deletes a checkpoint, but no other files in its directory."""
     try:
         facts = parse(read_small(path / FACTS, 64 << 20, path), path)
         remove(path, FACTS, facts["files"])
     except (DamagedError, KeyError, TypeError):
-        sweep(path)  # of a damaged one nobody knows which files are whose
+        sweep(path)  # A damaged one does not say which files are its own.
 
 
 def _whole(x: Any) -> Any:
-    """What Orbax can write: global arrays, or numpy where each process holds all of it."""
+    """An array that Orbax can write: global, or numpy if each process holds all of it."""
     local_only = isinstance(x, jax.Array) and x.is_fully_addressable and jax.process_count() > 1
     return np.asarray(x) if local_only else x
 
 
 def _packs() -> bool:
-    """Whether arrays are written end to end; of several processes each writes its part of every array."""
+    """Whether arrays are concatenated before writing, which needs a single process that holds all of them."""
     return jax.process_count() == 1
 
 
@@ -264,6 +264,6 @@ def _first_process() -> bool:
 
 
 def _meet(name: str) -> None:
-    """All processes wait for each other."""
+    """A barrier of all processes."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f"lorax_fn.fit: {name}")

@@ -1,8 +1,7 @@
-"""What the JSON of a checkpoint may say, as data; all of it is checked before anything is read or allocated.
+"""The schema of a checkpoint's JSON, all of which is checked before anything is read or allocated.
 
-A form is a function ``form(value) -> problem or None``, made of smaller ones: ``record`` of named parts,
-``mapping``, ``listed``, ``either``. A problem begins with the place that it was found at: ``/adapters/0/path:
-...``.
+A form is a function ``form(value) -> problem or None``, composed of smaller ones: ``record`` of named parts,
+``mapping``, ``listed``, ``either``. A problem begins with its location: ``/adapters/0/path: ...``.
 """
 
 import collections
@@ -21,12 +20,12 @@ import jax.numpy as jnp
 from lorax_fn.checkpoint.files import damaged
 
 Form = Callable[[Any], str | None]
-SIZE = 1 << 48  # of one axis; and 2^60 bytes of one array: more than any disk has, less than overflows
-DEPTH = 32  # of a tree
+SIZE = 1 << 48  # the largest axis; an array also has less than 2^60 bytes, which no disk holds
+DEPTH = 32  # the deepest tree
 
 
 def check(path: pathlib.Path, facts: Any, form: Form) -> None:
-    """Raises a `LoraError` where ``facts`` are not of ``form``."""
+    """Raises a `LoraError` if ``facts`` are not of ``form``."""
     problem = form(facts)
     if problem:
         raise damaged(path, problem)
@@ -124,9 +123,9 @@ def _join(problem: str) -> str:
 
 
 def dtype(x: Any) -> str | None:
-    """A dtype of JAX by its own name."""
+    """The name of a JAX dtype."""
     ok = isinstance(x, str) and _is_dtype(x[:40])
-    return None if ok else f"{reprlib.repr(x)}, which is not a dtype of JAX"
+    return None if ok else f"{reprlib.repr(x)}, which is not a JAX dtype"
 
 
 @functools.lru_cache
@@ -144,13 +143,13 @@ def _few_bytes(fact: dict) -> str | None:
 
 
 def _key_words(fact: dict) -> str | None:
-    """The implementation of a key is one of JAX's, and its words are of the right shape."""
+    """Checks that a key's implementation is one of JAX's, and that its words have the right shape."""
     if fact["key"] is None:
         return None
     try:
         words = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0, impl=fact["key"])))
-    except Exception:  # JAX has no error of its own for an implementation that it does not know
-        return f"/key: {reprlib.repr(fact['key'])}, which is not an implementation of keys"
+    except Exception:  # JAX has no specific error for an unknown implementation.
+        return f"/key: {reprlib.repr(fact['key'])}, which is not an implementation of PRNG keys"
     ends = fact["shape"][max(len(fact["shape"]) - words.ndim, 0) :]
     if ends != list(words.shape) or fact["dtype"] != str(words.dtype):
         return f"/key: {fact['key']!r} with words of shape {fact['shape']} and dtype {fact['dtype']}"
@@ -169,9 +168,7 @@ LEAF = all_of(record(_ARRAY | {"path": PATH}), _few_bytes, _key_words)
 
 def _axes_once(x: dict) -> str | None:
     axes = [axis for part in x.values() for axis in part]
-    return (
-        None if sorted(axes) == list(range(len(axes))) else f"axes {axes}, of which each must be there once"
-    )
+    return None if sorted(axes) == list(range(len(axes))) else f"axes {axes}, each of which must appear once"
 
 
 LAYOUT = all_of(record(dict.fromkeys(("stack", "inputs", "outputs"), listed(integer(0, 63), 64))), _axes_once)
@@ -179,7 +176,7 @@ _SCALAR = either(null, flag, text(1 << 16), LAYOUT, number)
 
 
 def static(x: Any, depth: int = 0) -> str | None:
-    """A static value, as `serializing.encode` makes it: a scalar, a Layout, or a list of these."""
+    """A static value as `serializing.encode` writes it: a scalar, a Layout, or a list of these."""
     if not isinstance(x, list) or depth > 8:
         return _SCALAR(x)
     return listed(lambda part: static(part, depth + 1))(x)
@@ -190,7 +187,7 @@ NAME = text(200, r"[^\W\d]\w*")
 
 def _once(x: dict) -> str | None:
     both = sorted(x["static"].keys() & x["arrays"].keys())
-    return f"{both} are arrays and static" if both else None
+    return f"{both}, which are both arrays and static" if both else None
 
 
 _KIND = {"method": NAME, "static": mapping(NAME, static, 200), "arrays": mapping(NAME, ARRAY, 200)}
@@ -198,7 +195,7 @@ _KINDS = all_of(record(_KIND), _once)
 
 
 def entries(x: Any) -> str | None:
-    """One entry per adapter; the many that differ in their path alone are checked once."""
+    """One entry per adapter; entries that differ only in their path are checked once."""
     alike: dict[str, str | None] = {}
 
     def entry(value):
@@ -231,7 +228,7 @@ BASE = either(
 
 
 def structure(x: Any, depth: int = 0) -> str | None:
-    """The skeleton of a tree, as `trees.skeleton` makes it."""
+    """The skeleton of a tree, as `trees.skeleton` writes it."""
     if x in ("*", "none") or (x is None and not depth):
         return None
     if depth > DEPTH or not isinstance(x, dict) or len(x) != 1:
@@ -252,7 +249,7 @@ def structure(x: Any, depth: int = 0) -> str | None:
 
 
 def _inside(name: Any) -> str | None:
-    """The name of a file below the directory, with no way out of it."""
+    """The name of a file below the directory, which can't lead out of it."""
     ok = isinstance(name, str) and 0 < len(name) < 4096 and not re.search(r"[\\\0]", name)
     ok = ok and all(part not in ("", ".", "..") for part in name.split("/"))
     return None if ok else f"{reprlib.repr(name)}, which is not a file below the directory"
@@ -267,7 +264,7 @@ ARRAYS = text(80, r"arrays-[0-9a-f]{12}")
 
 
 def extra(x: Any) -> str | None:
-    """The tree that was saved beside adapters."""
+    """The extra that was saved with adapters."""
     return either(null, record({"tree": structure, "leaves": listed(LEAF), "weak": listed(PATH)}))(x)
 
 

@@ -1,10 +1,10 @@
-"""How adapters lie on disk: static facts as JSON, arrays by Orbax.
+"""The form of adapters on disk: static fields as JSON, arrays by Orbax.
 
 Each adapter is an entry ``{path, method, static {field: value}, arrays {field: facts}}``. A static value is a
-number, a string, a bool or null; a list is a tuple, and an object of stack, inputs and outputs is a Layout.
-The facts of an array are its shape and dtype, and for PRNG keys their implementation; the array itself is
-called ``<number of the entry>.<field>``. The checkpoints of `save` and those of `fit` both hold adapters in
-this form. Orbax is imported when a function here is called.
+number, a string, a bool or null; a list stands for a tuple, and an object with stack, inputs and outputs for
+a Layout. The facts of an array are its shape, its dtype, and the implementation of PRNG keys; the array
+itself is stored as ``<number of the entry>.<field>``. The checkpoints of `save` and of `fit` both use this
+form. Orbax is imported when a function here is called.
 """
 
 import dataclasses
@@ -30,7 +30,10 @@ from lorax_fn.methods.low_rank import SCALINGS, LowRank
 
 
 class LoraCheckpointWarning(UserWarning):
-    """A checkpoint was not read in full: a damaged one was passed over, or adapters were left out.
+    """A checkpoint was read or saved incompletely.
+
+    A damaged one was skipped, adapters that do not fit were left out, or something that the adapters need was
+    not saved.
 
     Example:
       >>> import lorax_fn as lx
@@ -40,7 +43,7 @@ class LoraCheckpointWarning(UserWarning):
 
 
 def describe(lora: Mapping[str, Adapter]) -> tuple[list[dict], dict[str, Any]]:
-    """One entry an adapter, and the arrays by name (keys as raw words); arrays are not copied or moved."""
+    """One entry per adapter, and the arrays by name, keys as raw words. Arrays are not copied or moved."""
     entries, arrays = [], {}
     for i, (path, adapter) in enumerate(sorted(lora.items())):
         static, held = _fields(path, adapter)
@@ -51,7 +54,7 @@ def describe(lora: Mapping[str, Adapter]) -> tuple[list[dict], dict[str, Any]]:
 
 
 def named_facts(entries: list[dict]) -> dict[str, dict]:
-    """The facts of every array of ``entries``, by the array's name."""
+    """The facts of every array of ``entries``, by name."""
     return {
         f"{i}.{field}": facts for i, entry in enumerate(entries) for field, facts in entry["arrays"].items()
     }
@@ -60,10 +63,10 @@ def named_facts(entries: list[dict]) -> dict[str, dict]:
 def check_known(
     path: pathlib.Path, entries: list[dict], base: list[dict] | None, *, stacked: bool = False
 ) -> None:
-    """Raises a `LoraError` where entries are of no imported class, or where no such adapter can be.
+    """Raises a `LoraError` if the class of an entry is unknown, or if no adapter can have its fields.
 
-    Their fields must fit each other, and the leaf of the base that they are named after; of a base that may
-    be ``stacked`` (the params of a pmap have an axis of devices) only the names are asked.
+    The fields must fit each other and the base leaf of the same path. If the base may be ``stacked`` (the
+    params of a pmap have a device axis), only the path is checked.
     """
     classes = _methods()
     unknown = [entry for entry in entries if not _known(entry, classes)]
@@ -73,7 +76,7 @@ def check_known(
             path=[entry["path"] for entry in unknown],
             got=sorted({f"{e['method']}({', '.join([*e['static'], *e['arrays']])})" for e in unknown}),
             want=sorted(name for name, found in classes.items() if len(found) == 1),
-            do="update lorax_fn, or import the one module that defines the method before loading.",
+            do="update lorax_fn, or import the module that defines the method before loading.",
         )
     shapes = None if base is None else {leaf["path"]: tuple(leaf["shape"]) for leaf in base}
     seen: dict[str, str | None] = {}
@@ -82,7 +85,7 @@ def check_known(
         (cls,) = classes[entry["method"]]
         known = shapes is None or entry["path"] in shapes
         shape = shapes.get(entry["path"]) if shapes and not stacked else None
-        kind = json.dumps([entry["method"], entry["static"], entry["arrays"], shape])  # many are alike
+        kind = json.dumps([entry["method"], entry["static"], entry["arrays"], shape])  # most are alike
         if kind not in seen:
             seen[kind] = _problem(cls, entry, shape)
         problem = seen[kind] if known else "there is no such leaf in the base"
@@ -93,7 +96,7 @@ def check_known(
 
 
 def build(entries: list[dict], arrays: Mapping[str, Any]) -> dict[str, Adapter]:
-    """The adapters of ``entries``, which `check_known` has seen; ``arrays`` are device arrays by name."""
+    """The adapters of ``entries``, which `check_known` has checked, from device arrays by name."""
     classes = _methods()
     lora = {}
     for i, entry in enumerate(entries):
@@ -107,7 +110,7 @@ def _made(cls: type[Adapter], entry: dict, arrays: Mapping[str, Any]) -> Adapter
 
 
 def _problem(cls: type[Adapter], entry: dict, shape: tuple[int, ...] | None) -> str | None:
-    """Why no adapter of this package has such fields, or why it can't change a leaf of ``shape``."""
+    """Why no adapter can have the fields of ``entry``, or can't change a leaf of ``shape``; else None."""
     missing = [
         field.name
         for field in dataclasses.fields(cls)
@@ -116,14 +119,14 @@ def _problem(cls: type[Adapter], entry: dict, shape: tuple[int, ...] | None) -> 
     if missing:
         return f"{cls.__name__} without {', '.join(missing)}"
     if not cls.__module__.startswith("lorax_fn."):
-        return None  # nobody but its author knows what it may hold
+        return None  # Only the author of the class knows which values are valid.
     for name, value in entry["static"].items():
         if name in FIELDS and not FIELDS[name](value):
             return f"{name}={str(value)[:80]}"
     try:
         adapter = _made(cls, entry, {name: _abstract(facts) for name, facts in entry["arrays"].items()})
         return _trial(adapter, shape) or _rank_problem(adapter)
-    except Exception as failure:  # whatever a method meets that is given what it never made
+    except Exception as failure:  # A method may fail in any way on fields that it never created.
         return f"{type(failure).__name__}: {str(failure).splitlines()[0][:200] if str(failure) else ''}"
 
 
@@ -135,7 +138,7 @@ def _abstract(facts: dict) -> jax.ShapeDtypeStruct:
 
 
 def _rank_problem(adapter: Adapter) -> str | None:
-    """Whether the rank is more than the arrays have, or has another number of entries than the stack."""
+    """What is wrong if the rank exceeds that of the arrays, or its length is not that of the stack."""
     rank: Any = getattr(adapter, "rank", None)
     ranks: tuple[int, ...] = rank if isinstance(rank, tuple) else (rank,)
     axes = adapter.axes()
@@ -152,11 +155,11 @@ def _rank_problem(adapter: Adapter) -> str | None:
 
 
 def _trial(adapter: Any, shape: tuple[int, ...] | None) -> str | None:
-    """What the adapter says of a leaf of ``shape`` (where that is not known, of the one that it tells of)."""
+    """Why the adapter does not fit a leaf of ``shape``, or of the shape that it implies if that is None."""
     if adapter.under_dropout:
         return "a dropout key, which save refuses"
     if adapter.is_stacked and shape is None:
-        return None  # several side by side, for `jax.vmap`
+        return None  # It is stacked for `jax.vmap`.
     if isinstance(adapter, LowRank):
         adapter.layout.shapes(adapter.shape)
         shape = adapter.shape if shape is None else shape
@@ -165,12 +168,12 @@ def _trial(adapter: Any, shape: tuple[int, ...] | None) -> str | None:
     leaf = jax.ShapeDtypeStruct(shape, jnp.float32)
     problem = adapter.problem(leaf)
     if problem is not None:
-        return f"{problem}, and the base has a leaf of shape {shape}"
+        return f"{problem}, but the base has a leaf of shape {shape}"
     empty = any(
         not x.size for x in jax.tree.leaves(adapter)
-    )  # of rank 0: it changes nothing and has no scale
+    )  # An adapter of rank 0 changes nothing and has no scale.
     got = shape if empty else jax.eval_shape(lambda held, w: held.weight(w), adapter, leaf).shape
-    return None if got == shape else f"a weight of shape {got} for one of shape {shape}"
+    return None if got == shape else f"a weight of shape {got} instead of {shape}"
 
 
 def _number(x: Any) -> bool:
@@ -185,7 +188,7 @@ def _each(holds: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: all(map(holds, value)) if isinstance(value, list) else holds(value)
 
 
-# What JSON may say of the static fields that methods of this package have; finite is what the schema asks.
+# Checks of the static fields of this package's methods. The schema has checked that numbers are finite.
 FIELDS = {
     "alpha": _each(_number),
     "rank": _each(_count),
@@ -198,7 +201,7 @@ FIELDS = {
 
 
 def _methods() -> dict[str, list[type[Adapter]]]:
-    """Every adapter class by its name: those of `lorax_fn.methods`, and any other that is imported."""
+    """All adapter classes by name: those of `lorax_fn.methods`, and any others that are imported."""
     for module in pkgutil.iter_modules(lorax_fn.methods.__path__, "lorax_fn.methods."):
         importlib.import_module(module.name)
     classes: dict[str, list[type[Adapter]]] = {}
@@ -207,7 +210,7 @@ def _methods() -> dict[str, list[type[Adapter]]]:
         cls = queue.pop()
         queue += cls.__subclasses__()
         classes.setdefault(cls.__name__, []).append(cls)
-    for name, found in classes.items():  # a user's class does not take the place of a method
+    for name, found in classes.items():  # A user's class never replaces a method of the package.
         classes[name] = [cls for cls in found if cls.__module__.startswith("lorax_fn.")] or found
     return classes
 
@@ -219,12 +222,12 @@ def _known(entry: dict, classes: dict[str, list[type[Adapter]]]) -> bool:
 
 
 def _fields(path: str, adapter: Adapter) -> tuple[dict, dict]:
-    """An adapter's static fields as JSON values, and its arrays; None where a field holds none."""
+    """An adapter's static fields as JSON values, and its arrays; a field that is None is static."""
     static, arrays, wrong = {}, {}, []
     for field in dataclasses.fields(adapter):
         value = getattr(adapter, field.name)
         try:
-            if isinstance(value, jax.Array | np.ndarray):  # numpy scalars are static facts
+            if isinstance(value, jax.Array | np.ndarray):  # numpy scalars are static
                 arrays[field.name] = value
             else:
                 static[field.name] = encode(value)
@@ -237,7 +240,7 @@ def _fields(path: str, adapter: Adapter) -> tuple[dict, dict]:
             path=[f"{path}: {name}" for name in wrong],
             got=[type(getattr(adapter, name)).__name__ for name in wrong],
             want="an array; or a static finite number, string, bool, None, Layout or tuple of these",
-            do="give the method fields of these kinds.",
+            do="use only such types for the method's fields.",
         )
     return static, arrays
 
@@ -255,13 +258,13 @@ def raw(x: Any) -> Any:
 
 
 def array_facts(x: Any) -> dict:
-    """Shape and dtype as stored, and the implementation of PRNG keys."""
+    """The stored shape and dtype of an array, and the implementation if it holds PRNG keys."""
     words = raw(x)
     return {"shape": list(words.shape), "dtype": str(words.dtype), "key": _key_impl(x)}
 
 
 def to_device(x: np.ndarray, facts: dict) -> jax.Array:
-    """A stored array on the default device, as a key again where it was one."""
+    """A stored array on the default device, wrapped as PRNG keys if it was one."""
     array = jnp.array(x)
     if array.dtype != x.dtype:
         raise error(
@@ -273,14 +276,14 @@ def to_device(x: np.ndarray, facts: dict) -> jax.Array:
 
 
 def storable(arrays: Mapping[str, Any]) -> dict[str, Any]:
-    """What Orbax is handed: it refuses arrays of no elements (their facts say all) and trees of no leaf."""
+    """The arrays to hand to Orbax, which refuses empty arrays (their facts suffice) and empty trees."""
     return {name: x for name, x in arrays.items() if x.size} or {"none": np.zeros(1)}
 
 
 def packed(arrays: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The arrays of each dtype end to end, ``{"packed.<dtype>": [numbers]}``.
+    """The arrays of each dtype, flattened and concatenated: ``{"packed.<dtype>": [numbers]}``.
 
-    A state holds hundreds of arrays, and Orbax takes as long for one of ten numbers as for one of a million.
+    A state has hundreds of arrays, and Orbax takes as long for one of ten numbers as for one of a million.
     """
     runs: dict[str, list[np.ndarray]] = {}
     for _, x in sorted(arrays.items()):
@@ -289,7 +292,7 @@ def packed(arrays: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 
 def packed_facts(facts: Mapping[str, dict]) -> dict[str, dict]:
-    """The facts of what `packed` makes of arrays of such facts."""
+    """The facts of the arrays that `packed` returns for arrays with ``facts``."""
     sizes: dict[str, int] = {}
     for fact in facts.values():
         sizes[fact["dtype"]] = sizes.get(fact["dtype"], 0) + math.prod(fact["shape"])
@@ -299,7 +302,7 @@ def packed_facts(facts: Mapping[str, dict]) -> dict[str, dict]:
 
 
 def unpacked(runs: Mapping[str, np.ndarray], facts: Mapping[str, dict]) -> dict[str, np.ndarray]:
-    """The arrays that `packed` was given."""
+    """The inverse of `packed`."""
     taken = dict.fromkeys(runs, 0)
     arrays = {}
     for name, fact in sorted(facts.items()):
@@ -310,7 +313,7 @@ def unpacked(runs: Mapping[str, np.ndarray], facts: Mapping[str, dict]) -> dict[
 
 
 def checkpointer(*, together: bool = False) -> Any:
-    """Orbax, for this process alone; ``together`` where every process saves its part of the same arrays."""
+    """An Orbax checkpointer for this process alone, or ``together`` for arrays that all processes save."""
     import orbax.checkpoint as ocp
 
     if together or jax.process_count() == 1:
@@ -323,14 +326,14 @@ def checkpointer(*, together: bool = False) -> Any:
 
 
 def host_writer() -> Any:
-    """Orbax for few arrays on the host, which are written when its ``save`` returns."""
+    """An Orbax checkpointer for a few host arrays, which are on disk when its ``save`` returns."""
     import orbax.checkpoint as ocp
 
     return ocp.Checkpointer(ocp.StandardCheckpointHandler())
 
 
 def read_arrays(folder: pathlib.Path, facts: Mapping[str, dict]) -> dict[str, np.ndarray]:
-    """Every array of ``facts`` by name, on the host; `check_files` goes before."""
+    """Reads every array of ``facts`` to the host, by name, after `check_files`."""
     wanted = {name: fact for name, fact in facts.items() if all(fact["shape"])}
     stored = {}
     try:
@@ -339,15 +342,15 @@ def read_arrays(folder: pathlib.Path, facts: Mapping[str, dict]) -> dict[str, np
             wrong = [name for name, fact in wanted.items() if not _is_held(held.get(name), fact)]
             wrong += sorted(held.keys() - wanted.keys() - {"none"})
             if wrong:
-                raise damaged(folder, [f"{name}: stored otherwise than the facts say" for name in wrong[:20]])
-            # Orbax restores all or nothing: what nobody asks for is read too
+                raise damaged(folder, [f"{name}: not stored as the facts say" for name in wrong[:20]])
+            # Orbax restores all or nothing, so arrays that are not wanted are read too.
             blank = {name: np.empty(x.shape, x.dtype) for name, x in held.items()}
             stored = reader.restore(folder, blank) if wanted else {}
     except LoraError:
         raise
-    except Exception as failure:  # Orbax and its libraries raise errors of many kinds, MemoryError among them
-        odd = "\\" in str(folder) or "gs:" in folder.parts  # Orbax takes them for patterns and addresses
-        do = "rename the directory: no backslash, and not gs:." if odd else ""
+    except Exception as failure:  # Orbax and its libraries raise many kinds of errors, even MemoryError.
+        odd = "\\" in str(folder) or "gs:" in folder.parts  # Orbax takes these for patterns and addresses.
+        do = "rename the directory to a name without a backslash, other than gs:." if odd else ""
         raise damaged(folder, f"{type(failure).__name__}: {str(failure)[-500:]}", do) from failure
     empty = {
         name: np.empty(fact["shape"], jnp.dtype(fact["dtype"]))

@@ -1,4 +1,4 @@
-"""Any tree of arrays on disk: facts of its leaves, the arrays, and its structure where JSON can tell it."""
+"""Trees of arrays on disk: the facts of the leaves, the arrays, and the structure if JSON can express it."""
 
 import contextlib
 import itertools
@@ -17,7 +17,7 @@ from lorax_fn.core.trees import PyTree, is_array, named_leaves
 
 
 def leaves_of(tree: PyTree) -> list[tuple[str, Any]]:
-    """Every leaf as ``(path, array)``; Python numbers become arrays, anything else is a `LoraError`."""
+    """Every leaf as ``(path, array)``; Python numbers become arrays, anything else raises a `LoraError`."""
     named = named_leaves(tree)
     wrong = [path for path, x in named if not is_array(x) and not isinstance(x, bool | int | float | complex)]
     if wrong:
@@ -31,25 +31,25 @@ def leaves_of(tree: PyTree) -> list[tuple[str, Any]]:
 
 
 def leaf_facts(named: list[tuple[str, Any]]) -> list[dict]:
-    """Path, shape and dtype of each leaf."""
+    """The path, shape and dtype of each leaf."""
     return [{"path": path, **array_facts(x)} for path, x in named]
 
 
 def weak_paths(named: list[tuple[str, Any]]) -> list[str]:
-    """The leaves that are weakly typed: a strong type would compile a step again, and may widen results."""
+    """The paths of weakly typed leaves: a strong type would recompile the step and might widen results."""
     return [path for path, x in named if getattr(x, "weak_type", False)]
 
 
 def restored(
     facts: list[dict], weak: list[str], arrays: Mapping[str, np.ndarray], prefix: str
 ) -> list[jax.Array]:
-    """The leaves of ``facts``, which are called ``<prefix>.<number>``, on the default device."""
+    """The leaves of ``facts`` on the default device, from arrays named ``<prefix>.<number>``."""
     found = [to_device(arrays[f"{prefix}.{i}"], fact) for i, fact in enumerate(facts)]
     return [_weak(x) if fact["path"] in weak else x for x, fact in zip(found, facts, strict=True)]
 
 
 def by_name(named: list[tuple[str, Any]], prefix: str) -> dict[str, Any]:
-    """The arrays by the names that they are stored under, keys as words."""
+    """The arrays by the names under which they are stored, keys as raw words."""
     return {f"{prefix}.{i}": raw(x) for i, (_, x) in enumerate(named)}
 
 
@@ -58,7 +58,7 @@ def _weak(x: jax.Array) -> jax.Array:
 
 
 def skeleton(tree: PyTree) -> Any:
-    """A tree of dicts, lists, tuples and None as JSON, ``"*"`` for a leaf; None where it has other nodes.
+    """A tree of dicts, lists, tuples and None as JSON, ``"*"`` for a leaf; None if it has other nodes.
 
     ``{"dict": [[key, part], ...]}``, ``{"list": [part, ...]}``, ``{"tuple": [part, ...]}``, ``"none"``.
     """
@@ -81,7 +81,7 @@ def _skeleton(tree: PyTree) -> Any:
 
 
 def grown(node: Any, leaves: Iterator[Any]) -> PyTree:
-    """The tree of a skeleton, with these leaves in their order."""
+    """The tree of a skeleton, with ``leaves`` in order."""
     if isinstance(node, str):
         return next(leaves) if node == "*" else None
     kind, parts = next(iter(node.items()))
@@ -100,7 +100,7 @@ def leaf_count(node: Any) -> int:
 
 
 def fitted(path: pathlib.Path, tree: Any, facts: list[dict], leaves: list[jax.Array], like: PyTree) -> PyTree:
-    """Stored leaves in the structure of ``like``; where that is None, in the structure that was stored."""
+    """Stored leaves in the structure of ``like``, or in the stored structure if that is None."""
     if like is not None:
         want, have = leaf_facts(leaves_of(like)), facts
         wrong = [
@@ -117,7 +117,7 @@ def fitted(path: pathlib.Path, tree: Any, facts: list[dict], leaves: list[jax.Ar
         return jax.tree.unflatten(jax.tree.structure(like), leaves)
     if tree is None or leaf_count(tree) != len(leaves):
         raise error(
-            "the structure of this extra is not stored: it is not of dicts, lists, tuples and None alone.",
+            "the structure of this extra is not stored, as it has nodes other than dicts, lists and tuples.",
             path=path,
             got=[fact["path"] for fact in facts][:20],
             do="load_extra(path, like=extra), with the extra that training began with.",
@@ -133,7 +133,7 @@ def _told(fact: dict | None) -> str:
 
 
 def gathered(x: Any) -> np.ndarray:
-    """The whole of an array on the host, also where each process holds a part of it: then all call this."""
+    """A whole array on the host. If each process holds a part of it, all processes must call this."""
     if isinstance(x, jax.Array) and not x.is_fully_addressable:
         return np.asarray(multihost_utils.process_allgather(x, tiled=True))
     return np.asarray(x)
@@ -141,7 +141,7 @@ def gathered(x: Any) -> np.ndarray:
 
 @contextlib.contextmanager
 def together(what: str) -> Iterator[None]:
-    """All processes leave this block together: with an error where the first one met one."""
+    """A block that all processes leave together, with an error if the first process had one."""
     if jax.process_count() == 1:
         yield
         return
