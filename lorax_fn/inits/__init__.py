@@ -1,4 +1,4 @@
-"""Where training starts: the first values of A and B, each from its paper."""
+"""Inits: the first values of A and B, one file per paper."""
 
 from lorax_fn.inits.base import Init as Init
 from lorax_fn.inits.corda import corda as corda

@@ -1,4 +1,4 @@
-"""What an init is, and what the rest of the package needs to know of one."""
+"""`Init`, the base class of all inits: what starts A and B, and what the rest of the package asks of it."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
@@ -9,11 +9,11 @@ from lorax_fn.core.trees import PyTree
 
 
 class Init:
-    """Where A and B of a weight start: a frozen value for ``split(params, init=...)``.
+    """The way A and B of a weight start: a frozen value for ``split(params, init=...)``.
 
-    A subclass is a frozen dataclass of its options. It defines ``__call__``, which starts one weight; one
-    that looks at data defines `starts` instead, which `split` calls once for all the weights that it is to
-    start. ``split`` takes the value itself, or its name in `lorax_fn.inits.table`.
+    A subclass is a frozen dataclass of its options. It defines ``__call__``, which starts one weight. An init
+    from data defines `starts` instead, which `split` calls once with all the weights to start. It takes the
+    value itself, or its name in `lorax_fn.inits.table`.
 
     Example:
       >>> import lorax_fn as lx
@@ -22,11 +22,11 @@ class Init:
     """
 
     name: ClassVar[str]  # the short form
-    moves_weight: ClassVar[bool] = False  # takes a part of W into the factors, so that params are others
-    needs_data: ClassVar[bool] = False  # looks at batches
-    splits_ranks: ClassVar[bool] = False  # has `ranks`, which splits a budget of ranks between weights
+    moves_weight: ClassVar[bool] = False  # moves a part of W into the factors, which changes params
+    needs_data: ClassVar[bool] = False  # runs a function on batches
+    splits_ranks: ClassVar[bool] = False  # has `ranks`, which divides a budget of ranks among weights
     divides_by_scale: ClassVar[bool] = False  # needs a scale above 0
-    zero_a: ClassVar[bool] = False  # A starts at zero, so that B gets no gradient before A moves
+    zero_a: ClassVar[bool] = False  # A starts at zero, so that B gets no gradient until A moves
 
     def __call__(
         self, key: Any, w: Any, layout: Any, rank: Any, scale: Any, dtype: Any
@@ -35,10 +35,10 @@ class Init:
 
         Args:
           key: one PRNG key for the whole leaf; stack entries draw independent values.
-          w: the weight; most inits read its shape only.
+          w: the weight; most inits read only its shape.
           layout: its axes.
-          rank: ``r``, or one int per stack entry; factors are then as wide as the largest.
-          scale: the number before ``A @ B``, or one per stack entry.
+          rank: ``r``, or one int per stack entry, where the factors have the largest.
+          scale: the factor before ``A @ B``, or one per stack entry.
           dtype: dtype of A and B; values are computed in float32.
 
         Returns:
@@ -47,17 +47,17 @@ class Init:
         raise TypeError(f"{type(self).__name__} must define __call__ or starts")
 
     def starts(self, params: PyTree, plans: Mapping[str, Any]) -> dict[str, Callable]:
-        """What starts each weight of ``plans``, called as the init itself would be."""
+        """For each weight of ``plans``, a function with the signature of ``__call__`` that starts it."""
         del params
         return dict.fromkeys(plans, self)
 
     def refuses(self, n: int, m: int, plan: Any) -> str | None:
-        """What this init cannot do for ``n`` inputs, ``m`` outputs and a checked plan, or None."""
+        """What this init requires and ``n`` inputs, ``m`` outputs and a checked plan lack, or None."""
         del n, m
         return no_scale(plan) if self.divides_by_scale else None
 
     def with_count(self, count: int) -> "Init | None":
-        """This init with another number of iterations, as ``"pissa:4"`` asks for; None where it has none."""
+        """This init with ``count`` iterations, as in ``"pissa:4"``; None if it has no such option."""
         del count
         return None
 
@@ -66,9 +66,9 @@ class Init:
 
 
 def no_scale(plan: Any) -> str | None:
-    """What an init that divides by the scale says where there is none to divide by."""
+    """What an init that divides by the scale requires if the scale of a plan is not above 0, or None."""
     if not is_number(plan.alpha):
-        return None  # an array may be traced: its numbers are not known
+        return None  # An array may be traced, so its value is unknown.
     ranks = plan.rank if isinstance(plan.rank, tuple) else (plan.rank,)
     alphas = plan.alpha if isinstance(plan.alpha, tuple) else (plan.alpha,) * len(ranks)
     if any(a <= 0 for r, a in zip(ranks, alphas, strict=True) if r):
@@ -77,7 +77,7 @@ def no_scale(plan: Any) -> str | None:
 
 
 def raise_unusable(what: str, init: Init, wrong: Mapping[str, str]) -> None:
-    """Raises a `LoraError` that lists why data cannot start the weights of ``wrong``, if there are any."""
+    """Raises a `LoraError` if data cannot start some weights, given in ``wrong`` with the reasons."""
     if wrong:
         raise error(
             f"the {what} of these weights cannot start them.",
@@ -94,5 +94,5 @@ def check_one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
 
 
 def widest(rank: int | tuple[int, ...]) -> int:
-    """The rank of the factors: of ranks along a stack, the largest."""
+    """The rank of the factors, which is the largest of the ranks along a stack."""
     return max(rank) if isinstance(rank, tuple) else rank

@@ -20,24 +20,26 @@ MODES = ("ipm", "kpm")
 
 
 def corda(fn: Callable, batches: Iterable, *, mode: str = "ipm", at_once: int | None = None) -> "Corda":
-    """Principal directions of a weight as its inputs weigh them, which leave ``W`` and train.
+    """Moves the principal directions of each weight, weighted by its inputs, into A and B.
 
-    Yang et al., "CorDA" (https://arxiv.org/abs/2406.05223), section 3: with ``C`` the covariance of the
-    inputs, ``C W = U S V^T``; ``A = C^-1 U sqrt(S / s)`` and ``B = sqrt(S / s) V^T`` leave ``W``. To the
-    diagonal of ``C``, of mean 1, 0.01 is added, doubled until the computed inverse is one.
+    Yang et al., "CorDA" (https://arxiv.org/abs/2406.05223), section 3: ``C W = U S V^T`` with ``C`` the
+    covariance of the inputs; ``A = C^-1 U sqrt(S / s)`` and ``B = sqrt(S / s) V^T``, and ``s A @ B`` is
+    subtracted from ``W``. ``C`` is normalized to a mean diagonal of 1 and damped by 0.01 on its diagonal,
+    which is doubled until the computed inverse is accurate.
 
     Args:
       fn: as for `eva`.
       batches: as for `eva`.
-      mode: ``"ipm"``: the r largest, of the task that the batches show. ``"kpm"``: the r smallest, so that
-        knowledge that the batches show stays frozen.
+      mode: ``"ipm"`` trains the r largest directions, to adapt to the task of the batches. ``"kpm"`` trains
+        the r smallest, so that the knowledge used on the batches stays frozen.
       at_once: as for `eva`.
 
     Returns:
       A value for ``split(params, init=...)``.
 
     Raises:
-      LoraError: an unknown mode. By `split`: as for `eva`, but inputs may span less than the rank.
+      LoraError: the mode is unknown, or ``at_once`` is not valid. From `split`: as for `eva`, except that
+        inputs may span less than the rank.
 
     Example:
       >>> import jax, jax.numpy as jnp, lorax_fn as lx
@@ -54,7 +56,7 @@ def corda(fn: Callable, batches: Iterable, *, mode: str = "ipm", at_once: int | 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Corda(Init):
-    """What `corda` returns."""
+    """The init that `corda` returns."""
 
     name = "corda"
     moves_weight = True
@@ -100,11 +102,11 @@ def _weighed(key, w, layout: Layout, rank, scale, dtype, *, a, b):
 
 
 def _damped(c: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """``C`` of mean diagonal 1, damped, and its inverse; the damping doubles until that is one."""
+    """``C [s, n, n]`` with mean diagonal 1, damped, and its inverse, for which damping doubles as needed."""
     n = c.shape[1]
     eye = jnp.eye(n, dtype=c.dtype)[None]
     power = jnp.trace(c, axis1=1, axis2=2)[:, None, None] / n
-    c = c / jnp.where(power == 0, 1.0, power)  # an entry of rank 0 may have seen nothing
+    c = c / jnp.where(power == 0, 1.0, power)  # An entry of rank 0 may have no inputs.
     damping = np.full((c.shape[0], 1, 1), 0.01, np.float32)
     while True:
         damped = c + damping * eye

@@ -1,8 +1,6 @@
-"""Inits from what each weight contracts: EVA and CorDA, by the covariance of its inputs.
+"""EVA: Paischer et al., "One Initialization to Rule them All" (https://arxiv.org/abs/2410.07170).
 
-Each function here gives a value for ``split(..., init=...)``. `split` hands it the params and the weights
-that it is to start; it passes through the batches, keeps one statistic a stack entry of each weight, and
-gives back inits of the form of inits.py.
+A = V_r^T of the inputs X = U S V^T of each weight, by the covariance X^T X;   B = 0
 """
 
 import dataclasses
@@ -30,29 +28,30 @@ from lorax_fn.targets.roles import choose, classify
 def eva(
     fn: Callable, batches: Iterable, *, iterations: int | None = None, at_once: int | None = None
 ) -> "Eva":
-    """``A`` = the directions in which a weight's inputs are largest, ``B = 0``: a value for ``init=``.
+    """Starts ``A`` at the principal directions of each weight's inputs, and ``B`` at 0.
 
     Paischer et al., "One Initialization to Rule them All" (https://arxiv.org/abs/2410.07170): the top ``r``
-    right singular vectors of all inputs, here by the covariance ``X^T X``, which adds up exactly over batches
-    and uses of the weight. Its ranks by explained variance are `ranks` of the result.
+    right singular vectors of all inputs, here from the covariance ``X^T X``, which is a sum over batches and
+    uses of the weight. `ranks` of the result divides ranks among weights by explained variance.
 
     Args:
       fn: ``fn(params, batch)`` with a float output, such as ``model.apply``.
-      batches: an iterable of what ``fn`` takes second. ``fn`` is differentiated, at the cost of a training
-        step a batch.
-      iterations: None for the whole covariance, ``[n, n]`` a stack entry; else passes through the batches
-        that keep ``[n, r + 8]``: a Nyström approximation (https://arxiv.org/abs/1706.05736) after so many
-        subspace iterations, for weights of many inputs.
-      at_once: how many weights' statistics to hold at a time; each group is a pass through the batches. None
+      batches: an iterable of batches for ``fn``. ``fn`` is differentiated, which costs a training step per
+        batch.
+      iterations: None for the whole covariance, ``[n, n]`` per stack entry. For weights of many inputs, the
+        number of subspace iterations of a Nyström approximation (https://arxiv.org/abs/1706.05736), each of
+        which passes through the batches and keeps ``[n, r + 8]``.
+      at_once: how many weights' statistics to hold at a time, in one pass through the batches per group; None
         is all.
 
     Returns:
-      A value for ``split(params, init=...)``. Only uses that contract the layout's inputs count: those of
-      ``w.T`` say nothing of them.
+      A value for ``split(params, init=...)``. Only uses that contract the layout's inputs count; uses of
+      ``w.T`` do not.
 
     Raises:
-      LoraError: by `split`: params are abstract; a weight is not contracted with any input, or with ones that
-        are not finite or span less than its rank; a use of it has no rule.
+      LoraError: ``iterations`` or ``at_once`` is not valid. From `split`: params are abstract; a weight
+        contracts no inputs, or inputs that are not finite or span less than its rank; or it has a use without
+        a low-rank rule.
 
     Example:
       >>> import jax, jax.numpy as jnp, lorax_fn as lx
@@ -69,7 +68,7 @@ def eva(
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Eva(Init):
-    """What `eva` returns."""
+    """The init that `eva` returns."""
 
     name = "eva"
     needs_data = True
@@ -100,26 +99,27 @@ class Eva(Init):
     def ranks(
         self, params: PyTree, rank: int = 16, *, rho: float = 2.0, targets=None, exclude=None, layout=None
     ) -> dict[str, int | tuple[int, ...]]:
-        """Ranks where inputs need them: the directions of all weights with the largest explained variance.
+        """Divides ranks among weights by explained variance.
 
-        Each stack entry of each weight brings the shares ``lambda_i / sum(lambda)`` of its first
-        ``rho * rank`` directions; the largest of all are chosen, ``rank`` times the number of entries.
+        The first ``rho * rank`` directions of each stack entry of each weight compete by their shares of the
+        variance, ``lambda_i / sum(lambda)``; the largest are kept, ``rank`` times the number of entries.
 
         Args:
           params: as for `split`.
           rank: the mean rank of a stack entry.
-          rho: no entry gets more than ``round(rho * rank)``.
+          rho: limits the rank of any entry to ``round(rho * rank)``.
           targets: as for `split`.
           exclude: as for `split`.
           layout: as for `split`.
 
         Returns:
-          ``{path: rank}``, a tuple for a stacked weight; weights that get none are left out. For
-          ``split(params, rank=ranks, targets=list(ranks), init=eva)``; with ``alpha=lambda r: 2 * r`` scales
-          do not depend on the ranks, as PEFT has it. Batches are passed through here, and again by `split`.
+          ``{path: rank}``, with a tuple for a stacked weight, for
+          ``split(params, rank=ranks, targets=list(ranks), init=eva)``. Weights of rank 0 are left out. With
+          ``alpha=lambda r: 2 * r`` scales do not depend on the ranks, as in PEFT. `split` passes through the
+          batches again.
 
         Raises:
-          LoraError: as for `split`; or ``iterations`` was given, which keeps no total variance.
+          LoraError: as for `split`; or ``iterations`` was given, which does not keep the total variance.
 
         Example:
           >>> import jax.numpy as jnp, lorax_fn as lx
@@ -154,11 +154,11 @@ class Eva(Init):
             counts = np.bincount(entry[chosen][owner[chosen] == i], minlength=share.shape[0]).tolist()
             if any(counts):
                 found[path] = tuple(counts) if layouts[path].stack else counts[0]
-        # as patterns, the longer path is asked first: a shorter one may be a run of its components
+        # As patterns, longer paths must come first, since a shorter one may be a run of their components.
         return {path: found[path] for path in sorted(found, key=lambda path: -path.count("/"))}
 
     def _spectra(self, params: PyTree, layouts: Mapping, widths: Mapping) -> Iterator[tuple[str, tuple]]:
-        """For each path the eigenvalues ``[s, k]``, falling, and eigenvectors ``[s, n, k]`` of its inputs."""
+        """Yields each path with eigenvalues ``[s, k]``, descending, and eigenvectors ``[s, n, k]``."""
         if self.iterations is None:
             for path, c in covariances(self.fn, params, layouts, self.batches, self.at_once):
                 yield path, _eigen(c)
@@ -178,7 +178,7 @@ class Eva(Init):
 
 
 def _along(key, w, layout: Layout, rank, scale, dtype, *, directions: jax.Array):
-    """A along given directions ``[s, n, r]``, B zero."""
+    """A along given directions ``[s, n, r]``, and B zero."""
     del key, scale
     shape_a, shape_b = factor_shapes(w.shape, layout, rank)
     return directions.reshape(shape_a).astype(dtype), jnp.zeros(shape_b, dtype), w
@@ -186,7 +186,7 @@ def _along(key, w, layout: Layout, rank, scale, dtype, *, directions: jax.Array)
 
 @jax.jit
 def _eigen(c: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Eigenvalues ``[s, n]``, falling, and eigenvectors ``[s, n, n]`` of sums ``X^T X``."""
+    """Eigenvalues ``[s, n]``, descending, and eigenvectors ``[s, n, n]`` of sums ``X^T X``."""
     values, vectors = jnp.linalg.eigh((c + jnp.swapaxes(c, 1, 2)) / 2.0)
     return values[:, ::-1], vectors[:, :, ::-1]
 
@@ -199,7 +199,7 @@ def _random_basis(path: str, w: Any, layout: Layout, width: int) -> jax.Array:
 
 @jax.jit
 def _nystrom(basis: jax.Array, product: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Eigenvalues and vectors of ``Y (Q^T Y)^-1 Y^T``, the part of C that ``Y = C Q`` tells of."""
+    """Eigenvalues and eigenvectors of ``Y (Q^T Y)^-1 Y^T``, which approximates C from ``Y = C Q``."""
     core = jnp.matmul(jnp.swapaxes(basis, -1, -2), product, precision=EXACT)
     sizes, turn = jnp.linalg.eigh((core + jnp.swapaxes(core, -1, -2)) / 2.0)
     kept = sizes > SPAN * sizes[:, -1:]

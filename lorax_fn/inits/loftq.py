@@ -1,4 +1,7 @@
-"""LoftQ: Li et al., "LoftQ: LoRA-Fine-Tuning-Aware Quantization" (https://arxiv.org/abs/2310.08659)."""
+"""LoftQ: Li et al., "LoftQ: LoRA-Fine-Tuning-Aware Quantization" (https://arxiv.org/abs/2310.08659).
+
+Q = quantize(W - scale * A @ B),   A @ B = rank-r part of (W - Q) / scale, in turns: algorithm 1
+"""
 
 import dataclasses
 import functools
@@ -19,24 +22,24 @@ from lorax_fn.quantization.formats import check_options
 
 
 def loftq(format: str = "nf4", *, block: int = 64, double: bool = True, iterations: int = 5) -> "LoftQ":
-    """Quantizes ``W`` and starts the factors from what that rounds off, in turns: ``Q + s A @ B ~ W``.
+    """Quantizes ``W`` and starts the factors from the rounding error, in turns: ``Q + s A @ B ~ W``.
 
     Li et al., "LoftQ" (https://arxiv.org/abs/2310.08659), algorithm 1: ``Q <- quantize(W - s A B)``, then
-    ``A B`` the best rank-r product near ``(W - Q) / s``; PEFT's does not divide, which is right for ``s = 1``
-    only. `lorax_fn.split` takes *float* params for it, and returns them `Quantized` where adapters are.
+    ``A B <-`` the best rank-r approximation of ``(W - Q) / s``. (PEFT does not divide by s, which is right
+    only for ``s = 1``.) `lorax_fn.split` takes *float* params and returns the adapted weights `Quantized`.
 
     Args:
       format: as in `lorax_fn.quantize`.
       block: as in `lorax_fn.quantize`.
       double: as in `lorax_fn.quantize`.
-      iterations: how often the two take turns, from 1; the paper's 5.
+      iterations: how many rounds the two steps take, 1 or more; 5 in the paper.
 
     Returns:
-      An ``init`` for `lorax_fn.split`. The strings ``"loftq"`` and ``"loftq:n"`` (of ``n`` iterations) stand
-      for its defaults.
+      A value for ``split(params, init=...)``. The strings ``"loftq"`` and ``"loftq:n"`` (``n`` iterations)
+      stand for it with the other options at their defaults.
 
     Raises:
-      LoraError: an unknown format, an odd block, or no iteration.
+      LoraError: the format is unknown, the block is not an even number, or iterations is not 1 or more.
 
     Example:
       >>> import jax, jax.numpy as jnp, lorax_fn as lx
@@ -54,7 +57,7 @@ def loftq(format: str = "nf4", *, block: int = 64, double: bool = True, iteratio
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class LoftQ(Init):
-    """The init that `loftq` makes."""
+    """The init that `loftq` returns."""
 
     name = "loftq"
     moves_weight = True
@@ -88,7 +91,7 @@ class LoftQ(Init):
 
 @functools.partial(jax.jit, static_argnums=(0, 6))
 def _turn(init: LoftQ, w: jax.Array, a: jax.Array, b: jax.Array, scales: Any, used: Any, layout: Layout):
-    """Quantizes what factors ``[s, n, r], [s, r, m]`` leave, and fits new ones to what that rounds off."""
+    """One round: quantizes ``W - s A @ B``, and fits new factors to the rounding error."""
     whole, dtype = entries(w, layout).astype(jnp.float32), a.dtype
     wide_a, wide_b = a.astype(jnp.float32), b.astype(jnp.float32)
     left = whole - scales[:, None, None] * jnp.matmul(wide_a, wide_b, precision=EXACT)

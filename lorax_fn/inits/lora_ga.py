@@ -1,6 +1,8 @@
-"""LoRA-GA: factors from the gradient of each weight.
+"""LoRA-GA: Wang et al., "LoRA-GA: Low-Rank Adaptation with Gradient Approximation".
 
-Wang et al., "LoRA-GA: Low-Rank Adaptation with Gradient Approximation" (https://arxiv.org/abs/2407.05000).
+https://arxiv.org/abs/2407.05000, theorem 3.1:
+
+dL/dW = U S V^T;   A = c U[:, :r],   B = c V[:, r:2r]^T,   W_res = W - s * A @ B
 """
 
 import dataclasses
@@ -33,30 +35,30 @@ def lora_ga(
     gamma: float = 16.0,
     at_once: int | None = None,
 ) -> "LoraGA":
-    """Factors along the gradient of ``W``, so that the first step is nearest to that of full training.
+    """Starts the factors along the gradient of ``W``, so that the first step approximates full training.
 
     Wang et al., "LoRA-GA" (https://arxiv.org/abs/2407.05000), theorem 3.1: with ``dL/dW = U S V^T``,
-    ``A = c U[:, :r]`` and ``B = c V[:, r:2r]^T`` change ``s A B`` in a gradient step by ``s^2 c^2`` times the
-    best approximation of the gradient of rank ``2r``. ``s A @ B`` leaves ``W``.
+    ``A = c U[:, :r]`` and ``B = c V[:, r:2r]^T``, a gradient step changes ``s A B`` by ``s^2 c^2`` times the
+    best rank-2r approximation of the gradient. ``s A @ B`` is subtracted from ``W``.
 
     Args:
       loss: ``loss(params, batch) -> scalar``.
-      batches: an iterable of what ``loss`` takes second; gradients are averaged over it.
-      direction: which singular vectors A and B take: ``"ArB2r"`` the first r and the second, ``"A2rBr"`` the
-        other way round, ``"ArBr"`` the odd and the even.
-      scale: ``c``: ``"stable"`` is ``m^(1/4) / sqrt(gamma)``, ``"unit"`` 1, ``"gd_scale"`` ``1 / s``,
+      batches: an iterable of batches for ``loss``, over which gradients are averaged.
+      direction: which singular vectors A and B take: ``"ArB2r"`` the first r and the next r, ``"A2rBr"`` the
+        reverse, ``"ArBr"`` every other one each.
+      scale: ``c``: ``"stable"`` is ``m^(1/4) / sqrt(gamma)``, ``"unit"`` 1, ``"gd_scale"`` ``1 / s``, and
         ``"weight_svd"`` the mean of ``sqrt(sigma_i(W) / s)`` over the first r.
-      gamma: of ``"stable"``.
-      at_once: how many weights' gradients to hold at a time; each group is a pass through the batches. None
-        is all: as much as a full training step holds.
+      gamma: the constant of ``"stable"``.
+      at_once: how many weights' gradients to hold at a time, in one pass through the batches per group; None
+        is all, which takes the memory of a full training step.
 
     Returns:
-      A value for ``split(params, init=...)``, which needs ranks of at most ``min(n, m) / 2``. As the authors'
-      code has it, both factors are scaled, and singular values are not in them.
+      A value for ``split(params, init=...)``, for ranks of at most ``min(n, m) / 2``. As in the authors'
+      code, both factors are scaled by ``c``, and the singular values do not enter.
 
     Raises:
-      LoraError: an unknown direction or scale. By `split`: params are abstract, a rank is too large, or a
-        gradient is zero or not finite.
+      LoraError: the direction or scale is unknown, or ``at_once`` is not valid. From `split`: params are
+        abstract, a rank is too large, or a gradient is zero or not finite.
 
     Example:
       >>> import jax, jax.numpy as jnp, lorax_fn as lx
@@ -74,7 +76,7 @@ def lora_ga(
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class LoraGA(Init):
-    """What `lora_ga` returns."""
+    """The init that `lora_ga` returns."""
 
     name = "lora_ga"
     moves_weight = True
@@ -112,7 +114,7 @@ class LoraGA(Init):
         return starts
 
     def _vectors(self, used: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Which singular vectors A and B of each entry take, ``[s, r]`` each; 0 in the pads."""
+        """The indices of the singular vectors for A and for B, each ``[s, r]``; 0 in the padding."""
         first, ranks = np.arange(used.shape[1])[None, :], used.sum(1, keepdims=True).astype(int)
         of_a, of_b = {
             "ArB2r": (first + 0 * ranks, first + ranks),

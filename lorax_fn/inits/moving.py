@@ -1,4 +1,4 @@
-"""What PiSSA and OLoRA share: a part of each weight moves into its factors."""
+"""What PiSSA and OLoRA share: they move a part of each weight into its factors."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from lorax_fn.core.matrices import entry_scales, taken_out, used_ranks
 
 
 def with_part_moved(one, key, w, layout: Layout, rank, scale, dtype):
-    """Runs ``one(key, matrix, s, used) -> (a, b)`` on each stack entry and takes ``s a @ b`` out of ``w``."""
+    """Maps ``one(key, matrix, s, used) -> (a, b)`` over stack entries; subtracts ``s a @ b`` from ``w``."""
     matrices = entries(w, layout)
     count = matrices.shape[0]
     used = jnp.asarray(used_ranks(rank, count), matrices.dtype)

@@ -16,9 +16,8 @@ from lorax_fn.inits.moving import with_part_moved
 class OLoRA(Init):
     """``W^T = Q R``: ``B^T`` is the first ``r`` columns of Q, so that ``B B^T = I``; ``A`` those of ``R^T``.
 
-    Algorithm 1 of Büyükakyüz (https://arxiv.org/abs/2406.01775). Each stack entry has a QR of its own, in
-    float32; the part ``scale * A @ B`` leaves the weight, so go on with the params that `lorax_fn.split`
-    returns.
+    Algorithm 1 of Büyükakyüz (https://arxiv.org/abs/2406.01775), with one QR per stack entry, in float32.
+    ``scale * A @ B`` is subtracted from the weight, so train with the params that `lorax_fn.split` returns.
 
     Example:
       >>> import jax, jax.numpy as jnp, lorax_fn as lx

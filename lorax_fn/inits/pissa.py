@@ -18,19 +18,19 @@ from lorax_fn.inits.moving import with_part_moved
 
 
 def pissa(iterations: int | None = None) -> "PiSSA":
-    """The ``r`` largest singular directions of ``W`` train: ``A = U sqrt(S / s)``, ``B = sqrt(S / s) V^T``.
+    """Trains the ``r`` largest singular directions of ``W``: ``A = U sqrt(S / s)``, ``B = sqrt(S / s) V^T``.
 
-    Meng et al., "PiSSA" (https://arxiv.org/abs/2404.02948), equations (2) to (4), divided by the scale as
-    PEFT does, so that ``s A @ B`` is exactly the part that leaves ``W``. Each stack entry has an SVD of its
-    own, in float32. Go on with the params that `lorax_fn.split` returns; `lorax_fn.ranks.to_plain` makes
-    adapters of the original weights again.
+    Meng et al., "PiSSA" (https://arxiv.org/abs/2404.02948), equations (2) to (4), divided by the scale as in
+    PEFT, so that ``s A @ B`` is exactly the part that is subtracted from ``W``. There is one SVD per stack
+    entry, in float32. Train with the params that `lorax_fn.split` returns; `lorax_fn.ranks.to_plain` converts
+    the adapters to ones of the original weights.
 
     Args:
-      iterations: None for the exact SVD, else how many subspace iterations a randomized one takes.
+      iterations: None for the exact SVD, else the number of subspace iterations of a randomized one.
 
     Returns:
-      A value for ``split(params, init=...)``; ``"pissa"`` and ``"pissa:4"`` (four iterations) are short for
-      it.
+      A value for ``split(params, init=...)``, for which ``"pissa"`` and ``"pissa:4"`` (four iterations) are
+      short.
 
     Raises:
       LoraError: ``iterations`` is not an int of 0 or more.
@@ -55,7 +55,7 @@ def pissa(iterations: int | None = None) -> "PiSSA":
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class PiSSA(Init):
-    """The init that `pissa` makes."""
+    """The init that `pissa` returns."""
 
     name = "pissa"
     moves_weight = True

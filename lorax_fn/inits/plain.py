@@ -1,7 +1,7 @@
-"""Starts that leave the weight as it is: random numbers in one factor, zeros in the other.
+"""Inits that leave the weight as it is: random numbers in one factor, zeros in the other.
 
-Each returns the very ``w`` that it was given. Ranks that differ along a stack come as a tuple; the factors
-are then as wide as the largest, and the method zeroes the pads.
+Each returns the same object ``w`` that it was given. Ranks that differ along a stack are a tuple; the factors
+then have the largest rank, and the method zeroes the padding.
 """
 
 import dataclasses
@@ -20,9 +20,9 @@ from lorax_fn.inits.base import Init
 class Kaiming(Init):
     """``A ~ U(-1/sqrt(n), 1/sqrt(n))``, ``B = 0``: the adapted function starts as the base function.
 
-    The reference implementation's ``kaiming_uniform_(a=sqrt(5))``; Hu et al.
-    (https://arxiv.org/abs/2106.09685). ``n`` is the product of the input axes of one stack entry. This is
-    the default of `lorax_fn.split`.
+    This is ``kaiming_uniform_(a=sqrt(5))`` in the reference implementation of Hu et al.
+    (https://arxiv.org/abs/2106.09685), and the default of `lorax_fn.split`. ``n`` is the product of the input
+    axes of one stack entry.
 
     Example:
       >>> import jax, jax.numpy as jnp, lorax_fn as lx
@@ -45,7 +45,7 @@ class Kaiming(Init):
 class Gaussian(Init):
     """``A ~ N(0, 1/r^2)``, ``B = 0``, as PEFT's ``init_lora_weights="gaussian"``.
 
-    Where ranks differ along a stack, each entry has a deviation of its own.
+    If ranks differ along a stack, each entry has its own deviation.
 
     Example:
       >>> import jax.numpy as jnp, lorax_fn as lx
@@ -66,7 +66,7 @@ class Gaussian(Init):
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class ZeroA(Init):
-    """``A = 0``, ``B ~ U(-1/sqrt(r), 1/sqrt(r))``: `Kaiming` with the parts of the factors exchanged.
+    """``A = 0``, ``B ~ U(-1/sqrt(r), 1/sqrt(r))``: `Kaiming` with the roles of the factors exchanged.
 
     B's fan-in is the rank. The adapted function starts as the base function here too.
 
@@ -90,10 +90,10 @@ class ZeroA(Init):
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Orthogonal(Init):
-    """Both factors far from zero, their product zero: they use orthogonal halves of the rank.
+    """Both factors are nonzero, but their product is zero, as they use orthogonal halves of the rank.
 
-    ``Q`` is a random rotation of the rank; ``A = G1 Q[1::2] / 10`` and ``B = Q[0::2]^T G2 / 10`` with normal
-    ``G1, G2``, as PEFT's ``init_lora_weights="orthogonal"``. The rank, or each rank of a stack, is even.
+    ``A = G1 Q[1::2] / 10`` and ``B = Q[0::2]^T G2 / 10`` with a random rotation ``Q`` of the rank and normal
+    ``G1, G2``, as PEFT's ``init_lora_weights="orthogonal"``. Every rank must be even.
 
     Example:
       >>> import jax.numpy as jnp, lorax_fn as lx
@@ -118,7 +118,7 @@ class Orthogonal(Init):
 
         def one(key, used):
             k1, k2, k3 = jax.random.split(key, 3)
-            # The pad turns into itself: each entry's rotation is of its own rank.
+            # Q is the identity on the padding, so that each entry's rotation is of its own rank.
             both = used[:, None] * used[None, :]
             rotation = both * jax.random.normal(k1, (r, r), jnp.float32)
             q = jnp.linalg.qr(rotation + (1.0 - both) * jnp.eye(r, dtype=jnp.float32))[0]
@@ -142,7 +142,7 @@ def factor_shapes(shape, layout: Layout, rank) -> tuple[tuple[int, ...], tuple[i
 
 
 def _rank_of_each_entry(rank, layout: Layout, shape, ndim: int) -> np.ndarray:
-    """The rank as float32 that broadcasts against a factor; 1 for entries without one, to divide by."""
+    """The rank of each entry as a float32 divisor that broadcasts against a factor; 1 for rank 0."""
     if not isinstance(rank, tuple):
         return np.full((1,) * ndim, rank, np.float32)
     stack = layout.shapes(shape)[0]

@@ -10,7 +10,7 @@ INITS = {init.name: init for init in (kaiming, gaussian, zero_a, orthogonal, pis
 
 
 def find_init(name: object) -> Init | None:
-    """The init itself, or that of a name such as ``"pissa"`` or ``"pissa:4"``; else None."""
+    """The init of a name such as ``"pissa"`` or ``"pissa:4"``, an init itself, or None for anything else."""
     if isinstance(name, Init):
         return name
     if not isinstance(name, str):
