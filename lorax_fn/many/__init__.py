@@ -1,1 +1,1 @@
-"""Several adapters of one base: side by side, in a bank, combined."""
+"""Several adapters of one base: stacked for `jax.vmap`, in a bank, or combined."""

@@ -1,4 +1,4 @@
-"""Adapters side by side on a leading axis, as `jax.vmap` maps over them, and one by one again."""
+"""Stacks adapters along a leading axis for `jax.vmap`, and unstacks them."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -17,21 +17,20 @@ Lora = dict[str, Adapter]
 
 
 def stack(loras: Sequence[dict[str, Adapter]], *, rank: int | None = None) -> dict[str, Adapter]:
-    """Puts adapters side by side on axis 0: what `jax.vmap` maps over, one adapter per lane.
+    """Stacks adapters along axis 0, for `jax.vmap` to map over, one adapter per lane.
 
-    Adapters of several ranks are padded with zeros to the largest. A padded rank adds nothing, and its part
-    of A and of B stays zero under every elementwise optimizer. Alpha and rank become arrays, so that each
-    lane keeps its scale.
+    Adapters of several ranks are padded with zeros to the largest. Padding adds nothing, and stays zero in A
+    and B under every elementwise optimizer. Alpha and rank become arrays, so that each lane keeps its scale.
 
     Args:
-      loras: adapters of the same paths, methods and layouts. `LoRA` and its kin may differ in rank, alpha and
-        scaling; other methods in alpha only.
+      loras: adapters of the same paths, methods and layouts. `LoRA`, `DoRA` and `LoRAFA` may differ in rank,
+        alpha and scaling; other methods only in alpha.
       rank: the rank to pad to; None is the largest.
 
     Returns:
-      One ``lora`` whose arrays have a leading axis of ``len(loras)``. It is for use under `jax.vmap`: verbs
-      that see the leading axis raise. Where scalings differ, all lanes have ``scaling="lora"`` and an alpha
-      of the same scale.
+      One ``lora`` whose arrays have a leading axis of ``len(loras)``, for use under `jax.vmap`; functions
+      that see the leading axis raise. If scalings differ, all lanes get ``scaling="lora"`` and an alpha that
+      gives the same scale.
 
     Raises:
       LoraError: there are no adapters; paths, methods, layouts or shapes differ; or ``rank`` is too small.
@@ -59,13 +58,13 @@ def stack(loras: Sequence[dict[str, Adapter]], *, rank: int | None = None) -> di
 
 
 def unstack(lora: dict[str, Adapter]) -> list[dict[str, Adapter]]:
-    """Takes adapters apart that `stack` has put side by side: each of its own rank, without the padding.
+    """Undoes `stack`: each adapter has its own rank again, without padding.
 
     Args:
-      lora: adapters whose arrays have a leading axis, such as `stack` makes, trained or not.
+      lora: adapters whose arrays have a leading axis, as from `stack`, trained or not.
 
     Returns:
-      One ``lora`` per lane; alpha and rank are numbers where the arrays are concrete.
+      One ``lora`` per lane; alpha and rank are numbers if the arrays are concrete.
 
     Raises:
       LoraError: an adapter has no leading axis, or the lanes differ in number.
@@ -107,7 +106,7 @@ def _side_by_side(path: str, adapters: list[Any], rank: int | None) -> Adapter:
 
 
 def _alike(path: str, adapters: list[Any], rank: int | None) -> list[Any]:
-    """The adapters with factors of one width, and with alpha and rank as arrays."""
+    """The adapters with factors padded to one rank, and with alpha and rank as arrays."""
     widest = max(x.a.shape[-1] for x in adapters)
     width = widest if rank is None else rank
     if width < widest:
@@ -126,7 +125,7 @@ def _alike(path: str, adapters: list[Any], rank: int | None) -> list[Any]:
         alpha, ranks = (_array(value, stack if several else (), jnp.float32) for value in (x.alpha, x.rank))
         if mixed and x.scaling != "lora":
             alpha = run(lambda scale, ranks: jnp.asarray(scale) * ranks, x.scale, ranks)
-        # Ranks are floats here: jax.grad by a lora that holds integers would raise.
+        # Ranks are floats here, because jax.grad with respect to a lora with integers would raise.
         facts = {"alpha": alpha, "rank": ranks}
         facts |= {"scaling": "lora"} if mixed else {}
         pad = width - x.a.shape[-1]
@@ -139,7 +138,7 @@ def _alike(path: str, adapters: list[Any], rank: int | None) -> list[Any]:
 
 
 def _padded(x: Any, pad: int, facts: dict[str, Any]) -> Any:
-    """Zeros behind the last rank of A ``[*s, *n, r]`` and of B ``[*s, r, *m]``."""
+    """Pads A ``[*s, *n, r]`` and B ``[*s, r, *m]`` with ``pad`` ranks of zeros."""
     s = len(x.layout.stack)
     a = jnp.pad(x.a, [(0, 0)] * (x.a.ndim - 1) + [(0, pad)])
     b = jnp.pad(x.b, [(0, pad if i == s else 0) for i in range(x.b.ndim)])
@@ -170,7 +169,7 @@ def _lane(adapter: Any, i: int) -> Adapter:
 
 
 def _number(value: Any, whole: bool) -> Any:
-    """A concrete array as a Python number, or as a tuple where it has one per stack entry."""
+    """A concrete array as a Python number, or as a tuple if its values differ along the stack."""
     if is_number(value):
         return value
     kind = int if whole else float
