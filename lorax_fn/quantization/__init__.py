@@ -1,4 +1,4 @@
-"""Weights in 4 or 8 bits, and training that knows of their rounding."""
+"""Weights in 4 or 8 bits, and training that accounts for their rounding."""
 
 from lorax_fn.quantization.blocks import Quantized as Quantized
 from lorax_fn.quantization.gptq import gptq as gptq

@@ -1,12 +1,12 @@
-"""Weights in 4 or 8 bits: blocks of codes with a scale each, and `Quantized`, the pytree that holds them.
+"""Weights in 4 or 8 bits: blocks of codes with one scale each, and `Quantized`, the pytree that holds them.
 
 w = value(code) * scale               value: NF4's table, or an integer; the largest |w| of a block gets the
                                       largest value
-scale = map(code') * group + offset   double quantization: scales are codes, too, in groups
+scale = map(code') * group + offset   double quantization: scales are codes too, in groups
 w = code * scale + minimum            GGUF's Q4_1; scale and minimum in float16
 
-Dettmers et al., "QLoRA" (https://arxiv.org/abs/2305.14314), section 3. `jnp.int4` would take a whole byte on
-CPU and GPU, and has no NF4; qwix keeps its codes in such dtypes, unpacked and without a second level.
+Dettmers et al., "QLoRA" (https://arxiv.org/abs/2305.14314), section 3. Two codes are packed into one byte,
+because `jnp.int4` takes a whole byte on CPU and GPU, and cannot represent NF4.
 """
 
 import dataclasses
@@ -29,21 +29,21 @@ from lorax_fn.quantization.formats import GROUP, READ, code_as_float, from_dynam
 class Quantized(Stored):
     """A weight of 4 or 8 bits, one leaf with the weight's shape and dtype.
 
-    Every array has the weight's axes in their order, so that stacks scan and shardings carry over. Blocks run
-    along one input axis, second-level groups of 256 scales along one output axis: the last that is as long as
-    a block or group, else the longest.
+    Every array has the weight's axes in the same order, so that stacks can be scanned and shardings carry
+    over. Blocks run along one input axis, and second-level groups of 256 scales along one output axis: the
+    last axis that is at least as long as a block or group, or else the longest.
 
     Args:
-      codes: the weight's shape, int8; or uint8, half as long (rounded up) along ``block_axis``, where two
-        codes of 4 bits share a byte, the first in its high half.
-      scales: one per block along ``block_axis``: float32, uint8 under double quantization, float16 in GGUF's.
-      groups: float32, one for 256 scales along ``group_axis``; None without double quantization.
-      offset: float32, one per stack entry: the mean scale; None without double quantization.
-      minimum: float16, one per block, what its code 0 stands for; None but in ``"q4_1"``.
-      format: ``"nf4"``, ``"int4"``, ``"int8"``; or ``"q4_1"``, ``"q8_0"``: blocks of a GGUF file.
-      block: weights that share a scale.
-      shape: the weight's.
-      dtype: the weight's.
+      codes: int8 in the weight's shape; or, for 4 bits, uint8 with two codes per byte, the first in the high
+        half, and thus half as long (rounded up) along ``block_axis``.
+      scales: one per block along ``block_axis``: float32; uint8 with double quantization; float16 in GGUF.
+      groups: float32, one per 256 scales along ``group_axis``; None without double quantization.
+      offset: float32, the mean scale of each stack entry; None without double quantization.
+      minimum: float16, the value of code 0 in each block; None except in ``"q4_1"``.
+      format: ``"nf4"``, ``"int4"`` or ``"int8"``; or ``"q4_1"`` or ``"q8_0"`` for blocks of a GGUF file.
+      block: how many weights share a scale.
+      shape: the weight's shape.
+      dtype: the weight's dtype.
       layout: which axes of the weight are stack, inputs and outputs.
       block_axis: the input axis along which blocks run and codes are packed.
       group_axis: the output axis along which groups run.
@@ -71,12 +71,12 @@ class Quantized(Stored):
     group_axis: int = dataclasses.field(metadata={"static": True})
 
     def dense(self) -> jax.Array:
-        """The weight itself, ``shape`` and ``dtype``, elementwise throughout: XLA makes one loop of it."""
+        """The weight as an array. All operations are elementwise, so XLA fuses them into one loop."""
         _check_axes(self)
         return _dense(jax.lax.stop_gradient(self))
 
     def entry(self, axis: int) -> "Quantized | None":
-        """This weight for arrays that lost stack axis ``axis``, as in a loop over it; None for any other."""
+        """This weight after its arrays lost stack axis ``axis``, as in a loop; None for any other axis."""
         if axis not in self.layout.stack:
             return None
         shape = (*self.shape[:axis], *self.shape[axis + 1 :])
@@ -85,7 +85,7 @@ class Quantized(Stored):
         return dataclasses.replace(self, shape=shape, layout=layout, block_axis=block, group_axis=group)
 
     def stacked(self, axis: int, size: int) -> "Quantized":
-        """This weight for arrays that got a stack axis ``axis`` of ``size``: undoes `entry`."""
+        """This weight after its arrays got a stack axis ``axis`` of ``size``: the inverse of `entry`."""
 
         def moved(axes):
             return tuple(i + (i >= axis) for i in axes)
@@ -101,7 +101,7 @@ class Quantized(Stored):
 
 
 def encode(w: Any, layout: Layout, format: str, block: int, double: bool) -> Quantized:
-    """A weight as `Quantized`. Blocks run along the weight's axes, and each stack entry is coded alone."""
+    """Quantizes a weight. Blocks run along its own axes, and stack entries are independent."""
     form, shape = READ[format], tuple(w.shape)
     axis, across = _axis(layout.inputs, shape, block), _axis(layout.outputs, shape, GROUP)
     wide, minimum = w.astype(jnp.float32), None
@@ -125,12 +125,12 @@ def encode(w: Any, layout: Layout, format: str, block: int, double: bool) -> Qua
 
 
 def _inverse(x: jax.Array) -> jax.Array:
-    """1 / x of numbers that are not negative, finite at 0. bitsandbytes multiplies by it, too."""
+    """1 / x for nonnegative numbers, finite at 0. bitsandbytes, too, multiplies by the inverse."""
     return 1.0 / jnp.maximum(x, jnp.finfo(jnp.float32).tiny)
 
 
 def read_scales(q: Quantized) -> jax.Array:
-    """What each code's value is multiplied by, float32 of the weight's shape."""
+    """The scale of each code, float32 in the weight's shape."""
     scales = q.scales
     if q.groups is not None:
         group = _spread(q.groups, q.group_axis, GROUP, q.shape[q.group_axis])
@@ -145,18 +145,18 @@ def _codes(q: Quantized) -> jax.Array:
 
 
 def with_codes(q: Quantized, codes: jax.Array) -> Quantized:
-    """The same scales with other codes, which come unpacked, on the weight's axes."""
+    """The same scales with other codes, given unpacked on the weight's axes."""
     return dataclasses.replace(q, codes=_packed(codes, q.block_axis) if READ[q.format].bits == 4 else codes)
 
 
 def nudged(q: Quantized, change: jax.Array) -> Quantized:
-    """``q`` with ``change`` added, on the scales that it has, without a bias.
+    """``q`` with ``change`` added and rounded without bias, at the existing scales.
 
-    A number between two codes becomes one of them, the nearer one the more likely, so that the mean over many
-    weights is the number itself (stochastic rounding, Gupta et al., https://arxiv.org/abs/1502.02551). Chance
-    is a hash of the place: the same change gives the same codes. Codes whose number does not change stay.
-    Scales are made anew, with each number rounded to the nearest, only where the change is so large that
-    their range cuts off more than rounding takes.
+    A number between two codes is rounded to either of them, with probabilities that make its mean the number
+    itself (stochastic rounding, Gupta et al., https://arxiv.org/abs/1502.02551). The random numbers are a
+    hash of the position, so the same change gives the same codes. Codes of numbers that do not change stay.
+    Only if the change is so large that the range of the scales would cut off more than rounding takes is the
+    whole weight quantized anew, to the nearest codes.
 
     Args:
       q: the weight.
@@ -167,7 +167,7 @@ def nudged(q: Quantized, change: jax.Array) -> Quantized:
     """
     _check_axes(q)
     form, scales = READ[q.format], read_scales(q)
-    # in units of a scale; a block of zeros has no unit, and all that is added to it is cut off
+    # Work in units of the scale. A block of zeros has none, so everything added to it is cut off.
     some = scales != 0
     value = form.decode(_codes(q)) + jnp.where(some, change / jnp.where(some, scales, 1.0), change)
     bottom = 0.0 if form.minimum else -form.top
@@ -188,7 +188,7 @@ def nudged(q: Quantized, change: jax.Array) -> Quantized:
 
 
 def _chance(shape: tuple[int, ...]) -> jax.Array:
-    """Numbers in (0, 1), even and without a pattern, by the place alone: the finalizer of MurmurHash3."""
+    """Uniform numbers in (0, 1) that depend only on the position, by the finalizer of MurmurHash3."""
     place = jnp.zeros(shape, jnp.uint32)
     for axis in range(len(shape)):
         place = place * np.uint32(0x9E3779B1) + jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
@@ -198,23 +198,23 @@ def _chance(shape: tuple[int, ...]) -> jax.Array:
     return ((place >> np.uint32(8)).astype(jnp.float32) + 0.5) * np.float32(2**-24)
 
 
-@functools.partial(jax.jit, inline=True)  # one program also where all else runs operation by operation
+@functools.partial(jax.jit, inline=True)  # one fused program, even outside of jit
 def _dense(q: Quantized) -> jax.Array:
     w = READ[q.format].decode(_codes(q)) * read_scales(q)
     if q.minimum is not None:
         w = w + _spread(code_as_float(q.minimum), q.block_axis, q.block, q.shape[q.block_axis])
-    # XLA may drop a cast to bfloat16 and back, but no reduce_precision: every use sees the same weight
+    # XLA may drop a cast to bfloat16 and back, but not reduce_precision, so every use sees the same weight.
     kind = jnp.finfo(q.dtype)
     return jax.lax.reduce_precision(w, kind.nexp, kind.nmant).astype(q.dtype)
 
 
 def _axis(axes: tuple[int, ...], shape: tuple[int, ...], size: int) -> int:
-    """The last of some axes that is at least ``size`` long, else the longest."""
+    """The last of ``axes`` that is at least ``size`` long, or else the longest."""
     return next((i for i in reversed(axes) if shape[i] >= size), max(axes, key=lambda i: shape[i]))
 
 
 def _folded(x: jax.Array, axis: int, size: int) -> jax.Array:
-    """``axis`` as two, runs and the ``size`` neighbors in each; the last run is padded with zeros."""
+    """Splits ``axis`` into two, ``[runs, size]``; the last run is padded with zeros."""
     extra = -x.shape[axis] % size
     x = _gathered(x, axis, -(-x.shape[axis] // size))
     if extra:
@@ -223,7 +223,7 @@ def _folded(x: jax.Array, axis: int, size: int) -> jax.Array:
 
 
 def _gathered(x: jax.Array, axis: int, runs: int) -> jax.Array:
-    """``x``, unsharded along ``axis`` where the runs do not divide by an explicit mesh's shards."""
+    """``x``, resharded to be whole along ``axis`` if an explicit mesh's shards do not divide the runs."""
     sharding = jax.typeof(x).sharding
     names = sharding.spec[axis]
     names = names if isinstance(names, tuple) else (names,)
@@ -234,12 +234,12 @@ def _gathered(x: jax.Array, axis: int, runs: int) -> jax.Array:
 
 
 def _largest(x: jax.Array, axis: int, size: int) -> jax.Array:
-    """The largest of each run of ``size`` neighbors along ``axis``; ``x`` is not negative."""
+    """The largest of each run of ``size`` neighbors along ``axis``, for nonnegative ``x``."""
     return _folded(x, axis, size).max(axis + 1)
 
 
 def _spread(x: jax.Array, axis: int, size: int, length: int) -> jax.Array:
-    """Each element ``size`` times along ``axis``, cut at ``length``: a block's number for each in it."""
+    """Repeats each element ``size`` times along ``axis``, cut to ``length``: block values per element."""
     shape = (*x.shape[: axis + 1], size, *x.shape[axis + 1 :])
     x = jnp.broadcast_to(jnp.expand_dims(x, axis + 1), shape)
     return _cut(x.reshape(*shape[:axis], -1, *shape[axis + 2 :]), axis, length)
@@ -267,6 +267,6 @@ def _check_axes(q: Quantized) -> None:
         raise error(
             "a quantized weight lost or got an axis outside lorax_fn.",
             got=f"codes of shape {np.shape(q.codes)}",
-            want=f"codes of {len(q.shape)} axes, as the weight {q.shape} has",
-            do="in a loop or vmap over a stack axis, q.entry(axis).dense().",
+            want=f"codes of {len(q.shape)} axes, like the weight's shape {q.shape}",
+            do="in a loop or vmap over a stack axis, call q.entry(axis).dense().",
         )

@@ -10,7 +10,7 @@ import numpy as np
 
 from lorax_fn.core.errors import error
 
-GROUP = 256  # scales that share one second-level scale
+GROUP = 256  # how many scales share one second-level scale
 
 
 # Appendix E of QLoRA: quantiles of the normal distribution, scaled to [-1, 1], with an exact zero.
@@ -26,7 +26,7 @@ NF4 = np.array(
 
 
 def _dynamic_map() -> np.ndarray:
-    """The 256 values of QLoRA's second level: a sign, a decimal exponent, and a fraction in the bits left.
+    """The 256 values of QLoRA's second level: a sign, a decimal exponent, and a fraction in the other bits.
 
     Dettmers et al., "8-bit Optimizers via Block-wise Quantization" (https://arxiv.org/abs/2110.02861).
     """
@@ -42,15 +42,15 @@ DYNAMIC = _dynamic_map()
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """How the numbers of one block, divided by their largest, become codes.
+    """How the numbers of a block, divided by its scale, become codes.
 
     Args:
-      bits: 4, packed two a byte, or 8.
-      top: the value of the largest code: what a block's largest number is divided to.
-      encode: values from ``-top`` to ``top`` to codes.
-      decode: codes to float32 values.
-      minimum: whether a block's smallest number is taken off first, and kept: values begin at 0.
-      scales: dtype of scales and minimum.
+      bits: 4, with two codes per byte, or 8.
+      top: the value of the largest code, to which a block's largest number is scaled.
+      encode: maps values from ``-top`` to ``top`` to codes.
+      decode: maps codes to float32 values.
+      minimum: whether a block's smallest number is subtracted first and stored, so that values begin at 0.
+      scales: dtype of the scales and the minimum.
     """
 
     bits: int
@@ -62,15 +62,15 @@ class Format:
 
 
 def _nearest(x: jax.Array, table: np.ndarray) -> jax.Array:
-    """The index of the nearest entry of a sorted table; the lower one of two as near."""
+    """The index of the nearest entry of a sorted table; the lower one in case of a tie."""
     code = jnp.zeros_like(x, jnp.uint8)
-    for edge in (table[:-1] + table[1:]) / np.float32(2):  # elementwise: XLA makes one loop of it
+    for edge in (table[:-1] + table[1:]) / np.float32(2):  # elementwise, so XLA fuses it into one loop
         code = code + (x > edge).astype(jnp.uint8)
     return code
 
 
 def to_dynamic(x: jax.Array) -> jax.Array:
-    """`_nearest` of `DYNAMIC`, in a loop: its table is too long to be unrolled."""
+    """`_nearest` for `DYNAMIC`, in a loop because the table is too long to unroll."""
     edges = jnp.asarray((DYNAMIC[:-1] + DYNAMIC[1:]) / np.float32(2))
     count = len(DYNAMIC) - 1
     return jax.lax.fori_loop(
@@ -79,10 +79,10 @@ def to_dynamic(x: jax.Array) -> jax.Array:
 
 
 def _chosen(index: jax.Array, table: np.ndarray) -> jax.Array:
-    """``table[index]`` by a tree of choices on its bits: ``low ^ (on & (low ^ high))`` of float bits.
+    """``table[index]`` by a tree of selections on the bits of the index: ``low ^ (on & (low ^ high))``.
 
-    A gather goes element by element on TPU; `jnp.where` makes arrays of the constants, and the gradient of a
-    scan would keep them.
+    A gather would go element by element on TPU, and `jnp.where` would make arrays of the constants, which the
+    gradient of a scan would keep.
     """
     values: list[Any] = list(table.view(np.int32))
     for bit in range(len(values).bit_length() - 1):
@@ -106,7 +106,7 @@ FORMATS = {
 }
 
 
-# The blocks of GGUF files, of 32 weights: `quantize` makes none, but one that is there stays.
+# The blocks of 32 weights in GGUF files. `quantize` does not create them, but they can be loaded and kept.
 GGUF = {
     "q4_1": Format(4, 15.0, lambda x: jnp.round(x).astype(jnp.uint8), code_as_float, True, np.float16),
     "q8_0": Format(8, 127.0, FORMATS["int8"].encode, code_as_float, False, np.float16),
@@ -135,8 +135,8 @@ def check_options(format: Any, block: Any) -> None:
         )
 
 
-# The power of ten at the place of a code's highest bit. The last code stands for 1 itself, and not for the
-# middle of a fraction as the others do, so that its power is chosen to give 1.
+# The power of ten for the position of a code's highest bit. Codes stand for the middles of fractions, except
+# the last, which stands for 1 itself, so its power is chosen to give 1.
 POWERS = np.array([*(10.0 ** (bits - 6) for bits in range(7)), 1 / (0.1 + 0.9 * 0.5 / 128)], np.float32)
 
 

@@ -1,4 +1,8 @@
-"""GPTQ: the codes of a weight are chosen by its inputs, so that later codes make up for earlier errors."""
+"""GPTQ: Frantar et al., "GPTQ" (https://arxiv.org/abs/2210.17323).
+
+With X the inputs of W and H = X^T X, input i is rounded, and the later ones compensate for its error:
+W[i:] -= outer(U[i, i:], error / U[i, i]),   H^-1 = U^T U,   algorithm 1
+"""
 
 import functools
 import logging
@@ -20,7 +24,7 @@ from lorax_fn.quantization.trees import chosen, rounded
 from lorax_fn.targets.patterns import Patterns
 
 LOG = logging.getLogger("lorax_fn")
-LAZY = 64  # inputs whose errors reach all later inputs in one product
+LAZY = 64  # how many inputs pass on their errors to all later inputs in one product
 
 
 def gptq(
@@ -36,37 +40,38 @@ def gptq(
     damping: float = 0.01,
     at_once: int | None = None,
 ) -> PyTree:
-    """`quantize` that keeps ``X W``: each input's rounding error is made up for by the inputs after it.
+    """Quantizes weights so that ``X W`` changes little: later inputs compensate for earlier errors.
 
     Frantar et al., "GPTQ" (https://arxiv.org/abs/2210.17323), algorithm 1: with ``X`` all inputs of a weight,
-    ``H = X^T X`` damped and ``H^-1 = U^T U``, input ``i`` is rounded, and ``outer(U[i], error / U[i, i])``
-    leaves the weight. Inputs go from the strongest to the weakest, and scales are those of `quantize`, as
-    they are read back: ``act_order`` and ``static_groups`` of the authors' code. ``X`` is of ``params`` as
-    they are given.
+    ``H = X^T X`` damped and ``H^-1 = U^T U``, input ``i`` is rounded, and ``outer(U[i], error / U[i, i])`` is
+    subtracted from the weight. Inputs are ordered from the strongest to the weakest, and the scales are those
+    of `quantize` (``act_order`` and ``static_groups`` in the authors' code). ``X`` is that of the given
+    ``params``.
 
     Args:
       fn: ``fn(params, batch)`` with a float output, such as ``model.apply``.
-      params: any pytree of concrete arrays; weights quantized before stay, and the inputs feel them.
-      batches: an iterable of what ``fn`` takes second. ``fn`` is differentiated, at the cost of a training
-        step a batch, and ``[n, n]`` float32 a stack entry of a weight of ``n`` inputs is kept.
+      params: any pytree of concrete arrays. Weights that are already quantized stay and affect ``X``.
+      batches: an iterable of batches for ``fn``. ``fn`` is differentiated, which costs a training step per
+        batch, and ``[n, n]`` float32 is kept per stack entry of a weight of ``n`` inputs.
       format: as in `lorax_fn.quantize`.
       block: as in `lorax_fn.quantize`.
       double: as in `lorax_fn.quantize`.
       targets: as in `lorax_fn.quantize`.
       layout: as in `lorax_fn.quantize`.
-      damping: what is added to the diagonal of ``H``, in units of its mean; more is nearer to `quantize`.
-      at_once: how many weights' ``H`` to hold at a time; each group is a pass through the batches. None is
+      damping: added to the diagonal of ``H``, relative to its mean; with more of it, the result is closer to
+        that of `quantize`.
+      at_once: how many weights' ``H`` to hold at a time, in one pass through the batches per group; None is
         all.
 
     Returns:
-      The same tree as of `lorax_fn.quantize`, with other codes. Only uses that contract the layout's inputs
+      The same tree as from `lorax_fn.quantize`, with other codes. Only uses that contract the layout's inputs
       count. Stack entries that no input reached, such as experts without tokens, are rounded to the nearest
-      code, which is logged (logger ``lorax_fn``).
+      codes, and are listed in a message of the logger ``lorax_fn``.
 
     Raises:
-      LoraError: as `lorax_fn.quantize`. Also where params have no numbers, where ``damping`` is not above 0
-        or is too small for float32, and where a weight contracts no inputs that reach an output, contracts
-        inputs that are not finite, or has a use without a rule.
+      LoraError: as for `lorax_fn.quantize`; or params are not concrete; ``damping`` is not above 0, or too
+        small for float32; a weight contracts no inputs that reach an output, or inputs that are not finite;
+        or it has a use without a low-rank rule.
 
     Example:
       >>> import jax, jax.numpy as jnp, lorax_fn as lx
@@ -86,7 +91,7 @@ def gptq(
     unseen = [p for p, w in leaves.items() if not is_concrete(w)]
     if unseen:
         raise error(
-            "GPTQ looks at numbers.",
+            "GPTQ needs concrete weights.",
             path=unseen,
             got="abstract or traced",
             want="concrete arrays",
@@ -112,7 +117,7 @@ def gptq(
             path=list(wrong),
             got=list(wrong.values()),
             want="finite inputs, some of them not zero",
-            do="more batches, damping=0.1, or name the others in targets= and lx.quantize these.",
+            do="pass more batches, or damping=0.1, or name the others in targets= and lx.quantize these.",
         )
     if unfed:
         lines = [f"  {path}: stack entries {entries}" for path, entries in unfed.items()]
@@ -123,7 +128,7 @@ def gptq(
 
 @jax.jit
 def _as_if_even(c: jax.Array, empty: jax.Array) -> jax.Array:
-    """``C [s, n, n]`` with the identity for empty entries: inputs that do not correlate feed nothing back."""
+    """``C [s, n, n]`` with the identity for empty entries: uncorrelated inputs compensate for nothing."""
     return jnp.where(empty[:, None, None], jnp.eye(c.shape[-1], dtype=c.dtype)[None], c)
 
 
@@ -131,7 +136,7 @@ def _as_if_even(c: jax.Array, empty: jax.Array) -> jax.Array:
 def _fed_back(
     w: jax.Array, q: Quantized, c: jax.Array, damping: float, layout: Layout
 ) -> tuple[Quantized, jax.Array]:
-    """``q`` with codes by ``C = X^T X [s, n, n]``, and whether the root of the inverse is finite."""
+    """``q`` with the codes of GPTQ for ``C = X^T X [s, n, n]``, and whether every ``U`` is finite."""
 
     def one(entry):
         w, scales, c = entry
@@ -146,19 +151,22 @@ def _fed_back(
 
 
 def _root_of_inverse(c: jax.Array, damping: float) -> jax.Array:
-    """Upper ``U`` with ``U^T U = H^-1`` of the damped ``C``; an input that is always 0 feeds nothing back."""
+    """The upper triangular ``U`` with ``U^T U = H^-1``, where ``H`` is ``C`` normalized and damped.
+
+    An input that is always 0 gets a 1 on the diagonal, so that it compensates for nothing.
+    """
     diagonal = jnp.diagonal(c)
     mean = jnp.mean(diagonal)
     h = (c + c.T) / (2.0 * mean) + jnp.diag(damping + (diagonal == 0).astype(c.dtype))
-    # Cholesky from the last input to the first gives H = R R^T with an upper R. Then U = R^-1, and H^-1
-    # itself, which rounding would spoil, is never made.
+    # Cholesky from the last input to the first gives H = R R^T with an upper R, so that U = R^-1. H^-1 itself
+    # would lose precision and is never computed.
     r = jnp.linalg.cholesky(h[::-1, ::-1])[::-1, ::-1]
     eye = jnp.eye(c.shape[0], dtype=c.dtype)
     return jnp.triu(jax.scipy.linalg.solve_triangular(r, eye, lower=False))
 
 
 def _codes(w: jax.Array, scales: jax.Array, root: jax.Array, format: str) -> jax.Array:
-    """Codes ``[n, m]``, input by input; ``LAZY`` inputs at a time feel each error as it is made."""
+    """Codes ``[n, m]``, input by input. Errors reach a run of `LAZY` inputs at once, and others after it."""
     form, n = READ[format], w.shape[0]
     extra = -n % LAZY
     w, scales = (jnp.pad(x, ((0, extra), (0, 0))) for x in (w, scales))
@@ -166,10 +174,10 @@ def _codes(w: jax.Array, scales: jax.Array, root: jax.Array, format: str) -> jax
     inverse = jnp.where(scales == 0, 0.0, 1.0 / jnp.where(scales == 0, 1.0, scales))
 
     def one_input(i, state, scales, inverse, square):
-        near, errors, codes = state  # [LAZY, m]: what is left of these inputs
+        near, errors, codes = state  # [LAZY, m]: the inputs of this run, after compensation
         code = form.encode(jnp.clip(near[i] * inverse[i], -form.top, form.top))
         wrong = (near[i] - form.decode(code) * scales[i]) / square[i, i]
-        near = near - square[i][:, None] * wrong[None, :]  # U is upper: rounded inputs stay
+        near = near - square[i][:, None] * wrong[None, :]  # U is upper triangular, so rounded inputs stay
         put = jax.lax.dynamic_update_index_in_dim
         return near, put(errors, wrong, i, 0), put(codes, code, i, 0)
 

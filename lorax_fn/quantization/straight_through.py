@@ -1,10 +1,10 @@
 """Training through the quantizer, so that a merge into quantized weights keeps what was trained.
 
-forward    x Q(W + dW)              Q: the codes that `lorax_fn.merge(..., requantize="unbiased")` gives
+forward    x Q(W + dW)              Q: the rounding of `lorax_fn.merge(..., requantize="unbiased")`
 backward   that of x (W + dW)       straight through Q, by the factors: no cotangent of a weight is built
 
-Bengio et al., "Estimating or Propagating Gradients Through Stochastic Neurons"
-(https://arxiv.org/abs/1308.3432), calls that the straight-through estimator.
+This is the straight-through estimator of Bengio et al., "Estimating or Propagating Gradients Through
+Stochastic Neurons" (https://arxiv.org/abs/1308.3432).
 """
 
 import dataclasses
@@ -24,26 +24,25 @@ from lorax_fn.quantization.blocks import Quantized, nudged
 def merge_aware(params: PyTree, lora: dict[str, Adapter]) -> tuple[PyTree, dict[str, Adapter]]:
     """Rounds adapters into their quantized weights, and lets gradients pass straight through the rounding.
 
-    The forward pass of the pair that comes back is that of ``merge(params, lora, requantize="unbiased")``,
-    its gradient by ``lora`` that of ``W + dW``. Like `lorax_fn.dropout` it is data and not a mode: call it
-    inside the loss, on the adapters that train. So the loss sees the rounding that the merge will do, and
-    training makes up for it.
+    The forward pass with the returned pair is that of ``merge(params, lora, requantize="unbiased")``; its
+    gradient with respect to ``lora`` is that of ``W + dW``. Like `lorax_fn.dropout`, this is data, not a
+    mode: call it inside the loss, on the adapters that train. The loss then includes the rounding error of a
+    later merge, and training compensates for it.
 
-    Use it where the model has to be served from quantized weights alone. Otherwise keep the adapters beside
-    the weights, or merge to floats: neither rounds. A step costs one rounding of every adapted weight more,
-    and for the time of it one float32 copy of a weight.
+    Use it if the final model must consist of quantized weights alone. Otherwise keep the adapters separate or
+    merge to floats, neither of which rounds. Each step additionally rounds every adapted weight, which takes
+    one float32 copy of a weight at a time.
 
     Args:
       params: the tree that `lorax_fn.split` returned, with `Quantized` leaves.
       lora: its adapters; those of leaves that are not quantized stay as they are.
 
     Returns:
-      ``(params, lora)`` for a function of `lorax_fn.adapt`; to save or to merge, use the ``lora`` that went
-      in.
+      ``(params, lora)`` for a function of `lorax_fn.adapt`. To save or merge, use the original ``lora``.
 
     Raises:
       LoraError: ``lora`` does not fit or is under dropout; no adapted leaf is quantized; or a quantized leaf
-        has an adapter whose change is not a product of factors alone (DoRA, `Full`, `Rows`).
+        has an adapter whose change depends on the weight (`DoRA`, `Full`, `Rows`).
 
     Example:
       >>> import jax, jax.numpy as jnp, lorax_fn as lx
@@ -63,8 +62,8 @@ def merge_aware(params: PyTree, lora: dict[str, Adapter]) -> tuple[PyTree, dict[
         raise error(
             "there is nothing to round: no adapted weight is quantized.",
             path=list(lora),
-            want="params of lx.quantize, and adapters of them",
-            do="params, lora = lx.split(lx.quantize(params), ...), or leave lx.quantization.merge_aware out.",
+            want="params from lx.quantize, and adapters of them",
+            do="params, lora = lx.split(lx.quantize(params)), or leave lx.quantization.merge_aware out.",
         )
     strange = [path for path, adapter in stored.items() if not adapter.adds]
     if strange:
@@ -72,8 +71,8 @@ def merge_aware(params: PyTree, lora: dict[str, Adapter]) -> tuple[PyTree, dict[
             "no gradient goes straight through the rounding of these weights.",
             path=strange,
             got=[type(stored[path]).__name__ for path in strange],
-            want="adapters whose change is a product of factors alone",
-            do='another method for them, such as method="lora".',
+            want="adapters whose change does not depend on the weight",
+            do='split them with another method, such as method="lora".',
         )
     codes = {path: run(requantized_unbiased, adapter, named[path]) for path, adapter in stored.items()}
     straight = {path: _Straight(lora[path]) if path in stored else lora[path] for path in lora}
@@ -82,7 +81,7 @@ def merge_aware(params: PyTree, lora: dict[str, Adapter]) -> tuple[PyTree, dict[
 
 @jax.jit
 def requantized(adapter: Adapter, stored: Any) -> Any:
-    """The merged weight rounded to its nearest codes; stack entries that do not change keep theirs."""
+    """The merged weight rounded to the nearest codes; stack entries that do not change keep theirs."""
     w = dense(stored).astype(jnp.float32)
     changed = adapter.weight(w)
     return _where_changed(changed != w, stored.store(changed), stored)
@@ -90,7 +89,7 @@ def requantized(adapter: Adapter, stored: Any) -> Any:
 
 @jax.jit
 def requantized_unbiased(adapter: Adapter, stored: Quantized) -> Quantized:
-    """The merged weight rounded without a bias; constant to any gradient."""
+    """The merged weight rounded without bias, with no gradient."""
     adapter = jax.lax.stop_gradient(adapter)
     w = dense(stored).astype(jnp.float32)
     change = adapter.weight(w) - w
@@ -98,7 +97,7 @@ def requantized_unbiased(adapter: Adapter, stored: Quantized) -> Quantized:
 
 
 def _where_changed(which: jax.Array, new: Any, old: Any) -> Any:
-    """``new``, but ``old`` for stack entries of which no number changes: their scales stay, too."""
+    """``new``, but ``old`` for stack entries in which no number changes, so that their scales stay too."""
     inner = [i for i in range(which.ndim) if i not in old.layout.stack]
     some = jnp.any(which, inner, keepdims=True)
     new = dataclasses.replace(new, dtype=old.dtype)
@@ -107,7 +106,7 @@ def _where_changed(which: jax.Array, new: Any, old: Any) -> Any:
 
 @register
 class _Straight(Adapter):
-    """Adds nothing to a weight that its adapter was merged into; gradients are those of the adapter."""
+    """Adds nothing to a weight that adapter ``of`` was merged into, but has the gradients of that adapter."""
 
     of: Any
 
@@ -115,7 +114,7 @@ class _Straight(Adapter):
         return dense(w)
 
     def factors(self, w: jax.Array) -> Factors:
-        """``scale * (A @ B - A' @ B')``, where ``A'`` and ``B'`` are the same numbers without a gradient."""
+        """``scale * (A @ B - A' @ B')``, where ``A'`` and ``B'`` are A and B without a gradient."""
         del w
         pair: Factors = self.of.pair()
         a, b, scale = pair.a, pair.b, pair.scale

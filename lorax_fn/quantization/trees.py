@@ -1,4 +1,4 @@
-"""Trees of quantized weights: `quantize` stores them in 4 or 8 bits, `dequantize` makes arrays again."""
+"""`quantize` stores the weights of a tree in 4 or 8 bits, and `dequantize` turns them into arrays again."""
 
 import functools
 import math
@@ -27,19 +27,19 @@ def quantize(
     targets: Patterns = None,
     layout: Mapping | None = None,
 ) -> PyTree:
-    """Stores weights in 4 or 8 bits: ``w = value(code) * scale``, one scale a block of inputs.
+    """Stores weights in 4 or 8 bits: ``w = value(code) * scale``, with one scale per block of inputs.
 
     Dettmers et al., "QLoRA" (https://arxiv.org/abs/2305.14314): NF4 (appendix E) and double quantization
-    (section 3), in which the scales are themselves 8-bit codes. It goes leaf by leaf and waits for each, so
-    that no more than one is in work.
+    (section 3), in which the scales are themselves 8-bit codes. Leaves are quantized one at a time, to save
+    memory.
 
     Args:
       params: any pytree; abstract leaves (`jax.ShapeDtypeStruct`) give a `Quantized` of abstract arrays.
-      format: ``"nf4"``; ``"int4"`` or ``"int8"``: the nearest of 15 or 255 even steps.
-      block: weights along an input axis that share a scale: an even number. A rest that does not fill a block
-        has a scale of its own; no pad shows.
-      double: whether scales are 8-bit codes, in groups of 256 along an output axis: 4.13 bits a weight for
-        nf4, and not 4.5.
+      format: ``"nf4"``; or ``"int4"`` or ``"int8"``, the nearest of 15 or 255 evenly spaced values.
+      block: how many weights along an input axis share a scale, an even number. A last block that is shorter
+        has its own scale.
+      double: whether scales are 8-bit codes, in groups of 256 along an output axis. nf4 then takes 4.13 bits
+        per weight instead of 4.5.
       targets: as in `lorax_fn.split`; None is every linear weight: no embedding, norm or output head.
       layout: as in `lorax_fn.split`.
 
@@ -47,8 +47,8 @@ def quantize(
       The same tree with a `Quantized` for each weight; all other leaves are the same objects.
 
     Raises:
-      LoraError: an unknown format or an odd block; a weight is empty, not finite, not float or quantized
-        already; or ``targets`` or ``layout`` is wrong, as in `lorax_fn.split`. All such paths are listed.
+      LoraError: the format is unknown or the block odd; a weight is empty, not finite, not float or already
+        quantized; or ``targets`` or ``layout`` is wrong, as in `lorax_fn.split`.
 
     Example:
       >>> import jax.numpy as jnp, lorax_fn as lx
@@ -63,7 +63,7 @@ def quantize(
 def chosen(
     params: PyTree, format: str, block: int, targets: Any, layout: Mapping | None
 ) -> tuple[dict[str, Any], dict[str, Layout]]:
-    """All leaves by path, and the layouts of those that `quantize` is to store, checked."""
+    """All leaves by path, and the layouts of the weights to quantize, after checks."""
     check_options(format, block)
     leaves = arrays(params)
     layouts, _ = choose(leaves, classify(params, layout), targets, None, None)
@@ -74,26 +74,26 @@ def chosen(
 def rounded(
     leaves: Mapping[str, Any], layouts: Mapping[str, Layout], format: str, block: int, double: bool
 ) -> dict[str, Quantized]:
-    """Each weight to its nearest codes, by path."""
+    """Each weight rounded to the nearest codes, by path."""
     made, strange = {}, []
     for path, axes in layouts.items():
         code = functools.partial(_encode, layout=axes, format=format, block=block, double=double)
         made[path], finite = run(code, leaves[path])
-        if is_concrete(finite) and not bool(finite):  # waits: one leaf at a time
+        if is_concrete(finite) and not bool(finite):  # reading it waits for this leaf
             strange.append(path)
     if strange:
         raise error(
             "weights that are not finite cannot be quantized.",
             path=strange,
-            got="NaN or infinity: it would spoil its whole block",
+            got="NaN or infinity, which would spoil a whole block",
             want="finite numbers",
-            do="mend these weights, or name the others in targets=.",
+            do="correct these weights, or name the others in targets=.",
         )
     return made
 
 
 def dequantize(params: PyTree) -> PyTree:
-    """Makes every quantized weight an array of its own shape and dtype again.
+    """Turns every quantized weight into an array of its shape and dtype.
 
     Args:
       params: any pytree; abstract quantized leaves give `jax.ShapeDtypeStruct`.
