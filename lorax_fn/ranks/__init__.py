@@ -1,4 +1,4 @@
-"""What adapters look like by their singular values, and other ranks for them."""
+"""The singular values of adapters, and changes of their rank."""
 
 from lorax_fn.ranks.plain import to_plain as to_plain
 from lorax_fn.ranks.reallocation import reallocate as reallocate

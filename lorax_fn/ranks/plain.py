@@ -1,4 +1,4 @@
-"""`to_plain`: adapters of residual weights as ordinary ones of the original weights."""
+"""`to_plain` converts adapters of residual weights (PiSSA, ...) to ordinary ones of the original weights."""
 
 import dataclasses
 from typing import Any
@@ -17,23 +17,25 @@ from lorax_fn.methods.lora import LoRA
 
 
 def to_plain(params0: PyTree, params: PyTree, lora: dict[str, Adapter]) -> dict[str, Adapter]:
-    """Adapters for the original weights from those of an init that took a part of W (`pissa`, `olora`).
+    """Converts adapters whose init moved a part of W (`pissa`, `olora`, ...) to ones of the original weights.
 
-    With ``W0 = W + s A0 B0``, what training changed is ``dW' = W + s A B - W0 = s [A, A0] [B; -B0]``, of rank
-    2r and the same scale, as PEFT converts on saving. ``A0, B0`` are read off ``W0 - W`` by SVD in float32.
+    With ``W0 = W + s A0 B0``, training changed the weight by ``W + s A B - W0 = s [A, A0] [B; -B0]``, a
+    product of rank 2r with the same scale; PEFT converts in the same way on saving. ``A0`` and ``B0`` are
+    computed from ``W0 - W`` by an SVD in float32.
 
     Args:
-      params0: the original tree, which `split` was given.
+      params0: the original tree, which was given to `split`.
       params: the frozen tree that `split` returned.
-      lora: the adapters of ``params``, trained or not. Those whose weight is the same in both trees are
-        returned as they are (under a trace, where that can't be seen, only if both are one object).
+      lora: the adapters of ``params``, trained or not. Adapters whose weight is the same in both trees are
+        returned as they are; under a trace, values are unknown, so both must be the same object.
 
     Returns:
-      Adapters of ``params0``; of the same methods, of rank 2r, alpha such that the scale stays.
+      Adapters of ``params0`` with the same methods and scales, and of rank 2r where the weights differ.
 
     Raises:
-      LoraError: ``lora`` does not fit either tree; a weight differs by more than a rank-r part, so that
-        ``params0`` are not the original ones; or it differs under a method that takes no init.
+      LoraError: ``lora`` does not fit one of the trees; a weight differs by more than a rank-r part, so that
+        ``params0`` is not the original tree; the weight was quantized after its init; or it differs although
+        its method takes no init.
 
     Example:
       >>> import jax, jax.numpy as jnp, lorax_fn as lx
@@ -53,7 +55,7 @@ def to_plain(params0: PyTree, params: PyTree, lora: dict[str, Adapter]) -> dict[
             "these weights differ, but their method takes no part of W.",
             path=strange,
             got=[type(lora[path]).__name__ for path in strange],
-            want="one weight in params0 and params",
+            want="the same weight in params0 and params",
             do="pass the params that this lora was split from, before and after split.",
         )
     rounded = [path for path in moved if is_stored(frozen[path])]
@@ -61,15 +63,15 @@ def to_plain(params0: PyTree, params: PyTree, lora: dict[str, Adapter]) -> dict[
         raise error(
             "the weights of params were quantized after their adapters took a part of them.",
             path=rounded,
-            got="a difference of full rank: that part, and the rounding",
-            want="one weight in params0 and params, or the float residual that split returned",
-            do="keep the two together: serve params with lora, or lx.merge(params, lora).",
+            got="a difference of full rank, because it includes the rounding",
+            want="the same weight in params0 and params, or the float residual that split returned",
+            do="use params and lora together, or lx.merge(params, lora).",
         )
     plain, wrong = dict(lora), {}
     for path in moved:
         if lora[path].owns_factors:
             plain[path], left = _relative_to(lora[path], first[path], frozen[path])
-            # what rounding of the residual leaves beyond rank r, with room; a tracer tells nothing
+            # Allow what rounding of the residual adds beyond rank r, with a margin. Tracers can't be checked.
             most = max(8.0 * float(jnp.finfo(frozen[path].dtype).eps), 1e-4)
             if not is_tracer(left) and float(left) > most:
                 wrong[path] = float(left)
@@ -78,7 +80,7 @@ def to_plain(params0: PyTree, params: PyTree, lora: dict[str, Adapter]) -> dict[
             "params0 and params differ by more than these adapters took out.",
             path=list(wrong),
             got=[f"{share:.2%} of the weight beyond its adapter's rank" for share in wrong.values()],
-            want="params0 as split was given them, params as it returned them",
+            want="params0 as given to split, and params as it returned them",
             do="keep the original tree: params, lora = lx.split(params0, init='pissa').",
         )
     return plain
@@ -96,7 +98,7 @@ def _differ(w0: Any, w: Any) -> bool:
 
 
 def _relative_to(adapter: Any, w0: Any, w: Any) -> tuple[LoRA, jax.Array]:
-    """The adapter of ``w0``, and the share of ``w0`` that lies in neither ``w`` nor its rank."""
+    """The adapter of ``w0``, and the norm of ``w0 - w`` beyond the adapter's rank, relative to ``w0``."""
     a, b, scale = factor_entries(adapter)
     first, last = (entries(x, adapter.layout).astype(jnp.float32) for x in (w0, w))
     used = jnp.asarray(used_ranks(adapter.rank, a.shape[0]))
@@ -111,7 +113,7 @@ def _relative_to(adapter: Any, w0: Any, w: Any) -> tuple[LoRA, jax.Array]:
     a, b = jnp.concatenate([a, a0], axis=-1), jnp.concatenate([b, -b0], axis=1)
     if not isinstance(adapter.rank, tuple):
         return _plain(adapter.with_factors(a, b, 2 * adapter.rank)), share
-    # pads go behind both parts, as everywhere
+    # Padding goes to the end, behind the used ranks of both parts.
     order = np.argsort(1 - np.concatenate([used_ranks(adapter.rank, a.shape[0])] * 2, -1), kind="stable")
     a, b = jnp.take_along_axis(a, order[:, None, :], -1), jnp.take_along_axis(b, order[:, :, None], 1)
     return _plain(adapter.with_factors(a, b, tuple(2 * r for r in adapter.rank))), share

@@ -1,4 +1,4 @@
-"""Ranks moved to where they matter, after AdaLoRA: score every rank of every adapter, keep the best."""
+"""AdaLoRA's reallocation: scores every rank of every adapter, and keeps the best."""
 
 import math
 from collections.abc import Mapping
@@ -16,20 +16,20 @@ from lorax_fn.methods.lora import LoRA
 
 
 def sensitivity(lora: dict[str, Adapter], grads: dict[str, Adapter]) -> dict[str, jax.Array]:
-    """How much the loss would change without each rank: the mean ``|w dL/dw|`` over its part of A and of B.
+    """Estimates how much the loss depends on each rank: the mean ``|w dL/dw|`` over its entries in A and B.
 
-    Zhang et al., "AdaLoRA" (https://arxiv.org/abs/2303.10512), equations (7) and (8), of factors A and B.
-    Average it over several batches: one is noisy.
+    Zhang et al., "AdaLoRA" (https://arxiv.org/abs/2303.10512), equations (7) and (8), for factors A and B.
+    Average it over several batches, since a single one is noisy.
 
     Args:
       lora: adapters by path.
-      grads: their gradients, as `jax.grad` by ``lora`` gives them.
+      grads: their gradients, as `jax.grad` with respect to ``lora`` gives them.
 
     Returns:
-      ``{path: [*s, r]}`` float32, of each `LoRA`, `DoRA` and `LoRAFA`.
+      ``{path: [*s, r]}`` float32, for each `LoRA`, `DoRA` and `LoRAFA`.
 
     Raises:
-      LoraError: ``lora`` is not a dict of adapters, or one of them has no gradient in ``grads``.
+      LoraError: ``lora`` is not a dict of adapters, or is stacked for `jax.vmap`; or ``grads`` lack one.
 
     Example:
       >>> import jax.numpy as jnp, lorax_fn as lx
@@ -45,7 +45,7 @@ def sensitivity(lora: dict[str, Adapter], grads: dict[str, Adapter]) -> dict[str
             "grads do not hold every adapter of lora.",
             path=missing,
             got=sorted(grads),
-            want="the tree that jax.grad by lora gives",
+            want="gradients with respect to lora, as jax.grad gives them",
             do="lx.ranks.sensitivity({path: lora[path] for path in grads}, grads).",
         )
     scores = {}
@@ -59,22 +59,23 @@ def sensitivity(lora: dict[str, Adapter], grads: dict[str, Adapter]) -> dict[str
 
 
 def reallocate(lora: dict[str, Adapter], scores: Mapping[str, Any], budget: int) -> dict[str, Adapter]:
-    """Keeps the ``budget`` ranks of the highest scores over all adapters, and drops the others.
+    """Keeps the ``budget`` ranks with the highest scores over all adapters, and drops the others.
 
-    AdaLoRA's pruning step (https://arxiv.org/abs/2303.10512, section 3.2). What is kept is kept bit for bit,
-    at the same scale. Stack entries of one weight may keep different numbers of ranks; the arrays are then as
-    wide as the largest. Each adapter keeps its best rank, whatever the budget says of it.
+    AdaLoRA's pruning step (https://arxiv.org/abs/2303.10512, section 3.2). Kept ranks keep their numbers, bit
+    for bit, and the scale. Stack entries of one weight may keep different numbers of ranks; shorter ones are
+    padded. Each adapter keeps at least its best rank.
 
     Args:
       lora: adapters by path; those without scores stay as they are.
-      scores: ``{path: [*s, r]}``, concrete; from `sensitivity`, for instance.
-      budget: how many ranks to keep, counted over stack entries; at least one per adapter.
+      scores: ``{path: [*s, r]}``, concrete; for instance from `sensitivity`.
+      budget: how many ranks to keep in total, counted over stack entries; at least one per adapter.
 
     Returns:
-      New adapters of the same methods. The optimizer's state has to start anew: shapes change.
+      New adapters of the same methods. Initialize the optimizer state anew, because shapes change.
 
     Raises:
-      LoraError: scores are of no `LoRA` or of another shape, or the budget is too small.
+      LoraError: a score has no `LoRA`, `DoRA` or `LoRAFA` at its path, has another shape or is not finite; or
+        the budget is too small.
 
     Example:
       >>> import jax.numpy as jnp, lorax_fn as lx
@@ -90,7 +91,7 @@ def reallocate(lora: dict[str, Adapter], scores: Mapping[str, Any], budget: int)
         raise error(
             "the budget is too small.",
             got=f"budget={budget!r} for {len(scores)} adapters",
-            want="an int: one rank an adapter, or more",
+            want="an int of at least one rank per adapter",
             do=f"budget={2 * len(scores)}.",
         )
     tables = {path: _table(lora[path], score) for path, score in scores.items()}
@@ -98,7 +99,7 @@ def reallocate(lora: dict[str, Adapter], scores: Mapping[str, Any], budget: int)
     for path, table in tables.items():
         kept[path].flat[table.argmax()] = True
     rest = [
-        (-score, path, index)  # the tie of equal scores goes to the earlier path
+        (-score, path, index)  # among equal scores, the earlier path wins
         for path, table in sorted(tables.items())
         for index, score in enumerate(table.flat)
         if np.isfinite(score) and not kept[path].flat[index]
@@ -109,7 +110,7 @@ def reallocate(lora: dict[str, Adapter], scores: Mapping[str, Any], budget: int)
 
 
 def _table(adapter: Any, score: Any) -> np.ndarray:
-    """Scores ``[s, r]``, minus infinity in the pads."""
+    """Scores ``[s, r]``, minus infinity in the padding."""
     table = np.asarray(score, np.float64).reshape(-1, np.shape(adapter.a)[-1])
     ranks = np.asarray(adapter.rank if isinstance(adapter.rank, tuple) else [adapter.rank] * len(table))
     return np.where(np.arange(table.shape[1])[None, :] < ranks[:, None], table, -np.inf)
@@ -142,5 +143,5 @@ def _check_scores(lora: Mapping[str, Adapter], scores: Mapping[str, Any]) -> Non
             path=list(wrong),
             got=[f"shape {np.shape(scores[path])}" for path in wrong],
             want=list(wrong.values()),
-            do="lx.ranks.sensitivity(lora, grads), or one score a rank of your own.",
+            do="lx.ranks.sensitivity(lora, grads), or your own scores, one per rank.",
         )

@@ -1,4 +1,4 @@
-"""Adapters of another rank: the best of a lower one, or more ranks that start at zero."""
+"""Changes the rank of adapters: truncates them to the best lower rank, or adds ranks that start at zero."""
 
 import math
 from collections.abc import Mapping
@@ -20,23 +20,24 @@ from lorax_fn.ranks.spectra import product_svd, spectrum
 def truncate(
     lora: dict[str, Adapter], rank: int | Mapping[str, int] | None = None, *, energy: float | None = None
 ) -> dict[str, Adapter]:
-    """The best adapters of a lower rank: the largest singular directions of each dW, the rest cut off.
+    """Truncates adapters to a lower rank, which keeps the largest singular directions of each dW.
 
-    The error is ``sqrt(sum of the squares of the singular values cut off)`` in the Frobenius norm, which no
-    adapter of that rank undercuts (Eckart and Young). The scale stays what it is; dW is not built.
+    The error in the Frobenius norm is the root of the sum of the squared singular values that are cut off,
+    the smallest possible for that rank (Eckart and Young). The scale stays, and dW is not built.
 
     Args:
       lora: adapters by path: `LoRA`, `DoRA` and `LoRAFA`. Leaves trained whole stay as they are.
       rank: the largest rank to keep, or ``{path: rank}``; adapters of that rank or less stay as they are.
-      energy: instead of ``rank``, the share of ``sum(values^2)`` to keep, above 0, at most 1: each adapter
-        gets the smallest rank that keeps it in every stack entry (at least 1). Needs concrete arrays.
+      energy: instead of ``rank``, the fraction of ``sum(values^2)`` to keep, above 0 and at most 1. Each
+        adapter gets the smallest rank, at least 1, that keeps it in every stack entry. Needs concrete arrays.
 
     Returns:
-      New adapters of the same methods, ``A`` and ``B`` balanced as the roots of the singular values.
+      New adapters of the same methods, in which ``A`` and ``B`` each have the roots of the singular values.
 
     Raises:
-      LoraError: not exactly one of ``rank`` and ``energy``, or one out of range, or of no adapter; a method
-        whose factors are not its own (`VeRA`, `LoHa`, `LoKr`, `LoRAXS`) is among those to cut.
+      LoraError: not exactly one of ``rank`` and ``energy`` is given; it is out of range, or names a path
+        without an adapter; or it would truncate a method without factors of its own (`VeRA`, `LoHa`, `LoKr`,
+        `LoRAXS`).
 
     Example:
       >>> import jax.numpy as jnp, lorax_fn as lx
@@ -73,22 +74,22 @@ def truncate(
 def resize(
     lora: dict[str, Adapter], rank: int | Mapping[str, int], *, key: jax.Array | None = None
 ) -> dict[str, Adapter]:
-    """Adapters of another rank and the same scale: cut by `truncate`, or padded with ranks that are zero.
+    """Changes the rank of adapters at the same scale: truncates them, or adds ranks that start at zero.
 
-    Padding changes neither dW nor the gradient of what was there. New columns of A are normal numbers of A's
-    own size (of the size of a new A, where A is zero), and B's rows are the zeros, so that they train.
+    Added ranks change neither dW nor the gradients of the old ranks. Their columns of A are normal numbers of
+    the same size as A (or as a new A, if A is zero) and their rows of B are zero, so that they train.
 
     Args:
       lora: adapters by path: `LoRA`, `DoRA` and `LoRAFA`. Leaves trained whole stay as they are.
-      rank: the new rank, or ``{path: rank}``; paths that it does not name stay as they are.
-      key: PRNG key of the new columns, of which each path has its own; None is ``jax.random.key(0)``.
+      rank: the new rank, or ``{path: rank}``; adapters at other paths stay as they are.
+      key: PRNG key for the new columns, from which each path derives its own; None is ``jax.random.key(0)``.
 
     Returns:
       New adapters of the same methods.
 
     Raises:
-      LoraError: a rank is not an int of 1 or more, or is of no adapter; an adapter to enlarge has ranks that
-        differ along its stack; or a method cannot be resized, as in `truncate`.
+      LoraError: a rank is not an int of 1 or more, or names a path without an adapter; an adapter to enlarge
+        has ranks that differ along its stack; or a method cannot be resized, as in `truncate`.
 
     Example:
       >>> import jax.numpy as jnp, lorax_fn as lx
@@ -121,15 +122,15 @@ def resize(
 
 
 def _check_served(lora: Mapping[str, Adapter], paths: list[str]) -> None:
-    """Raises a `LoraError` where a low-rank method is asked for another rank that it cannot take."""
+    """Raises a `LoraError` if one of ``paths`` has a low-rank method whose rank cannot be changed."""
     wrong = [p for p in paths if p in lora and lora[p].pair() is not None and not lora[p].owns_factors]
     if wrong:
         raise error(
-            "these methods have no other rank.",
+            "the rank of these methods cannot be changed.",
             path=wrong,
             got=[type(lora[path]).__name__ for path in wrong],
             want="LoRA, DoRA or LoRAFA, whose change is scale * a @ b",
-            do="name the paths of the others: rank={path: rank}, or split again.",
+            do="name only the other paths: rank={path: rank}; or split again.",
         )
 
 
@@ -145,7 +146,7 @@ def _rank_of_energy(adapter: Any, energy: float) -> int:
 
 
 def _asked_ranks(lora: Mapping[str, Adapter], rank: Any) -> dict[str, int]:
-    """The rank asked of each `LoRA`, checked."""
+    """The requested rank of each adapter by path, after checks."""
     able = {path for path, adapter in lora.items() if adapter.owns_factors}
     _check_served(lora, list(rank if isinstance(rank, Mapping) else lora))
     asked: Any = rank if isinstance(rank, Mapping) else {path: rank for path in lora if path in able}
@@ -173,15 +174,15 @@ def _cut(adapter: Any, rank: int) -> LoRA:
     a, b, _ = factor_entries(adapter)
     u, size, vt = product_svd(a, b)
     new = tuple(min(r, rank) for r in adapter.rank) if isinstance(adapter.rank, tuple) else rank
-    root = jnp.sqrt(size[:, :rank]) * used_ranks(new, a.shape[0])  # pads stay exactly zero
+    root = jnp.sqrt(size[:, :rank]) * used_ranks(new, a.shape[0])  # padding stays exactly zero
     return adapter.with_factors(u[:, :, :rank] * root[:, None, :], root[:, :, None] * vt[:, :rank], new)
 
 
 def _padded(adapter: Any, rank: int, key: jax.Array) -> LoRA:
     a, b, _ = factor_entries(adapter)
     count, n, extra = a.shape[0], a.shape[1], rank - a.shape[-1]
-    # Any numbers of A's size will do, for B's zeros keep dW. Where A is zero, as after init="zero_a", they
-    # are as large as those of a new A: with both factors zero the new ranks would never train.
+    # Any numbers of A's size will do, since the zeros in B keep dW. If A is zero, as after init="zero_a", use
+    # the size of a new A: the new ranks would never train if both factors were zero.
     size = jnp.sqrt(jnp.mean(jnp.square(a)))
     size = jnp.where(size > 0, size, jnp.full_like(size, 1.0 / math.sqrt(3.0 * n)))
     a = jnp.concatenate([a, size * jax.random.normal(key, (count, n, extra), jnp.float32)], axis=-1)

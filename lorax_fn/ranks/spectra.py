@@ -1,7 +1,7 @@
-"""Singular values of what adapters add, and how many of them matter.
+"""Singular values of each dW, and how many of them matter.
 
-They come from the QR of both factors, ``A = Qa Ra`` and ``B^T = Qb Rb``: ``svd(A B)`` is that of ``Ra
-Rb^T``, an ``[r, r]`` matrix, and no dW is built unless the rank is larger than a side of the weight.
+They are computed from the QR of both factors, ``A = Qa Ra`` and ``B^T = Qb Rb``: the singular values of
+``A B`` are those of the ``[r, r]`` matrix ``Ra Rb^T``. No dW is built unless r exceeds a side of the weight.
 """
 
 import dataclasses
@@ -18,13 +18,13 @@ from lorax_fn.core.matrices import EXACT, factor_entries
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Spectrum:
-    """The singular values of one dW and the ranks they speak of; one row a stack entry.
+    """The singular values of one dW and its effective ranks, for each stack entry.
 
     Args:
       values: ``[*s, r]`` float32, largest first.
-      stable: ``[*s]``, ``||dW||_F^2 / ||dW||_2^2``; 0 where dW is 0.
-      entropy: ``[*s]``, ``exp(-sum p log p)`` with ``p = values / sum(values)`` (Roy and Vetterli, "The
-        effective rank", 2007); 0 where dW is 0.
+      stable: ``[*s]``, the stable rank ``||dW||_F^2 / ||dW||_2^2``; 0 where dW is 0.
+      entropy: ``[*s]``, the entropy rank ``exp(-sum p log p)`` with ``p = values / sum(values)`` (Roy and
+        Vetterli, "The effective rank", 2007); 0 where dW is 0.
 
     Example:
       >>> import jax.numpy as jnp, lorax_fn as lx
@@ -40,19 +40,19 @@ class Spectrum:
 
 
 def effective_rank(lora: dict[str, Adapter]) -> dict[str, Spectrum]:
-    """Singular values of every ``dW = scale * A @ B``, and its stable and entropy rank.
+    """The singular values of every ``dW = scale * A @ B``, and its stable and entropy rank.
 
-    By QR of the factors, so that the cost is that of ``r``, not of ``n m``.
+    They are computed by a QR of the factors, without building dW.
 
     Args:
-      lora: adapters by path. Those without a low-rank dW (`Full`) are left out; of a `DoRA` it is the change
-        of direction, before the norm.
+      lora: adapters by path. Those without a low-rank dW (`Full`, `Rows`) are left out. For a `DoRA`, dW is
+        the change of the direction, before the norm.
 
     Returns:
       ``{path: Spectrum}`` in float32.
 
     Raises:
-      LoraError: ``lora`` is not a dict of adapters.
+      LoraError: ``lora`` is not a dict of adapters, or is stacked for `jax.vmap`.
 
     Example:
       >>> import jax.numpy as jnp, lorax_fn as lx
@@ -69,7 +69,7 @@ def effective_rank(lora: dict[str, Adapter]) -> dict[str, Spectrum]:
 
 def product_svd(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The singular triplets ``u [s, n, r], size [s, r], vt [s, r, m]`` of ``a @ b``, by QR of both."""
-    if a.shape[-1] > min(a.shape[-2], b.shape[-1]):  # wider than the weight: nothing is skinny here
+    if a.shape[-1] > min(a.shape[-2], b.shape[-1]):  # r exceeds a side of the weight, so QR would not help
         u, size, vt = jnp.linalg.svd(jnp.matmul(a, b, precision=EXACT), full_matrices=False)
         return u, size, vt
     qa, ra = jnp.linalg.qr(a)
