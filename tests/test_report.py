@@ -142,6 +142,8 @@ def test_what_is_too_small_for_the_rank_is_listed():
     params = {"q": {"kernel": shaped(64, 64)}, "gate": {"kernel": shaped(8, 1)}}
     assert summary(*split(params, rank=16)).skipped == (
         Skipped(
-            "gate/kernel", (8, 1), "too small for the rank of the others: it takes 1 at most; or excluded"
+            "gate/kernel",
+            (8, 1),
+            "too small for the rank of the others: at most 1; or excluded",
         ),
     )

@@ -1,1 +1,1 @@
-"""What people read: tables of a model and its adapters."""
+"""Tables of a model and its adapters, for people."""

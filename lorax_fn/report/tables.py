@@ -1,4 +1,4 @@
-"""What is adapted and what is not: `summary`, a table for people, cheap enough for a 70B abstract tree."""
+"""`summary`, a table of what is adapted and what is not, fast enough for an abstract 70B tree."""
 
 import dataclasses
 import html
@@ -30,11 +30,11 @@ class Row:
       method: the adapter's class.
       rank: ``r``, or one per stack entry, or None for a leaf trained whole.
       alpha: numerator of the scale, or None.
-      scale: factor of ``A @ B``, one number or one per stack entry, or None.
-      trainable: numbers that train, pads not counted.
-      format: how a quantized weight is stored, such as ``"nf4"``; empty for an array.
-      nbytes: bytes of the weight as it is stored.
-      stuck: why the adapter can never move, or empty where it can or where its numbers are not known.
+      scale: factor before ``A @ B``, one number or one per stack entry, or None.
+      trainable: how many numbers train, without padding.
+      format: the format of a quantized weight, such as ``"nf4"``; empty for an array.
+      nbytes: bytes of the weight as stored.
+      stuck: why the adapter can never move; empty if it can, or if its values are not known.
     """
 
     path: str
@@ -50,7 +50,7 @@ class Row:
 
     @property
     def total(self) -> int:
-        """Numbers in the weight itself."""
+        """The number of elements of the weight."""
         return math.prod(self.shape)
 
 
@@ -62,8 +62,8 @@ class Skipped:
       path: its path.
       shape: its shape.
       reason: why it is not adapted.
-      format: how it is stored if it is quantized.
-      nbytes: its bytes if it is quantized.
+      format: its format if it is quantized, else empty.
+      nbytes: its bytes if it is quantized, else 0.
     """
 
     path: str
@@ -75,14 +75,14 @@ class Skipped:
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """What `summary` returns: a table by ``str``, HTML in notebooks.
+    """The result of `summary`, which prints as a table, and as HTML in notebooks.
 
     Args:
       rows: the adapted leaves, in the order of params.
       skipped: the leaves of two or more axes that are not adapted.
-      trainable: numbers that train.
-      total: numbers in the float leaves of params, adapters not counted.
-      nbytes: bytes of all leaves of params as they are stored; a column where any of them is quantized.
+      trainable: how many numbers train.
+      total: how many numbers the float leaves of params hold, without adapters.
+      nbytes: bytes of all leaves of params as stored, shown if any leaf is quantized.
 
     Example:
       >>> import jax.numpy as jnp, lorax_fn as lx
@@ -101,12 +101,12 @@ class Summary:
 
     @property
     def quantized(self) -> bool:
-        """Whether any leaf listed is stored in another form than its own array."""
+        """Whether any leaf listed is quantized."""
         return any(x.format for x in (*self.rows, *self.skipped))
 
     @property
     def percent(self) -> float:
-        """Trainable numbers in percent of the base model's."""
+        """Trainable numbers as a percentage of the base model's."""
         return 100.0 * self.trainable / self.total if self.total else 0.0
 
     def __str__(self) -> str:
@@ -148,18 +148,18 @@ class Summary:
 
 
 def summary(params: PyTree, lora: dict[str, Adapter], *, layout: Mapping | None = None) -> Summary:
-    """Lists what is adapted, what it costs, and every other leaf of two or more axes with the reason.
+    """Lists the adapted leaves and their costs, and every other leaf of two or more axes with the reason.
 
     Args:
-      params: the frozen tree; abstract leaves are fine.
+      params: the frozen tree; leaves may be abstract.
       lora: its adapters.
-      layout: what `split` was given; the reasons are then the ones that it went by. None is conventions.
+      layout: as given to `split`, so that the reasons are the ones that it used; None is conventions.
 
     Returns:
-      A `Summary`; ``print`` it. Where params have numbers it also lists adapters that can never move.
+      A `Summary` to ``print``. If adapters are concrete, it also lists those that can never move.
 
     Raises:
-      LoraError: ``lora`` is not a dict of adapters or does not fit ``params``; ``layout`` is not one of these
+      LoraError: ``lora`` is not a dict of adapters or does not fit ``params``; or ``layout`` is that of other
         params.
 
     Example:
@@ -203,7 +203,7 @@ def _reason(skipped: Skipped) -> str:
 
 
 def _least_rank(lora: Mapping[str, Adapter]) -> int:
-    """The smallest rank of any adapter, or 0 where none has one number."""
+    """The smallest rank of any adapter, or 0 if none has a single rank."""
     ranks = [adapter.numbers().get("rank") for adapter in lora.values() if adapter.pair() is not None]
     return min((rank for rank in ranks if isinstance(rank, int)), default=0)
 
@@ -215,7 +215,7 @@ def _why(role: Role, leaf: Any, least: int) -> str:
         _, n, m = role.layout.shapes(leaf.shape)
         limit = min(math.prod(n), math.prod(m))
         if limit < least:
-            return f"too small for the rank of the others: it takes {limit} at most; or excluded"
+            return f"too small for the rank of the others: at most {limit}; or excluded"
     return role.reason or "a weight, but not among targets, or excluded"
 
 
@@ -242,7 +242,7 @@ def _share(trainable: int, total: int) -> tuple[str, str, str]:
 
 
 def _runs(value: Any) -> str:
-    """``(0, 0, 8, 8)`` as ``2x0 2x8``: a stack of 80 layers still fits a line."""
+    """``(0, 0, 8, 8)`` as ``2x0 2x8``, so that a stack of 80 layers fits on a line."""
     if value is None:
         return "-"
     if not isinstance(value, tuple):
@@ -252,7 +252,7 @@ def _runs(value: Any) -> str:
 
 
 def _aligned(cells: Sequence[Sequence[str]], numbers: int = 0) -> list[str]:
-    """Lines of padded cells; the last ``numbers`` columns to the right."""
+    """Lines of padded cells, the last ``numbers`` columns aligned to the right."""
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = []
     for row in cells:
