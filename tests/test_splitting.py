@@ -304,7 +304,7 @@ BOTH = r"(?s)a/kernel\n +b/kernel\n"
         ({"scaling": {"a": "lora", "*": "rs"}}, r"(?s)unknown scaling.*path: +b/kernel\n.*'rs'.*'rslora'"),
         ({"rows": [1]}, r"rows= is not a mapping"),
         ({"rows": {"c": [1]}}, r"rows= matches nothing"),
-        ({"rows": {"a": [1]}}, r"(?s)adapted or trained whole, too.*path: +a/kernel"),
+        ({"rows": {"a": [1]}}, r"(?s)also adapted or trained whole.*path: +a/kernel"),
         ({"rows": {"a": [8], "b": [-1]}}, BOTH + r".*0 to 7, not \[8\].*0 to 2, not \[-1\]"),
         ({"rows": {"a": [1, 2, 1]}}, r"(?s)path: +a/kernel\n.*each id once: \[1\] repeat"),
         ({"rows": {"a": [], "b": 3.0}}, BOTH + r".*one or more ints"),

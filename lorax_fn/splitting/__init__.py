@@ -1,1 +1,1 @@
-"""The two ends of a run: `split` makes the trainable factors, `merge` folds them back."""
+"""The two ends of a run: `split` makes adapters, and `merge` folds them into the weights."""

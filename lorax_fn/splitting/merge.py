@@ -1,4 +1,4 @@
-"""`merge` folds adapters back into plain weights; `delta` says what each of them adds."""
+"""`merge` folds adapters into plain weights, and `delta` gives what each of them adds."""
 
 import dataclasses
 import functools
@@ -23,30 +23,33 @@ ROUNDINGS = (False, True, "unbiased")
 def merge(
     params: PyTree, lora: dict[str, Adapter], *, dtype: Any = None, requantize: bool | str = False
 ) -> PyTree:
-    """Folds adapters into the base weights: ``W' = W + scale * A @ B``, plain params for the untouched model.
+    """Folds adapters into the base weights, ``W' = W + scale * A @ B``, for the unchanged model to use.
 
-    Sums are taken in float32, or in the dtype of the weight where that is wider, and are rounded once. A
-    number that the adapter does not change keeps its bits. Rounding may take more than an adapter adds:
-    `surviving` says how much of each change is left; it is logged (logger ``lorax_fn``), and a
-    `LoraMergeWarning` names the weights that keep less than half, and what helps. Merges in
-    float32 or wider need no report, and under a transformation, such as `jax.jit`, there is none.
+    Sums are computed in float32, or in the dtype of the weight if that is wider, and rounded once. A number
+    that the adapter does not change keeps its bits. Rounding may remove much of what an adapter adds. How
+    much survives is computed by `surviving` and logged (logger ``lorax_fn``), and a `LoraMergeWarning` names
+    the weights that keep less than half of their change, with a remedy. Merges in float32 or wider, and
+    merges under a transformation such as `jax.jit`, are not checked.
 
     Args:
       params: the frozen tree that `split` returned.
       lora: its adapters, or some of them.
-      dtype: dtype of the merged leaves; None keeps each leaf's own. A sum beyond its range becomes the
-        largest number of it, with a warning.
-      requantize: False makes an array of every quantized leaf, of those without an adapter too. True rounds
-        merged leaves to the nearest codes of their format, which takes most of a small change. ``"unbiased"``
-        rounds each number up or down so that the mean over many is right, on the scales that are there: a
-        small change survives, with some noise; see `lorax_fn.quantization.merge_aware`, which trains for it.
+      dtype: dtype of the merged leaves; None keeps each leaf's own. A sum beyond its range becomes its
+        largest number, with a warning.
+      requantize: False turns every quantized leaf into an array, even those without an adapter. True rounds
+        merged leaves to the nearest codes of their format, which removes most of a small change.
+        ``"unbiased"`` rounds each number up or down at the existing scales so that the mean is right: a small
+        change survives, with some noise. `lorax_fn.quantization.merge_aware` trains for it.
 
     Returns:
       A tree like ``params``. Float leaves without an adapter are the same objects.
 
     Raises:
-      LoraError: an adapter has no leaf, another shape, or dropout; all are listed, and nothing is merged. Or
-        ``requantize`` is none of these values.
+      LoraError: there is no leaf at an adapter's path, or it has another shape; an adapter is under dropout;
+        or ``requantize`` is not one of these values.
+
+    Warns:
+      LoraMergeWarning: a merged weight keeps less than half of its change, or numbers exceed its range.
 
     Example:
       >>> import jax.numpy as jnp, lorax_fn as lx
@@ -77,9 +80,9 @@ def merge(
 
 
 def delta(lora: dict[str, Adapter]) -> dict[str, jax.Array]:
-    """What each adapter adds to its weight: ``dW = scale * A @ B``.
+    """The change that each adapter adds to its weight: ``dW = scale * A @ B``.
 
-    Adapters whose change depends on the weight itself (`Full`, `Rows`, `DoRA`) have none; they are left out.
+    Adapters whose change depends on the weight itself (`Full`, `Rows`, `DoRA`) are left out.
 
     Args:
       lora: adapters by path.
@@ -88,7 +91,7 @@ def delta(lora: dict[str, Adapter]) -> dict[str, jax.Array]:
       ``{path: dW}`` in float32, each on its weight's own axes.
 
     Raises:
-      LoraError: ``lora`` is not a dict of adapters, or adapters are under dropout.
+      LoraError: ``lora`` is not a dict of adapters, is stacked for `jax.vmap`, or is under dropout.
 
     Example:
       >>> import jax.numpy as jnp, lorax_fn as lx
@@ -100,7 +103,7 @@ def delta(lora: dict[str, Adapter]) -> dict[str, jax.Array]:
     dropped = [path for path, adapter in lora.items() if adapter.under_dropout]
     if dropped:
         raise error(
-            "adapters under dropout have no one dW.", path=dropped, do="use the lora from before dropout."
+            "adapters under dropout have no single dW.", path=dropped, do="use the lora from before dropout."
         )
     able = {path: adapter for path, adapter in lora.items() if adapter.adds}
     return {path: run(lambda adapter: adapter.delta(), adapter) for path, adapter in able.items()}
@@ -108,7 +111,7 @@ def delta(lora: dict[str, Adapter]) -> dict[str, jax.Array]:
 
 @functools.partial(
     jax.jit, static_argnames="dtype"
-)  # one program per structure, and no unpacked copy beside it
+)  # one fused program, which keeps no unpacked copy of the weight
 def _merged(adapter: Adapter, w: Any, dtype: Any) -> jax.Array:
     w = jnp.asarray(dense(w))
     wide = w.astype(accumulation_dtype(w.dtype, dtype))

@@ -1,4 +1,4 @@
-"""One value per target for rank, alpha, scaling, method and init, all checked before anything is built."""
+"""Plans of `split`: the rank, alpha, scaling, method and init of each target, checked before it is built."""
 
 import collections
 import dataclasses
@@ -29,7 +29,7 @@ DEFAULTS = {"rank": 16, "alpha": 32.0, "scaling": "lora", "method": "lora", "ini
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What is to be built for one weight, every part of it checked."""
+    """What to build for one weight, already checked."""
 
     layout: Layout
     rank: int | tuple[int, ...]
@@ -46,15 +46,18 @@ def make_plans(
     by_default: bool = False,
     **choices: Any,
 ) -> dict[str, Plan]:
-    """Resolves rank, alpha, scaling, method and init for each weight of ``layouts``, or raises.
+    """Resolves rank, alpha, scaling, method and init for each weight of ``layouts``.
 
     Args:
       leaves: all leaves by path.
       layouts: the weights to adapt.
-      roles: what each leaf is, to say why a key decides nothing.
-      by_default: whether nobody named these weights. Those too small for the rank that all get are then left
-        out; a weight whose rank was named by another key than ``"*"`` counts as named.
-      **choices: one value or ``{pattern: value}`` for each field of `Plan` but the layout.
+      roles: the role of each leaf, to explain why a key decides nothing.
+      by_default: whether the user named no targets. Weights too small for the common rank are then left out,
+        unless a key other than ``"*"`` gives their rank.
+      **choices: one value or ``{pattern: value}`` for each field of `Plan` other than the layout.
+
+    Raises:
+      LoraError: a value is unknown or not valid, or does not suit its weight; or a key decides nothing.
     """
 
     def why_not(path: str) -> str:
@@ -71,7 +74,7 @@ def make_plans(
         given["init"],
         [*INITS, "pissa:4"],
         inits.get,
-        ", or a value of lx.inits: lx.inits.eva(fn, batches)",
+        ", or an init such as lx.inits.eva(fn, batches)",
     )
     ranks = {path: _as_rank(rank) for path, rank in given["rank"].items()}
     optional = {path for path in layouts if by_default and decided.get(path, "*") == "*"}
@@ -86,9 +89,9 @@ def make_plans(
 
 
 def _check_methods(plans: Mapping[str, Plan], leaves: Mapping[str, Any], choices: Mapping[str, Any]) -> None:
-    """What a method cannot serve is said here, before anything is built."""
+    """Raises a `LoraError` if a method or init does not support its weight or options."""
     refused = {}
-    # One value for all weights has an effect where any of their methods takes it.
+    # One value for all weights has an effect if any of their methods uses it.
     acts = frozenset().union(*(METHODS[plan.method].takes for plan in plans.values()))
     idle = {name for name, value in choices.items() if isinstance(value, Mapping) or name not in acts} | {
         "init"
@@ -106,7 +109,7 @@ def _check_methods(plans: Mapping[str, Plan], leaves: Mapping[str, Any], choices
             refused[path] = why
     if refused:
         raise error(
-            "a method or init cannot serve these weights as asked.",
+            "these weights do not suit their method, init or rank.",
             path=list(refused),
             got=[
                 f"method={plans[p].method!r}, init={plans[p].init!r}, rank={plans[p].rank}, "
@@ -114,12 +117,12 @@ def _check_methods(plans: Mapping[str, Plan], leaves: Mapping[str, Any], choices
                 for p in refused
             ],
             want=list(refused.values()),
-            do="give these weights another method, init or rank by {pattern: value}, or exclude= them.",
+            do="pass another method, init or rank for them by {pattern: value}, or exclude= them.",
         )
 
 
 def _without_effect(method: Any, plan: Plan, names: Iterable[str]) -> str | None:
-    """Which of these options the method would ignore, or None; one that has its default was not asked for."""
+    """Which of the options ``names`` the method would ignore, or None; defaults do not count."""
     asked = {
         "init": plan.init != find_init(DEFAULTS["init"]),
         "alpha": not is_number(plan.alpha) or plan.alpha != DEFAULTS["alpha"],
@@ -135,7 +138,7 @@ def _without_effect(method: Any, plan: Plan, names: Iterable[str]) -> str | None
 def _per_path(
     name: str, value: Any, targets: Mapping[str, Layout], leaves: Mapping[str, Any], why_not: Callable
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """One value per target, and the pattern that decided it where ``{pattern: value}`` was given."""
+    """One value per target, and the pattern that decided it if ``{pattern: value}`` was given."""
     if not isinstance(value, Mapping):
         return dict.fromkeys(targets, value), {}
     chosen, decided = first_match(value, leaves, name, targets, why_not)
@@ -176,7 +179,7 @@ def _is_word_of(name: str, value: Any) -> bool:
 
 
 def _as_rank(rank: Any) -> Any:
-    """Plain ints where the value is one or a sequence of them; anything else as it is, to be refused."""
+    """A rank as an int or a tuple of ints; anything else is returned as it is, for later checks."""
     listed = isinstance(rank, Sequence) and not isinstance(rank, str)
     if listed or (isinstance(rank, np.ndarray) and rank.ndim == 1):
         return tuple(map(_plain, rank))
@@ -199,7 +202,7 @@ def _check_ranks(
     methods: Mapping[str, str],
     optional: set[str],
 ) -> set[str]:
-    """Raises where a rank cannot be; returns the ``optional`` weights that are too small for theirs."""
+    """Raises a `LoraError` if a rank is not valid; returns the ``optional`` weights too small for theirs."""
     wrong, too_large = {}, {}
     for path, rank in ranks.items():
         stack, n, m = layouts[path].shapes(leaves[path].shape)
@@ -235,20 +238,20 @@ def _of(method: str) -> str:
 
 
 def _rank_problem(rank: Any, entries: int | None) -> str | None:
-    """What the rank should be, or None where it is right; ``entries`` is None without a stack."""
+    """What the rank should be, or None if it is valid; ``entries`` is None for an unstacked weight."""
     if not isinstance(rank, tuple):
         return None if _is_int(rank) and rank > 0 else "an int of 1 or more"
     if entries is None:
-        return "one int: this weight is not stacked"
+        return "one int, because this weight is not stacked"
     if len(rank) != entries:
         return f"{entries} ints, one per stack entry, not {len(rank)}"
     if not all(_is_int(r) and r >= 0 for r in rank):
         return "ints of 0 (not adapted) or more"
-    return None if any(rank) else "one entry above 0; to adapt none of them name the weight in exclude="
+    return None if any(rank) else "at least one entry above 0; to adapt none, name the weight in exclude="
 
 
 def _remedy(ranks: Mapping[str, Any], limits: Mapping[str, int], given: Any, decided: Mapping) -> dict:
-    """The mapping to paste: the largest rank allowed where the given one does not fit, else the given.
+    """The mapping to paste: the largest allowed rank for weights that are too small, else the given rank.
 
     Keys of the given mapping that would then decide nothing are left out.
     """
@@ -264,7 +267,7 @@ def _remedy(ranks: Mapping[str, Any], limits: Mapping[str, int], given: Any, dec
 
 
 def _as_alpha(alpha: Any, rank: int | tuple[int, ...]) -> Any:
-    """A float, or one per stack entry where alpha is a function of ranks that differ."""
+    """Alpha as a float, or as one per stack entry if it is a function of ranks that differ."""
     if not callable(alpha):
         return _number(alpha)
     if isinstance(rank, tuple):
@@ -302,10 +305,13 @@ def _check_alphas(alphas: Mapping[str, Any], stacks: Mapping[str, tuple[int, ...
 def make_row_plans(
     leaves: Mapping[str, Any], roles: Mapping[str, Role], rows: Any
 ) -> dict[str, tuple[tuple[int, ...], int]]:
-    """The rows to train of each leaf that ``rows={pattern: ids}`` names and their axis, or raises.
+    """``{path: (ids, axis)}`` of the rows to train, for each leaf that ``rows={pattern: ids}`` names.
 
-    Rows of an embedding lie along the axis that is looked up, those of an output head along its outputs:
-    token 3 is row 3 of both. Of any other leaf they lie along axis 0.
+    Rows of an embedding lie along the axis that is looked up, and rows of an output head along its outputs,
+    so that token 3 is row 3 of both. Rows of any other leaf lie along axis 0.
+
+    Raises:
+      LoraError: ``rows`` is not a mapping, a pattern names no table, or ids are not valid for a table.
     """
     if rows is None:
         return {}
@@ -326,17 +332,17 @@ def make_row_plans(
     }
     if wrong:
         raise error(
-            "rows= cannot be trained as asked.",
+            "these rows= cannot be trained.",
             path=list(wrong),
             got=[f"{leaves[p].dtype}{tuple(leaves[p].shape)}, ids {str(ids[p])[:60]}" for p in wrong],
             want=list(wrong.values()),
-            do="rows={'embed': [3, 7]}: each id once, from 0 to the number of rows less one.",
+            do="rows={'embed': [3, 7]}, with each id once, from 0 to the number of rows less one.",
         )
     return {path: (tuple(int(i) for i in given), axes[path] or 0) for path, given in ids.items()}
 
 
 def _row_axis(role: Role) -> int | None:
-    """The axis that rows are counted along; None where it is open."""
+    """The axis along which rows lie, or None if it is unknown."""
     if role.kind not in ("embedding", "head"):
         return 0
     if role.layout is None:

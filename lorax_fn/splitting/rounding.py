@@ -1,4 +1,4 @@
-"""What rounding leaves of a merge: narrow dtypes and codes of 4 bits may not hold a small change."""
+"""How much of a merge survives rounding to narrow dtypes and 4-bit codes, which may lose a small change."""
 
 import logging
 import warnings
@@ -14,9 +14,9 @@ from lorax_fn.core.stored import dense, is_stored
 from lorax_fn.core.trees import PyTree, flatten_with_paths, is_concrete
 
 LOG = logging.getLogger("lorax_fn")
-HALF = 0.5  # a smaller share that survives is warned of
-LISTED = 5  # weights that a warning names
-# What helps, by what the merged weight is kept in.
+HALF = 0.5  # a smaller surviving share causes a warning
+LISTED = 5  # how many weights a warning names
+# Remedies, by the form of the merged weight.
 CODES = (
     'lx.merge(params, lora, requantize="unbiased"), best after training by lx.quantization.merge_aware; '
     "or lx.merge(params, lora), which gives floats."
@@ -26,7 +26,7 @@ NARROW = "lx.merge(params, lora, dtype=jnp.float32); or keep the adapters beside
 
 
 class LoraMergeWarning(UserWarning):
-    """Rounding took more than half of what an adapter adds from a merged weight.
+    """Rounding removed more than half of what an adapter adds to a merged weight, or numbers overflowed.
 
     Example:
       >>> import lorax_fn as lx
@@ -36,7 +36,7 @@ class LoraMergeWarning(UserWarning):
 
 
 def narrowed(x: jax.Array, dtype: Any) -> jax.Array:
-    """``x`` in ``dtype``; finite numbers beyond its range become its largest, not infinity or NaN."""
+    """``x`` in ``dtype``; finite numbers beyond its range become its largest number, not infinity or NaN."""
     largest = float(jnp.finfo(dtype).max)
     if largest >= float(jnp.finfo(x.dtype).max):
         return x.astype(dtype)
@@ -45,19 +45,19 @@ def narrowed(x: jax.Array, dtype: Any) -> jax.Array:
 
 @jax.jit
 def survival(adapter: Adapter, w: Any, merged: Any) -> jax.Array:
-    """``[4]``: the share of the change that survives; rounding, and change, in norms of W; numbers cut off.
+    """``[4]``: surviving share of the change; norms of rounding and change relative to W; numbers cut off.
 
-    A program of its own, after that of the merge: within one, a compiler may keep what rounding takes.
+    This is a separate program after the merge, because inside one program the compiler may skip the rounding.
     """
     wide = accumulation_dtype(w.dtype, merged.dtype)
     before, after = (dense(x).astype(wide) for x in (w, merged))
     meant = adapter.weight(before)
     largest = float(jnp.finfo(merged.dtype).max)
     cut = jnp.sum(jnp.isfinite(meant) & (jnp.abs(meant) > largest), dtype=jnp.int32).astype(wide)
-    # A row that was inf is replaced: there is no change to lose.
+    # A row that was infinite has no finite change to lose.
     known = jnp.isfinite(before) & jnp.isfinite(meant)
     change, done = (jnp.where(known, x - before, jnp.zeros_like(x)) for x in (meant, after))
-    peak = jnp.max(jnp.abs(change))  # squares of small changes would underflow
+    peak = jnp.max(jnp.abs(change))  # the squares of small changes would underflow
     unit = jnp.where(peak > 0, peak, jnp.ones_like(peak))
     square = jnp.sum(jnp.square(change / unit))
     share = jnp.where(peak > 0, jnp.sum(done / unit * (change / unit)) / jnp.maximum(square, 1.0), 1.0)
@@ -68,18 +68,19 @@ def survival(adapter: Adapter, w: Any, merged: Any) -> jax.Array:
 
 
 def surviving(params: PyTree, lora: Mapping[str, Adapter], merged: PyTree) -> dict[str, float]:
-    """How much of each adapter's change is in the merged weights: ``<W' - W, dW> / <dW, dW>``.
+    """The share of each adapter's change that is in the merged weights: ``<W' - W, dW> / <dW, dW>``.
 
-    With ``dW`` what the adapter changes in ``W`` without rounding. 1 says that the change is there (beside
-    noise of rounding, which is not along ``dW``), 0 that rounding took all of it. It is 1 where ``dW`` is 0.
+    ``dW`` is the adapter's change of ``W`` without rounding. A share of 1 means that the whole change
+    survived (besides rounding noise, which is not along ``dW``), and 0 that rounding removed all of it. It is
+    1 if ``dW`` is 0.
 
-    `merge` measures it and warns below one half. Use this to see the numbers, also of a merge that went
-    through a file, or another program.
+    `merge` computes it, and warns below one half. Use this function to see the numbers, also for a merge that
+    went through a file or another program.
 
     Args:
-      params: what was merged into.
+      params: the tree before the merge.
       lora: adapters by path.
-      merged: the result, arrays or `Quantized`, of the same paths.
+      merged: the tree after the merge, with the same paths, of arrays or `Quantized`.
 
     Returns:
       ``{path: share}``.
@@ -97,9 +98,9 @@ def surviving(params: PyTree, lora: Mapping[str, Adapter], merged: PyTree) -> di
 
 
 def report(before: Mapping[str, Any], lora: Mapping[str, Adapter], merged: Mapping[str, Any]) -> None:
-    """Logs what survived, and warns of what did not; silent under a transformation, where no numbers are.
+    """Logs what survived and warns of what did not; does nothing under a transformation.
 
-    Not of weights that are merged in float32 or wider: sums are taken in no wider dtype.
+    Weights that are merged in float32 or wider are skipped, as sums are not computed in any wider dtype.
     """
     paths = [p for p in lora if is_stored(merged[p]) or merged[p].dtype.itemsize < 4]
     if not is_concrete([(lora[path], before[path], merged[path]) for path in paths]):
@@ -108,7 +109,7 @@ def report(before: Mapping[str, Any], lora: Mapping[str, Adapter], merged: Mappi
     packed = {path: numbers for path, numbers in found.items() if is_stored(merged[path])}
     plain = {path: numbers for path, numbers in found.items() if path not in packed}
     if packed:
-        # Logged in any case, as rounding always takes something; no warning, which may stop a program.
+        # Always log, since rounding always removes something, but do not warn, since that may stop a program.
         lines = [
             f"  {p}: {rounded:.3%}, {changed:.3%}; {share:.1%} of the change survives"
             for p, (share, rounded, changed, _) in packed.items()
@@ -124,7 +125,7 @@ def report(before: Mapping[str, Any], lora: Mapping[str, Adapter], merged: Mappi
 
 
 def _warn(found: Mapping[str, Any], merged: Mapping[str, Any]) -> None:
-    """One warning for all weights that keep less than half of their change, or have numbers cut off."""
+    """Gives one warning for all weights that keep less than half of their change or have numbers cut off."""
     told, cures = [], {}
     for path, (share, _, _, cut) in found.items():
         if share >= HALF and not cut:
@@ -136,6 +137,6 @@ def _warn(found: Mapping[str, Any], merged: Mapping[str, Any]) -> None:
         cures[CODES if codes else FLOAT8 if float8 else NARROW] = None
     if told:
         more = [f"  and {len(told) - LISTED} more"] if len(told) > LISTED else []
-        head = "this merge loses what adapters add, as rounding is coarser than their change."
+        head = "this merge loses what adapters add, because rounding is coarser than their change."
         text = "\n".join([head, *told[:LISTED], *more, *(f"  do: {x}" for x in cures)])
         warnings.warn(text, LoraMergeWarning, stacklevel=4)

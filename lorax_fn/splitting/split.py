@@ -1,8 +1,4 @@
-"""The two ends of a run: `split` makes the trainable factors, `merge` folds them back into plain params.
-
-Both are pure functions on trees. Every check comes before anything is built, so an error never leaves half
-a result.
-"""
+"""`split` makes adapters for the weights of a tree. All checks come before anything is built."""
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -49,40 +45,43 @@ def split(
 
     Args:
       params: any pytree; abstract leaves (`jax.ShapeDtypeStruct`) give abstract adapters.
-      rank: ``r``, from 1 to ``min(n, m)`` of one stack entry; for a stacked weight also one int a stack entry
-        (``*s`` flattened), where 0 leaves that entry as it is and the factors are padded with exact zeros.
-      alpha: numerator of the scale, an array of it (a leaf that never trains), or a function of the rank.
-        One value for every rank keeps the first step on the data independent of the rank.
+      rank: ``r``, from 1 to ``min(n, m)`` of one stack entry. A stacked weight may have one int per stack
+        entry (``*s`` flattened); 0 leaves that entry unadapted, and factors are padded with exact zeros.
+      alpha: numerator of the scale: a number, an array (a leaf that never trains), or a function of the rank.
+        With a constant alpha, the first step does not depend on the rank.
       scaling: ``"lora"`` for alpha / rank, ``"rslora"`` for alpha / sqrt(rank).
       method: ``"lora"``, ``"dora"``, ``"lora_fa"``, ``"vera"``, ``"loha"``, ``"lokr"`` or
         ``"lora_xs"``.
-      init: ``"kaiming"``, ``"gaussian"``, ``"orthogonal"`` or ``"zero_a"``; or ``"pissa"``, ``"pissa:4"`` (by
-        a randomized SVD of four iterations) or ``"olora"``, which take a part of W into the factors;
+      init: ``"kaiming"``, ``"gaussian"``, ``"orthogonal"`` or ``"zero_a"``; or ``"pissa"``, ``"pissa:4"`` (a
+        randomized SVD of four iterations) or ``"olora"``, which move a part of W into the factors;
         or `lorax_fn.inits.loftq`, which also quantizes W; or one from data, `lorax_fn.inits.eva`,
         `lorax_fn.inits.lora_ga` or `lorax_fn.inits.corda`.
-      targets: patterns: a glob over whole path components, a compiled regex, or ``f(path, leaf) -> bool``;
-        one or a sequence. None, or ``"all-linear"``, is every linear weight: no embedding, norm,
-        convolution or output head, and none that is too small for the rank; `summary` lists those left out.
+      targets: one pattern or several: a glob over whole path components, a compiled regex, or
+        ``f(path, leaf) -> bool``. None or ``"all-linear"`` is every linear weight that is large enough for
+        the rank: no embedding, norm, convolution or output head. `summary` lists the leaves left out.
       exclude: patterns that win over ``targets``.
-      full: patterns of leaves trained whole, which win over both. Running statistics (``batch_stats``,
-        `nnx.BatchStat`, ...) are left alone unless a pattern is their whole path; so they are by ``targets``.
-      rows: ``{pattern: ids}``: rows of a table to train, such as new tokens of an embedding or of an output
-        head; see `Rows`, which also says what to do for a vocabulary that grew.
-      layout: `lorax_fn.usage` of the function, or ``{pattern: Layout}``; without it conventions decide.
-      key: PRNG key; None is ``jax.random.key(0)``. Each leaf folds in the crc32 of its path, so that another
-        target never changes the values of the others.
-      dtype: dtype of all that trains.
+      full: patterns of leaves to train whole, which win over both. Running statistics (``batch_stats``,
+        `nnx.BatchStat`, ...) are left alone, here and in ``targets``, unless a pattern is their whole path.
+      rows: ``{pattern: ids}``, rows of a table to train, such as new tokens of an embedding or output head.
+        See `Rows` for a vocabulary that grew.
+      layout: `lorax_fn.usage` of the function, or ``{pattern: Layout}``; without it, conventions decide.
+      key: PRNG key; None is ``jax.random.key(0)``. Each leaf folds in the crc32 of its path, so its values do
+        not depend on the other targets.
+      dtype: dtype of all arrays that train.
 
     Returns:
-      ``(params, lora)``: the same tree of the same objects, and ``{path: Adapter}``. `LoRA` holds
-      ``a [*s, *n, r]`` and ``b [*s, r, *m]``; step 0 is the base model. Only where an init takes a part of W
-      is that leaf of ``params`` another: what remains of it. ``lora`` is a dict, so ``lora | other`` keeps
-      one adapter of each path that both have; ``adapt(adapt(fn))(params, new, old, x)`` adds both.
+      ``(params, lora)``: a tree like ``params`` with the same leaves, and ``{path: Adapter}``. `LoRA` has
+      ``a [*s, *n, r]`` and ``b [*s, r, *m]``; at step 0 the function is the base function. If an init moves
+      a part of W, that leaf of ``params`` is replaced by the rest. ``lora | other`` is a dict union, which
+      keeps one adapter per path; ``adapt(adapt(fn))(params, new, old, x)`` adds the changes of both.
 
     Raises:
       LoraError: a pattern matches or decides nothing; a rank, alpha, method, scaling, init, key or dtype is
-        not valid, or not for a weight; ids of rows are out of range or repeat; a weight is not float or its
-        layout is open; there is no weight. The first offending paths are listed, and how many more there are.
+        not valid, or does not suit a weight; ids of rows are out of range or repeat; a weight is not float or
+        its layout is open; or there is no weight to adapt.
+
+    Warns:
+      LoraStuckWarning: adapters that can never move, because they were made from a weight of zeros.
 
     Example:
       >>> import jax.numpy as jnp, lorax_fn as lx
@@ -122,7 +121,7 @@ def split(
 def _warn_of_stuck(
     lora: Mapping[str, Adapter], plans: Mapping[str, Plan], residuals: Mapping[str, Any]
 ) -> None:
-    """Says which adapters can never move, where a method or an init makes factors of the weight itself."""
+    """Warns of adapters that can never move, among those whose factors are computed from the weight."""
     asked = [path for path in plans if path in residuals or type(lora[path]).frozen]
     why = {path: reason for path in asked if (reason := stuck(lora[path]))}
     if why:
@@ -133,15 +132,15 @@ def _warn_of_stuck(
             got=[
                 f"method={plans[p].method!r}, init={plans[p].init!r}: {reason}" for p, reason in why.items()
             ],
-            want="factors that are not all zero: these are made of a weight of zeros",
-            do=f"exclude={list(why)!r}, or start them otherwise: "
+            want="factors that are not all zero; these were computed from a weight of zeros",
+            do=f"exclude={list(why)!r}, or another start: "
             f"method={{{next(iter(why))!r}: 'lora', '*': {plan.method!r}}}, init='kaiming'.",
         )
         warnings.warn(str(text), LoraStuckWarning, stacklevel=3)
 
 
 def _starts(params: PyTree, leaves: Mapping[str, Any], plans: Mapping[str, Plan]) -> dict[str, Callable]:
-    """What starts each weight: an init is asked once, with all the weights that it is to start."""
+    """The function that starts each weight. Each init is called once, with all the weights that it starts."""
     asked: dict[int, dict[str, Plan]] = {}
     for path, plan in plans.items():
         asked.setdefault(id(plan.init), {})[path] = plan
@@ -153,7 +152,7 @@ def _starts(params: PyTree, leaves: Mapping[str, Any], plans: Mapping[str, Plan]
             path=from_data,
             got=[f"abstract or traced params: {', '.join(unseen[:4])}"],
             want="params of concrete arrays",
-            do="for shapes alone, split with init='kaiming': factors have the same shapes.",
+            do="for shapes only, split with init='kaiming', which gives factors of the same shapes.",
         )
     starts = {}
     for group in asked.values():
@@ -166,7 +165,7 @@ def _build(
 ) -> tuple[Adapter, Any]:
     """The adapter of one weight, and the weight to freeze.
 
-    Of weights without numbers that are alike, only the first is traced: ``known`` holds what it gave.
+    Of abstract weights that are alike, only the first is traced; ``known`` caches its adapter.
     """
     facts = (plan.layout, plan.rank, plan.alpha, plan.scaling)
     create = METHODS[plan.method].create
@@ -191,5 +190,5 @@ def _rows(w: Any, ids: tuple[int, ...], axis: int, dtype: Any) -> Rows:
 
 
 def _copy(leaf: Any, dtype: Any) -> Any:
-    """A copy in ``dtype``, always: a donated adapter must never delete the user's params."""
+    """A copy in ``dtype``, even if that is the leaf's own: donating an adapter must not delete params."""
     return run(lambda leaf: jnp.array(dense(leaf), dtype=dtype, copy=True), leaf)
