@@ -145,7 +145,7 @@ def test_stated_layouts_override_and_conventions_serve_the_rest():
         ({"q": Layout((), (0,), ())}, r"(?s)not a partition.*q/kernel.*\(8, 6\)"),
         ({"q": Layout((0,), (0,), (1,))}, "not a partition"),
         ({"q": Layout((), (0,), (-1,))}, "not a partition"),
-        ({"q": (0, 1)}, r"(?s)holds what is not a layout.*q: \(0, 1\)"),
+        ({"q": (0, 1)}, r"(?s)has a value that is not a Layout.*q: \(0, 1\)"),
         (Layout((), (0,), (1,)), "is not a mapping"),
     ],
 )

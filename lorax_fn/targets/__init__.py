@@ -1,1 +1,1 @@
-"""Which leaves of a tree are weights, with which layout, and which of them were asked for."""
+"""Decides which leaves of a tree are weights, with which layout, and which of them to adapt."""

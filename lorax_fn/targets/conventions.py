@@ -1,7 +1,7 @@
-"""What a leaf is: a weight or not, and which of its axes are stack, inputs and outputs.
+"""The role of a leaf: whether it is a weight, and which of its axes are stack, inputs and outputs.
 
-Three witnesses, one function each: an Equinox layer's type, the leaf's name with its sibling bias, and the
-traced use of the leaf. Each is right or leaves the question open; none guesses between equals.
+There are three sources, with one function each: the type of an Equinox layer, the leaf's name with its
+sibling bias, and the traced use of the leaf. None of them guesses: what they cannot decide stays open.
 """
 
 import dataclasses
@@ -27,11 +27,11 @@ from lorax_fn.targets.patterns import components
 PASTE = "layout=lx.usage(fn, params, *args)"
 
 
-# The names that Linen and Haiku themselves give to convolutions that are not transposed.
+# The default names of Linen and Haiku for convolutions that are not transposed.
 _PLAIN_CONVOLUTION = re.compile(r"Conv_\d+|conv\d_d(_\d+)?")
 
 
-# Torch keeps the window of a convolution in the last axes; no linear weight is as small.
+# Torch stores the window of a convolution in the last axes; no linear weight is that small.
 _WINDOWS = ((1, 1), (3, 3), (5, 5), (7, 7))
 
 
@@ -41,12 +41,12 @@ class Role:
 
     Args:
       kind: ``"linear"`` is adapted by default; ``"head"``, ``"embedding"``, ``"convolution"`` and ``"used"``
-        only where named; ``"open"`` (a weight whose layout nothing decides) and ``"unserved"`` (a weight that
-        cannot be adapted) raise where they are asked for; ``"statistic"`` is left alone unless its whole path
-        is named; ``"other"`` is not a weight.
-      layout: its axes, or None where they are open.
+        only if named. ``"open"`` (a weight whose layout is unknown) and ``"unserved"`` (a weight that cannot
+        be adapted) raise if they are targets. ``"statistic"`` is left alone unless its whole path is named.
+        ``"other"`` is not a weight.
+      layout: its axes, or None if they are unknown.
       reason: why it is not adapted by default; empty for ``"linear"``.
-      traced: whether a traced function told all this, so that tracing it again would tell nothing new.
+      traced: whether this comes from a traced function, so that tracing would add nothing.
     """
 
     kind: str
@@ -56,7 +56,7 @@ class Role:
 
 
 def by_convention(path: str, leaf: Any, leaves: Mapping[str, Any], node: Any) -> Role:
-    """A leaf by its name, its sibling bias among ``leaves``, and its Equinox layer ``node`` if it has one."""
+    """The role of a leaf by its name, its sibling bias in ``leaves``, and its Equinox layer, if any."""
     name, ndim = components(path)[-1], len(leaf.shape)
     known = name in WEIGHT_NAMES
     if not is_float(leaf):
@@ -67,7 +67,7 @@ def by_convention(path: str, leaf: Any, leaves: Mapping[str, Any], node: Any) ->
         return Role("other", reason="fewer than two axes")
     if node is not None:
         return _by_node(path, ndim, *node)
-    # Torch-style trees call every parameter `weight`, so there the module's name must tell what it is.
+    # Torch-style trees call every parameter `weight`, so the module's name must tell what it is.
     module, torch = module_of(path), name == "weight"
     if torch and is_norm(module):
         return Role("other", reason=f"norm, by its module's name {module!r}")
@@ -85,7 +85,7 @@ def by_convention(path: str, leaf: Any, leaves: Mapping[str, Any], node: Any) ->
 
 
 def _by_node(path: str, ndim: int, kind: str, core: int) -> Role:
-    """An Equinox layer: its type says what the last ``core`` axes are, so leading ones are a stack."""
+    """The role of an Equinox layer's weight. The type decides the last ``core`` axes; others are a stack."""
     s = ndim - core
     if kind == "norm" or s < 0:
         return Role("other", reason="norm")
@@ -99,7 +99,7 @@ def _by_node(path: str, ndim: int, kind: str, core: int) -> Role:
 
 
 def _by_bias(path: str, leaf: Any, leaves: Mapping[str, Any], module: str, name: str) -> Role:
-    """A weight by name whose axes are read off its rank and its sibling bias."""
+    """The role of a weight whose axes follow from its rank and its sibling bias."""
     shape, bias = tuple(leaf.shape), _sibling_bias(path, name, leaves)
     if bias == shape:
         return Role("other", reason="elementwise: its bias has its own shape")
@@ -123,7 +123,7 @@ def _by_bias(path: str, leaf: Any, leaves: Mapping[str, Any], module: str, name:
 
 
 def _may_be_transposed(module: str, shape: tuple[int, ...], found: Layout, out_in: bool) -> bool:
-    """A transposed convolution may store outputs first: with as many inputs, a bias fits either way round."""
+    """Whether a convolution may be transposed: with as many inputs as outputs, a bias fits either order."""
     if "transpose" in module.lower():
         return True
     (out_axis,) = found.outputs[-1:]
@@ -132,7 +132,7 @@ def _may_be_transposed(module: str, shape: tuple[int, ...], found: Layout, out_i
 
 
 def _layouts(shape: tuple[int, ...], bias: tuple[int, ...] | None, out_in: bool) -> list[Layout]:
-    """Every layout that the shape and a bias ``[*s, *m]`` allow."""
+    """All layouts that are compatible with the shape and a bias ``[*s, *m]``."""
     ndim = len(shape)
     if bias is None:
         if ndim != 2:
@@ -149,12 +149,12 @@ def _layouts(shape: tuple[int, ...], bias: tuple[int, ...] | None, out_in: bool)
 
 
 def by_use(path: str, leaf: Any, use: WeightUse | None) -> Role:
-    """A leaf as the traced function uses it."""
+    """The role of a leaf by its use in the traced function."""
     return dataclasses.replace(_by_use(path, leaf, use), traced=True)
 
 
 def _by_use(path: str, leaf: Any, use: WeightUse | None) -> Role:
-    """What `by_use` says, but for ``traced``."""
+    """`by_use` without ``traced``."""
     name = components(path)[-1]
     weight_like = name in WEIGHT_NAMES and len(leaf.shape) >= 2
     if not is_float(leaf):
@@ -180,9 +180,9 @@ def _by_use(path: str, leaf: Any, use: WeightUse | None) -> Role:
 
 
 def equinox_layers(params: PyTree) -> dict[str, tuple[str, int]]:
-    """``{path of a weight: (kind, axes that are not a stack)}`` of the Equinox layers in a tree.
+    """``{path of a weight: (kind, number of axes that are not a stack)}`` of the Equinox layers in a tree.
 
-    Asked of Equinox only where it is loaded: a tree cannot hold its layers otherwise.
+    Equinox is consulted only if it is imported already; otherwise no tree can contain its layers.
     """
     nn = getattr(sys.modules.get("equinox"), "nn", None)
     if nn is None:
@@ -204,12 +204,12 @@ def equinox_layers(params: PyTree) -> dict[str, tuple[str, int]]:
 
 
 def linear_or_head(path: str, layout: Layout) -> Role:
-    """A linear weight; as an output head it waits to be named."""
+    """The role of a linear weight, which is a head if its path says so."""
     return Role("head", layout, "output head by name") if is_head(path) else Role("linear", layout)
 
 
 def _open(path: str, why: str) -> Role:
-    """A head is not adapted by default, so nobody needs its layout then."""
+    """The role of a weight with unknown layout: a head, which needs none by default, or open."""
     return Role("head" if is_head(path) else "open", reason=why)
 
 

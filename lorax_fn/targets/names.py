@@ -1,4 +1,4 @@
-"""What the names in a path say: output heads, embedding tables and norms, as real models call them."""
+"""Recognizes output heads, embedding tables and norms by the names that real models give them."""
 
 import functools
 import re
@@ -14,7 +14,7 @@ OUT_IN_NAMES = ("weight", "weight_ih", "weight_hh")  # torch and Equinox; `kerne
 EMBEDDING_NAMES = ("embedding", "embeddings")
 
 
-# Heads wherever they stand in a path, with all that is in them.
+# Components that mark everything below them in a path as a head.
 HEAD_NAMES = ("lm_head", "head", "logits", "unembed", "unembedding", "classifier", "output_projection")
 
 
@@ -25,14 +25,14 @@ _HEAD = re.compile(
 )
 
 
-# Heads where the weight's own module is called so.
+# Names of modules whose own weight is a head.
 _HEAD_MODULES = (
     "score", "readout", "embed_out", "logits_dense", "to_logits", "token_logits", "vocab_logits",
     "qa_outputs", "seq_relationship", "vocab_projector", "vocab_proj", "lm_loss", "class_embed", "bbox_embed",
 )  # fmt: skip
 
 
-# Heads only outside of layers: within them these are projections of attention and MLP.
+# Names of heads outside of layers; inside layers, these are projections of attention and MLP.
 _OUTER_HEADS = ("output", "proj_out", "output_layer", "ff_out", "w_out")
 
 
@@ -58,14 +58,14 @@ def module_of(path: str) -> str:
 
 
 def is_head(path: str) -> bool:
-    """Whether the names in a path say that it is an output head; never decided by being last."""
+    """Whether the names in a path say that it is an output head. Its position in the tree does not count."""
     parts, module = components(path), module_of(path)
     if any(map(_names_head, parts)) or module in _HEAD_MODULES:
         return True
     owners = parts[: parts.index(module)] if module else ()
-    if module == "decoder":  # the output table of BERT and its kin
+    if module == "decoder":  # the output table of BERT-like models
         return any(part in ("predictions", "cls") for part in owners)
-    if module == "linear" and owners:  # of a diffusion transformer
+    if module == "linear" and owners:  # the output of a diffusion transformer
         return owners[-1] == "final_layer"
     inner = any(_BLOCK.fullmatch(part) for part in owners)
     return (module in _OUTER_HEADS and not inner) or parts == ("fc", "weight")  # torchvision's classifiers
@@ -77,13 +77,13 @@ def _names_head(part: str) -> bool:
 
 
 def is_norm(module: str) -> bool:
-    """Whether a module's name says that it is a norm: ``norm_q``, ``attn_norm_pre``, ``ln_1``."""
+    """Whether a module's name says that it is a norm, such as ``norm_q``, ``attn_norm_pre`` or ``ln_1``."""
     words = _words(module)
     return any(map(_NORMS.fullmatch, words)) and not any(word in _PROJECTIONS for word in words)
 
 
 def is_table(path: str) -> bool:
-    """Whether a path says that it is an embedding table: ``embed_tokens``, ``wte``, T5's ``shared``."""
+    """Whether a path says that it is an embedding table: ``embed_tokens``, ``wte`` or T5's ``shared``."""
     module = module_of(path)
     if _RELATIVE.fullmatch(module):
         return True
@@ -94,10 +94,10 @@ def is_table(path: str) -> bool:
 
 
 def may_be_table(module: str) -> bool:
-    """Whether a module's name leaves open if it is a table or a projection, such as ``embed_proj``."""
+    """Whether a module may be a table or a projection by its name, such as ``embed_proj``."""
     return "emb" in module.lower()
 
 
 def _words(module: str) -> list[str]:
-    """The words of a module's name, lower case, without digits: ``norm1`` and ``LayerNorm_0`` are norms."""
+    """The words of a module's name in lower case, without digits, so that ``norm1`` is a norm."""
     return [word.rstrip("0123456789") for word in re.split(r"[_-]", module.lower())]

@@ -14,11 +14,11 @@ Patterns = Pattern | Sequence[Pattern] | set[Pattern] | frozenset[Pattern] | Non
 
 
 class Index(dict[str, Any]):
-    """Leaves by path, with tables that answer which of them a pattern names.
+    """Leaves by path, with tables to look up which of them a pattern names.
 
-    A literal pattern is looked up in a table of all runs of as many components, made once per length; a glob
-    is compiled once; each pattern is answered once. So the time grows with leaves plus patterns, not with
-    their product, where patterns are literal.
+    A literal pattern is looked up in a table of all runs of as many components, which is built once per
+    length. A glob is compiled once, and each result is cached. For literal patterns, the time thus grows with
+    the number of leaves plus patterns, not with their product.
     """
 
     def __init__(self, leaves: Mapping[str, Any]):
@@ -30,14 +30,14 @@ class Index(dict[str, Any]):
         """The paths of the leaves that a pattern names, in the tree's order.
 
         Raises:
-          LoraError: the pattern is of another type.
+          LoraError: the pattern has an unknown type.
         """
         if pattern not in self._answers:
             self._answers[pattern] = self._find(pattern)
         return self._answers[pattern]
 
     def parts(self) -> list[str]:
-        """Every component of every path, each once."""
+        """All components of all paths, without repeats."""
         return list(dict.fromkeys(part for path in self for part in components(path)))
 
     def _find(self, pattern: Pattern) -> list[str]:
@@ -61,7 +61,7 @@ class Index(dict[str, Any]):
 
 
 def indexed(leaves: Mapping[str, Any]) -> Index:
-    """The leaves with their tables; an `Index` is handed on as it is, so that one serves a whole `split`."""
+    """The leaves as an `Index`; one that is an `Index` already is shared."""
     return leaves if isinstance(leaves, Index) else Index(leaves)
 
 
@@ -78,7 +78,7 @@ def matches(pattern: Pattern, path: str, leaf: Any = None) -> bool:
       True or False.
 
     Raises:
-      LoraError: the pattern is of another type.
+      LoraError: the pattern has an unknown type.
 
     Example:
       >>> from lorax_fn.targets.patterns import matches
@@ -92,7 +92,7 @@ def matches(pattern: Pattern, path: str, leaf: Any = None) -> bool:
     if callable(pattern):
         return bool(pattern(path, leaf))
     raise error(
-        "a pattern of an unknown type.",
+        "a pattern has an unknown type.",
         got=repr(pattern),
         want="a glob, a compiled regex, or f(path, leaf) -> bool",
         do="write it as a string such as 'attn/q'.",
@@ -100,10 +100,10 @@ def matches(pattern: Pattern, path: str, leaf: Any = None) -> bool:
 
 
 def find(patterns: Any, leaves: Mapping[str, Any], argument: str) -> list[tuple[str, list[str]]]:
-    """The leaves that each pattern names, as ``[(label, [path])]``; none for None.
+    """The leaves that each pattern names, as ``[(label, [path])]``; empty for None.
 
     Raises:
-      LoraError: a pattern names no leaf; the message has the nearest paths, and what may have been meant.
+      LoraError: a pattern names no leaf; the message suggests the nearest paths.
     """
     listed, index = as_list(patterns), indexed(leaves)
     found = [(pattern, index.hits(pattern)) for pattern in listed]
@@ -129,21 +129,21 @@ def first_match(
     among: Mapping[str, Any] | None = None,
     why_not: Callable[[str], str] = lambda path: "not among the targets",
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What ``{pattern: value}`` says of each leaf, where the first match wins.
+    """The value of ``{pattern: value}`` for each leaf, where the first match wins.
 
     Args:
       values: the mapping.
       leaves: all leaves by path.
-      argument: the name of the argument that holds it, for messages.
-      among: the leaves that want a value; None is all of them.
-      why_not: says of a leaf that is not ``among`` them why it is not.
+      argument: the name of the argument, for messages.
+      among: the leaves that need a value; None is all of them.
+      why_not: explains why a leaf is not ``among`` them.
 
     Returns:
-      ``({path: value}, {path: pattern that decided})`` of those leaves that a pattern names.
+      ``({path: value}, {path: deciding pattern})`` for the leaves that a pattern names.
 
     Raises:
-      LoraError: a pattern names no leaf, or decides nothing: it names only leaves that want no value, or only
-        leaves that a pattern before it has decided. A last ``"*"`` is a default and may decide nothing.
+      LoraError: a pattern names no leaf, or decides nothing because it names only leaves that need no value,
+        or only leaves that earlier patterns decide. A last ``"*"`` is a default and may decide nothing.
     """
     decided: dict[str, Any] = {}
     idle: list[tuple[str, str]] = []
@@ -173,7 +173,7 @@ def first_match(
 
 
 def as_list(patterns: Any) -> list[Any]:
-    """One pattern or several, or None, as a list."""
+    """None, one pattern or several as a list."""
     if patterns is None:
         return []
     several = isinstance(patterns, Sequence | set | frozenset) and not isinstance(patterns, str)
@@ -203,13 +203,13 @@ def _is_glob(pattern: str) -> bool:
 
 
 def _compiled(pattern: str) -> re.Pattern:
-    """A glob over any run of whole components, as a regex to search the joined components by."""
+    """A glob over any run of whole components, as a regex to search for in the joined components."""
     glob = fnmatch.translate("/".join(components(pattern))).removesuffix(r"\Z").removesuffix(r"\z")
     return re.compile(rf"(?:\A|(?<=/)){glob}(?=/|\Z)")
 
 
 def _advice(pattern: Pattern, index: Index) -> str:
-    """What may have been meant by a pattern that names nothing, or an empty string."""
+    """A hint for a pattern that names nothing, or an empty string."""
     if isinstance(pattern, str):
         found = [guess for guess in meant(components(pattern), index.parts()) if index.hits(guess)]
         return f"did you mean {' or '.join(map(repr, found[:3]))}?" if found else ""

@@ -1,7 +1,7 @@
-"""Which leaves are weights, with which layout, and which of them the user asked for.
+"""`classify` finds the role of each leaf, and `choose` the leaves that the user's patterns name.
 
-Patterns name leaves; `classify` says what each leaf is, from conventions, a traced `Usage` or stated layouts;
-`choose` brings the two together. Whatever these rules leave open is an error that prints the line to paste.
+Roles come from conventions, a traced `Usage` or stated layouts. What they leave open raises an error with the
+line to paste.
 """
 
 import dataclasses
@@ -17,34 +17,33 @@ from lorax_fn.targets.names import EMBEDDING_NAMES, WEIGHT_NAMES
 from lorax_fn.targets.patterns import Pattern, as_list, components, find, first_match, label_of, union
 from lorax_fn.targets.statistics import statistics
 
-ALL_LINEAR = "all-linear"  # the default targets by the name that users of PEFT know
+ALL_LINEAR = "all-linear"  # PEFT's name for the default targets
 
 
 def classify(params: PyTree, layout: Mapping | None = None) -> dict[str, Role]:
-    """Says of every array leaf whether it is a weight, and with which layout.
+    """Decides for every array leaf whether it is a weight, and with which layout.
 
-    Without ``layout``, conventions decide; a quantized weight has the layout that it was quantized by. A
-    leaf is a weight only if its name is ``kernel``, ``w``, ``weight``, ``weight_ih`` or ``weight_hh`` and
-    it is 2-D, or its sibling bias fixes stack and output axes in exactly one way. ``kernel`` and ``w`` are
-    (in, out), as Flax and Haiku store them; the others are (out, in), square or not. An Equinox layer's
-    type decides before any name. Where every parameter is called ``weight``, the module's name tells norms
-    and embeddings; output heads go by the names that real models give them. A kernel with two input axes,
-    such as ``out`` of Flax attention, is linear unless its module's name holds ``conv``; one with more is a
-    convolution. A convolution with as many input as output channels may be a transposed one, so that its
-    layout is open unless Flax itself gives such names to plain convolutions. Running statistics are not
-    weights.
+    Without ``layout``, conventions decide; a quantized weight keeps the layout with which it was quantized. A
+    leaf is a weight only if its name is ``kernel``, ``w``, ``weight``, ``weight_ih`` or ``weight_hh``, and
+    it is 2-D or its sibling bias determines stack and output axes uniquely. ``kernel`` and ``w`` are
+    (in, out), as in Flax and Haiku; the others are (out, in). The type of an Equinox layer takes precedence
+    over names. If every parameter is called ``weight``, the module's name identifies norms and embeddings.
+    Output heads are known by the names that real models give them. A kernel with two input axes, such as
+    ``out`` of Flax attention, is linear unless its module's name contains ``conv``; one with more is a
+    convolution. A convolution with as many input as output channels may be transposed, so its layout is open
+    unless its name is Flax's or Haiku's default for plain convolutions. Running statistics are not weights.
 
     Args:
-      params: the parameter tree; abstract leaves are fine.
-      layout: a `Usage`; or ``{pattern: Layout}``, where the first match wins and conventions serve the rest;
-        or both, ``{**usage, pattern: Layout}``: what is stated wins.
+      params: the parameter tree; leaves may be abstract.
+      layout: a `Usage`; or ``{pattern: Layout}``, where the first match wins and conventions decide the rest;
+        or both, ``{**usage, pattern: Layout}``, where the stated layouts win.
 
     Returns:
       ``{path: Role}`` in the tree's order.
 
     Raises:
-      LoraError: ``layout`` is of another model, a pattern in it matches or decides nothing, or a layout is
-        not a partition of a weight's axes.
+      LoraError: ``layout`` is that of another model, a pattern in it matches or decides nothing, or a layout
+        is not a partition of a weight's axes.
 
     Example:
       >>> import jax.numpy as jnp
@@ -57,7 +56,7 @@ def classify(params: PyTree, layout: Mapping | None = None) -> dict[str, Role]:
 
 
 def roles_of(params: PyTree, leaves: Mapping[str, Any], layout: Mapping | None = None) -> dict[str, Role]:
-    """`classify` for who has the leaves of ``params`` at hand."""
+    """`classify` for callers that already have the leaves of ``params``."""
     if layout is not None and not isinstance(layout, Mapping):
         want = "a Usage, or {pattern: lx.Layout(...)}"
         raise error("layout= is not a mapping.", got=repr(layout), want=want, do=PASTE)
@@ -71,7 +70,7 @@ def roles_of(params: PyTree, leaves: Mapping[str, Any], layout: Mapping | None =
     else:
         nodes = equinox_layers(params)
         roles = {path: by_convention(path, leaf, leaves, nodes.get(path)) for path, leaf in leaves.items()}
-        kept = {path: leaf.layout for path, leaf in leaves.items() if is_stored(leaf)}  # known when quantized
+        kept = {path: leaf.layout for path, leaf in leaves.items() if is_stored(leaf)}  # as quantized
     for path, axes in (kept | _stated(leaves, roles, stated)).items():
         if not is_float(leaves[path]):
             roles[path] = Role("unserved", axes, f"not float ({leaves[path].dtype})")
@@ -105,19 +104,19 @@ def _check_usage(leaves: Mapping[str, Any], usage: Mapping[str, WeightUse]) -> N
 def _stated(
     leaves: Mapping[str, Any], roles: Mapping[str, Role], layouts: Mapping[Pattern, Layout]
 ) -> dict[str, Layout]:
-    """The layouts that the user wrote down, checked."""
+    """The layouts that the user stated, after checks."""
     strange = [f"{label_of(p)}: {x!r}" for p, x in layouts.items() if not isinstance(x, Layout)]
     if strange:
         raise error(
-            "layout= holds what is not a layout.",
+            "layout= has a value that is not a Layout.",
             got=strange,
             want="{pattern: lx.Layout(...)}",
             do=f"or {PASTE}",
         )
     if not layouts:
         return {}
-    # "attn/q" means its kernel, not its bias, and "*" all kernels: a leaf that is not a weight is meant only
-    # by a pattern that names no weight.
+    # "attn/q" means its kernel, not its bias, and "*" means all kernels: only a pattern that names no weight
+    # refers to other leaves.
     weights = {p for p, leaf in leaves.items() if _weight_like(p, leaf, roles[p])}
     hits = {
         pattern: paths
@@ -152,22 +151,22 @@ def _weight_like(path: str, leaf: Any, role: Role) -> bool:
 def choose(
     leaves: Mapping[str, Any], roles: Mapping[str, Role], targets, exclude, full, rows: Sequence[str] = ()
 ) -> tuple[dict[str, Layout], list[str]]:
-    """The leaves to adapt and the leaves to train whole, in the tree's order.
+    """Chooses the leaves to adapt and the leaves to train whole, in the tree's order.
 
     Args:
       leaves: array leaves by path.
-      roles: what each is, from `classify`.
+      roles: the role of each leaf, from `classify`.
       targets: patterns, or None or ``"all-linear"`` for every linear weight.
       exclude: patterns or None; wins over ``targets``.
       full: patterns or None; wins over both.
-      rows: paths of leaves of which rows train, not patterns.
+      rows: paths (not patterns) of the leaves in which some rows train.
 
     Returns:
       ``({path: Layout}, [path])``: the weights to adapt, and the leaves to train whole.
 
     Raises:
       LoraError: a pattern names nothing, no weight or nothing to exclude; a named leaf is not float; a layout
-        is open; a leaf is asked for in two ways; or nothing is left to train.
+        is open; a leaf would train in two ways; or nothing is left to train.
 
     Example:
       >>> import jax.numpy as jnp
@@ -185,7 +184,7 @@ def choose(
     twice = [path for path in rows if path in asked or path in whole]
     if twice:
         raise error(
-            "rows= names leaves that are adapted or trained whole, too.",
+            "rows= names leaves that are also adapted or trained whole.",
             path=twice,
             want="one way to train a leaf",
             do=f"exclude={twice!r}, or leave them out of rows=.",
@@ -196,7 +195,7 @@ def choose(
             "these weights cannot be adapted.",
             path=unserved,
             got=[f"{leaves[p].dtype}{tuple(leaves[p].shape)}: {roles[p].reason}" for p in unserved],
-            want="float weights that a low-rank rule serves",
+            want="float weights whose uses have low-rank rules",
             do=_remedy_of_unserved(unserved, leaves, roles),
         )
     layouts = {path: layout for path in asked if (layout := roles[path].layout) is not None}
@@ -206,12 +205,10 @@ def choose(
             "the layout of these weights is open.",
             path=undecided,
             got=[f"{tuple(leaves[p].shape)}: {roles[p].reason}" for p in undecided],
-            want="one reading of which axes are stack, inputs and outputs",
+            want="to know which axes are stack, inputs and outputs",
             do=f"{PASTE}, or layout={{{undecided[0]!r}: lx.Layout(inputs=..., outputs=...)}}",
         )
-    if not (asked or whole or rows) or (
-        is_default(targets) and not named
-    ):  # with targets=() full= may stand alone
+    if not (asked or whole or rows) or (is_default(targets) and not named):  # targets=() allows full= alone
         large = [path for path in leaves if len(leaves[path].shape) > 1]
         raise error(
             "there is no weight to adapt.",
@@ -224,12 +221,12 @@ def choose(
 
 
 def is_default(targets: Any) -> bool:
-    """Whether ``targets=`` leaves the choice to this library."""
+    """Whether ``targets=`` is the default, every linear weight."""
     return targets is None or (isinstance(targets, str) and targets == ALL_LINEAR)
 
 
 def _named_whole(leaves: Mapping[str, Any], roles: Mapping[str, Role], full: Any) -> list[str]:
-    """The leaves to train whole: statistics, integers and keys only where a pattern is their whole path."""
+    """The float leaves to train whole; running statistics only if a pattern is their whole path."""
     whole: list[str] = []
     wrong: list[str] = []
     for pattern, (_, hits) in zip(as_list(full), find(full, leaves, "full"), strict=True):
@@ -265,13 +262,13 @@ def _left_out(
                 f"{hits[0]}: {roles[hits[0]].reason or 'a weight, but not among targets'}" for _, hits in idle
             ],
             want="patterns that name at least one target",
-            do="delete the pattern: what it names is not adapted anyway.",
+            do="delete the pattern; what it names is not adapted anyway.",
         )
     return union(found)
 
 
 def _remedy_of_unserved(paths: list[str], leaves: Mapping[str, Any], roles: Mapping[str, Role]) -> str:
-    """What helps a weight that is not float, and one that no low-rank rule serves."""
+    """The remedies for weights that are not float, or have a use without a low-rank rule."""
     stated = [path for path in paths if is_float(leaves[path])]
     lines = [f"exclude={paths!r}"]
     if stated:
@@ -286,7 +283,7 @@ def _remedy_of_unserved(paths: list[str], leaves: Mapping[str, Any], roles: Mapp
 
 
 def _or_trace(roles: Mapping[str, Role], how: str) -> str:
-    """The line to paste, unless the roles come from a trace already."""
+    """``how``, with the line to paste, unless the roles come from a trace already."""
     return "." if any(role.traced for role in roles.values()) else f", {how}: {PASTE}"
 
 

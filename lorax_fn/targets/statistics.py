@@ -1,4 +1,4 @@
-"""Leaves that a model keeps for itself and no gradient should move: running statistics, caches, counters."""
+"""Finds float leaves that are a model's own state and should not train: running statistics and caches."""
 
 import sys
 from collections.abc import Mapping
@@ -7,14 +7,14 @@ from typing import Any
 from lorax_fn.core.trees import PyTree, is_float
 from lorax_fn.targets.patterns import components
 
-# Components that name such a leaf wherever they stand: of Flax, Haiku, torch and Keras.
+# Components that mark such a leaf anywhere in a path, in Flax, Haiku, torch and Keras.
 _ANYWHERE = {
     "batch_stats", "running_mean", "running_var", "num_batches_tracked", "moving_mean", "moving_variance",
     "moving_var", "mean_ema", "var_ema",
 }  # fmt: skip
 
 
-# Collections of Flax: the first component of a path.
+# Flax collections, which are the first component of a path.
 _COLLECTIONS = ("cache", "intermediates", "perturbations", "ema", "ema_params", "spectral_stats")
 
 
@@ -22,10 +22,10 @@ _NNX = ("BatchStat", "Cache", "Intermediate", "Perturbation", "RngState")
 
 
 def statistics(params: PyTree, leaves: Mapping[str, Any]) -> list[str]:
-    """The paths of float leaves that train only where their whole path is named.
+    """The paths of float leaves that train only if their whole path is named.
 
-    They are known by the collection or name that they go by, or by their Flax NNX variable. Integers and keys
-    need no list: they have no gradient.
+    They are recognized by their collection or name, or by the type of their Flax NNX variable. Integers and
+    keys are not included, as they have no gradient.
 
     Example:
       >>> import jax.numpy as jnp
@@ -45,7 +45,7 @@ def statistics(params: PyTree, leaves: Mapping[str, Any]) -> list[str]:
 
 
 def _variables(params: PyTree) -> set[str]:
-    """The paths of NNX variables whose type says that they are state."""
+    """The paths of NNX variables whose type marks them as state."""
     nnx = sys.modules.get("flax.nnx")
     if nnx is None:
         return set()

@@ -1,9 +1,9 @@
-"""What a pattern that names nothing may have meant: the names that other models give to the same weights."""
+"""Suggestions for patterns that name nothing: the names that other models give to the same weights."""
 
 import difflib
 from collections.abc import Sequence
 
-# One line per weight of a transformer, as different libraries call it.
+# One line per weight of a transformer, with its names in different libraries.
 SAME = (
     ("q", "q_proj", "query", "wq", "query_proj", "q_einsum", "to_q", "q_lin"),
     ("k", "k_proj", "key", "wk", "key_proj", "to_k", "k_lin"),
@@ -20,11 +20,11 @@ SAME = (
 
 
 def meant(parts: Sequence[str], names: Sequence[str]) -> list[str]:
-    """Patterns like ``parts`` whose components are names of the tree, likely ones first.
+    """Patterns like ``parts`` whose components occur in the tree, the most likely first.
 
     Args:
       parts: the components of a pattern that names nothing.
-      names: every component of every path of the tree.
+      names: all components of all paths of the tree.
 
     Example:
       >>> from lorax_fn.targets.synonyms import meant
@@ -43,7 +43,7 @@ def meant(parts: Sequence[str], names: Sequence[str]) -> list[str]:
 
 
 def _alike(part: str, names: Sequence[str]) -> list[str]:
-    """Names of the tree for the same thing, then names that are written alike."""
+    """Names in the tree for the same weight, then names with similar spelling."""
     same = [name for group in SAME if part in group for name in group if name in names]
     folded = [name for name in names if name.lower() == part.lower()]
     stem = part.removesuffix("_proj").removesuffix("_layer")
