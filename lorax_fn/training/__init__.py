@@ -1,1 +1,1 @@
-"""Steps, optimizers, devices, and the loop around them."""
+"""Training steps, optimizers, devices, and the loop around them."""

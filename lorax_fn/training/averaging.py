@@ -1,8 +1,8 @@
-"""Means over micro-batches and devices, each part counted as often as it weighs.
+"""Weighted means over micro-batches and devices.
 
-A loss is a mean over something: over examples, or over the tokens that a mask leaves. Where all parts of
-a batch hold as much of it, the mean over the whole is the mean of the parts. Where they do not, part ``i``
-weighs ``w_i``, which ``weight(batch)`` gives, and the mean of the whole is ``sum_i w_i x_i / sum_i w_i``.
+A loss is a mean over something, such as examples or the tokens of a mask. If all parts of a batch contain
+equally many of them, the mean over the whole is the mean over the parts. If not, part ``i`` has a weight
+``w_i``, given by ``weight(batch)``, and the mean over the whole is ``sum_i w_i x_i / sum_i w_i``.
 """
 
 from collections.abc import Callable, Hashable
@@ -15,12 +15,12 @@ import numpy as np
 from lorax_fn.core.errors import error
 from lorax_fn.core.trees import PyTree, is_array, is_float, named_leaves
 
-# what a step computes from one part of a batch: gradients, extra, and the metrics
+# What a step computes from one part of a batch: gradients, extra, and metrics.
 Part = tuple[PyTree, PyTree, dict]
 
 
 def weight_of(weight: Callable | None, batch: PyTree) -> jax.Array | None:
-    """What ``batch`` weighs, a float32 scalar; None where every part weighs the same."""
+    """The weight of ``batch``, a float32 scalar; None if all parts have the same weight."""
     if weight is None:
         return None
     found = weight(batch)
@@ -29,7 +29,7 @@ def weight_of(weight: Callable | None, batch: PyTree) -> jax.Array | None:
         raise error(
             "weight(batch) is not a number.",
             got=f"shape {np.shape(found)}" if number else f"a {type(found).__name__}",
-            want="a scalar: how much of what the loss is a mean over this batch holds",
+            want="a scalar: how many of the elements that the loss averages over are in this batch",
             do='weight=lambda batch: batch["mask"].sum().',
         )
     return jnp.asarray(found).astype(jnp.float32)
@@ -48,17 +48,17 @@ def over_micro_batches(
     """Runs ``gradient(batch, key, extra)`` on ``count`` micro-batches, one after the other.
 
     Args:
-      gradient: gives gradients, extra and metrics of one micro-batch.
+      gradient: returns gradients, extra and metrics of one micro-batch.
       batch: leaves ``[B, ...]``.
       key: micro-batch ``i`` gets ``fold_in(key, i)``.
-      extra: goes from one micro-batch to the next. With ``weight`` that holds for its other leaves alone: all
-        start from the same floats, whose means are taken, as those of one batch are.
-      zeros: float zeros in which gradients, and with ``weight`` the floats of extra, are summed.
+      extra: passed from one micro-batch to the next. With ``weight``, every micro-batch starts from the same
+        float leaves instead, and their means are taken.
+      zeros: zeros in which gradients, and with ``weight`` the float leaves of extra, are summed.
       count: how many micro-batches.
-      weight: what a micro-batch weighs, or None.
+      weight: the weight of a micro-batch as a function of it, or None.
 
     Returns:
-      The means, and the sum of all weights.
+      The means, and the sum of all weights or None.
     """
 
     def body(carry, inputs):
@@ -93,13 +93,13 @@ def over_micro_batches(
 
 
 def over_devices(part: Part, before: PyTree, weighs: jax.Array | None, axis_name: Hashable | None) -> Part:
-    """The mean over ``axis_name`` of every float leaf; what no device has any of stays as it was ``before``.
+    """The mean over ``axis_name`` of every float leaf; if the total weight is 0, extra stays as ``before``.
 
     Args:
       part: what one device has computed.
       before: extra at the beginning of the step.
-      weighs: what the part weighs, or None.
-      axis_name: the mapped axis, or None where there is one part.
+      weighs: the weight of the part, or None.
+      axis_name: the mapped axis, or None if there is only one part.
     """
     if weighs is None:
         if axis_name is None:
@@ -135,8 +135,8 @@ def micro_batches(batch: PyTree, count: int) -> PyTree:
         )
 
     def split(x):
-        # examples i, i + count, ...: axis 0 keeps its sharding (explicit mesh axes allow no other split), and
-        # the devices of one mesh together take the same examples as a single device does
+        # Micro-batch i has examples i, i + count, ...: axis 0 keeps its sharding (explicit mesh axes allow no
+        # other split), and a mesh of devices takes the same examples as a single device.
         x = jnp.asarray(x)
         return jnp.swapaxes(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 0, 1)
 
@@ -144,7 +144,7 @@ def micro_batches(batch: PyTree, count: int) -> PyTree:
 
 
 def zeros_to_sum(trained: PyTree, extra: PyTree, weight: Callable | None) -> PyTree:
-    """Where `over_micro_batches` sums: sums of many 16-bit numbers would lose the small ones."""
+    """The initial sums of `over_micro_batches`, in float32 or wider, since 16-bit sums lose small numbers."""
     parts = trained, (None if weight is None else _floats(extra))
     return jax.tree.map(lambda x: jnp.zeros_like(x, _wide(x)), parts)
 
@@ -154,7 +154,7 @@ def _wide(x: Any) -> Any:
 
 
 def _times(x: jax.Array, weighs: jax.Array | None) -> jax.Array:
-    """``weighs * x`` in float32 at least; what weighs nothing counts nothing, though it be NaN."""
+    """``weighs * x`` in float32 or wider, and 0 where ``weighs`` is 0, even if ``x`` is NaN."""
     x = x.astype(_wide(x))
     if weighs is None:
         return x
@@ -162,7 +162,7 @@ def _times(x: jax.Array, weighs: jax.Array | None) -> jax.Array:
 
 
 def _divided(x: jax.Array, total: jax.Array) -> jax.Array:
-    """``x / total``, and 0 where nothing was counted."""
+    """``x / total``, and 0 where the total is 0."""
     return x / jnp.where(total > 0, total, jnp.ones_like(total)).astype(x.dtype)
 
 

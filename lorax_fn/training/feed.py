@@ -1,4 +1,4 @@
-"""Where `fit` takes its batches from, and how it finds the place again after a restart."""
+"""The source of batches of `fit`, and how it returns to its position after a restart."""
 
 import base64
 import json
@@ -10,29 +10,35 @@ from lorax_fn.core.trees import is_array
 
 
 class Feed:
-    """Batches without end, if they can be had, and the position of the next one.
+    """An iterator over batches that starts over where possible, and knows its position.
 
-    A callable ``batches(start)`` gives an iterator from batch number ``start`` on; an iterator with
-    ``get_state`` and ``set_state`` (grain's protocol), or an iterable of such, is put back to its own state;
-    an iterable is run from its beginning again at each end; of these and of a plain iterator a restart reads
-    and drops what was taken before.
+    A callable ``batches(start)`` returns an iterator from batch number ``start`` on. An iterator with
+    ``get_state`` and ``set_state`` (grain's protocol), or an iterable of such, is restored to its own state.
+    Any other iterable is run again whenever it ends. For these, and for plain iterators, a restart reads and
+    drops the batches that were taken before.
     """
 
     def __init__(self, batches: Any):
         _check_source(batches, called=callable(batches))
         self.batches: Any = batches
         self.taken = 0
-        self.fresh = True  # no batch taken from the current pass
+        self.fresh = True  # whether no batch was taken from the current pass yet
         self.calls = callable(batches) and not hasattr(batches, "__iter__")
         self.iterator: Any = None
 
     def start(self, position: dict | None, done: int, *, skip: bool) -> int:
-        """Goes to a stored position, or to the beginning; returns how many batches were read and dropped.
+        """Goes to a stored position, or to the beginning.
 
         Args:
-          position: what `position` gave, or None.
-          done: steps taken so far: where a callable starts.
-          skip: whether a plain iterator is at its beginning, so that what was taken is dropped.
+          position: the result of `position`, or None.
+          done: how many steps were taken so far, which is where a callable starts.
+          skip: whether a plain iterator is at its beginning, so that batches taken before must be dropped.
+
+        Returns:
+          How many batches were read and dropped.
+
+        Raises:
+          LoraError: the batches can't be put back to the position.
         """
         if self.calls:
             self.taken = done if position is None else position["taken"]
@@ -65,7 +71,7 @@ class Feed:
                 "there are fewer batches than were trained on before the checkpoint.",
                 got=f"{self.taken} batches",
                 want=f"{position['taken']}, and those to go on with",
-                do="pass the same batches as when it was saved, a plain iterator from its beginning.",
+                do="pass the same batches as when it was saved; a plain iterator must be at its beginning.",
             ) from None
         return self.taken
 
@@ -82,13 +88,13 @@ class Feed:
         return batch
 
     def position(self) -> dict:
-        """Where the next batch is, as JSON."""
+        """The position of the next batch, as JSON."""
         get: Callable | None = getattr(self.iterator, "get_state", None)
         return {"taken": self.taken, "state": None if get is None else _encode(get())}
 
 
 def _check_source(batches: Any, *, called: bool) -> None:
-    """Raises a `LoraError` where ``batches`` can't be iterated over, or would be, but are one batch."""
+    """Raises a `LoraError` if ``batches`` can't be iterated over, or are a single batch."""
     one = isinstance(batches, Mapping | str | bytes) or is_array(batches)
     if one or not (called or hasattr(batches, "__iter__") or hasattr(batches, "__next__")):
         raise error(
@@ -100,7 +106,7 @@ def _check_source(batches: Any, *, called: bool) -> None:
 
 
 def _encode(state: Any) -> Any:
-    """JSON as it is, bytes in base64."""
+    """The state as JSON; bytes are encoded in base64."""
     if isinstance(state, bytes):
         return {"bytes": base64.b64encode(state).decode()}
     try:
@@ -112,7 +118,7 @@ def _encode(state: Any) -> Any:
         "get_state() of the batches gave something that a checkpoint can't hold.",
         got=f"a {type(state).__name__}",
         want="bytes, or JSON (dicts with string keys, lists, numbers, strings, bools, None)",
-        do="return json from get_state, or pickle it to bytes.",
+        do="return JSON from get_state, or pickle it to bytes.",
     )
 
 

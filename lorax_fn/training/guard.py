@@ -1,9 +1,8 @@
-"""The last good state of `fit`: kept, and found again where numbers are no longer finite.
+"""Finds the last good state of `fit` when numbers are no longer finite.
 
-A copy of the state at each step would cost more than many a step. So one is kept every few steps, with the
-batches since, and a step that went wrong is approached by taking the steps before it again: they are the same
-steps, bit for bit. Where they turn out otherwise (a batch was donated, or its buffer used again), the state
-that was kept is the last good one.
+Copying the state at every step could cost more than the step itself. So a state is kept every few steps, with
+the batches since then. When a step goes wrong, the steps before it are repeated, and give the same results,
+bit for bit. If they do not (a batch was donated, or its buffer reused), the kept state is the last good one.
 """
 
 import collections
@@ -20,30 +19,30 @@ import numpy as np
 from lorax_fn.core.trees import PyTree, is_float, named_leaves
 from lorax_fn.training.metrics import scalars
 
-EVERY = 8  # steps between two states that are kept
+EVERY = 8  # how many steps apart states are kept
 WATCHED = ("loss", "grad_norm")
 
 
 @dataclasses.dataclass
 class Taken:
-    """One step that was taken: its number, its batch, where that is, and what the step reported."""
+    """A step that was taken: its number, its batch, the position of that batch, and the step's metrics."""
 
     number: int
     batch: Any
     position: Any
     metrics: dict
-    values: dict | None = None  # the scalars of `metrics`, once they are read
+    values: dict | None = None  # the scalars of `metrics`, once read
 
 
 @dataclasses.dataclass
 class _Kept:
     state: Any
     number: int
-    good: Any  # whether every number in it is finite, once that is computed
+    good: Any  # whether every number in it is finite, as a bool on the device or None
 
 
 class Guard:
-    """Keeps a good state, and says when one is not."""
+    """Keeps a good state, and detects states that are not."""
 
     def __init__(self, step: Callable, state: PyTree, params: PyTree, number: int):
         self.step, self.params = step, params
@@ -54,7 +53,7 @@ class Guard:
         self.donates: bool | None = None  # not known before the first step
 
     def hand_out(self, state: PyTree, number: int) -> PyTree:
-        """What the next step is given: ``state``, or a copy of it where ``state`` itself is to be kept."""
+        """The argument of the next step: ``state``, or a copy of it if ``state`` itself is to be kept."""
         due = number == self.kept.number or number - (self.newer or self.kept).number >= EVERY
         if not due:
             return state
@@ -64,17 +63,17 @@ class Guard:
         return given
 
     def took(self, given: PyTree, taken: Taken) -> None:
-        """Remembers one step, and whether it consumed what it was given."""
+        """Records one step, and whether it consumed its arguments."""
         if self.donates is None:
             self.donates = any(x.is_deleted() for x in jax.tree.leaves(given) if isinstance(x, jax.Array))
         self.steps.append(taken)
 
     def finite(self, state: PyTree) -> Any:
-        """Whether all numbers are finite that were so in the first state; a bool on the device."""
+        """Whether all numbers are finite that were finite in the first state, as a bool on the device."""
         return _check(state, self.floats)
 
     def accepts(self, taken: Taken) -> bool:
-        """Whether the metrics of a step, and the state after it where that is to be kept, are finite."""
+        """Whether the metrics of a step are finite, and the state after it if that is to be kept."""
         if not finite_metrics(taken.values or {}):
             return False
         newer = self.newer
@@ -87,9 +86,9 @@ class Guard:
         return True
 
     def last_good(self) -> tuple[PyTree, int]:
-        """The last state whose numbers are finite, found by taking the steps since `kept` again."""
+        """The last finite state and its step, found by repeating the steps since `kept`."""
         state, number = self.kept.state, self.kept.number
-        for taken in list(self.steps)[:-1]:  # the last one is the latest that can have gone wrong
+        for taken in list(self.steps)[:-1]:  # The last step, or one before it, went wrong.
             if taken.values is None or not finite_metrics(taken.values) or not _alive(taken.batch):
                 break
             new, metrics = self.step(_copy(state), self.params, taken.batch)
@@ -108,12 +107,12 @@ class Guard:
 
 
 def finite_metrics(values: dict) -> bool:
-    """Whether loss and gradient norm are finite, those of them that there are."""
+    """Whether the loss and the gradient norm, if there are any, are finite."""
     return all(math.isfinite(values[name]) for name in WATCHED if name in values)
 
 
 def _finite_leaves(state: PyTree) -> tuple[bool, ...]:
-    """Which leaves are floats and finite: some optimizers begin with an infinite best value, for instance."""
+    """Which leaves are finite floats. Some optimizers, for instance, begin with an infinite best value."""
     leaves = jax.tree.leaves(state)
     finite = iter(np.asarray(_each_finite([x for x in leaves if is_float(x)])))
     return tuple(bool(is_float(x) and next(finite)) for x in leaves)

@@ -1,7 +1,7 @@
-"""The training loop: `fit` runs a step until it is done, and survives what stops it.
+"""The training loop: `fit` runs a step until the end, and resumes after interruptions.
 
-Metrics are read one step late, while the next step runs, so that the device never waits for the host. That is
-also when a loss that is not finite is found; `guard` then has the way back to the last good state.
+Metrics are read one step late, while the next step runs, so that the device never waits for the host. A loss
+that is not finite is detected at that time, and `guard` then finds the last good state.
 """
 
 import contextlib
@@ -49,58 +49,58 @@ def fit(
 ) -> TrainState:
     """Trains until ``state.step == steps``: progress, metrics, evaluation, checkpoints, exact resume.
 
-    With a ``checkpoint_dir`` that holds checkpoints, it goes on from the newest one that is whole: the same
-    program, run again, ends with the same adapters, bit for bit, as if it had never been interrupted.
+    If ``checkpoint_dir`` contains checkpoints, training continues from the newest intact one. Running the
+    same program again gives the same adapters, bit for bit, as an uninterrupted run.
 
-    On SIGTERM (in the main thread, with a ``checkpoint_dir``) it finishes the step, saves, and raises
-    ``SystemExit(143)``, also where the signal came during the last evaluation or save: what follows in the
-    program does not run as if training were done. A wait for a batch is broken off. The handler that was
-    there before comes back afterwards. Where several processes run, JAX tells all of them.
+    On SIGTERM (in the main thread, with a ``checkpoint_dir``), it finishes the step, saves, and raises
+    ``SystemExit(143)``, so that the rest of the program does not run as if training were complete. This also
+    holds if the signal comes during the last evaluation or save. Waiting for a batch is interrupted. The
+    previous signal handler is restored afterwards. With several processes, JAX notifies all of them.
 
     Args:
-      step: ``step(state, params, batch) -> (state, metrics)``, jitted, of `make_train_step` and its like.
-      state: `TrainState` to begin with; it fixes structure and shardings of what is restored. It is not
-        consumed, unless ``nan_guard=False`` and ``step`` donates.
-      params: the frozen tree. Checkpoints hold its fingerprint, no weights.
-      batches: ``batches(start)``, which gives an iterator from batch ``start`` on; or an iterator with
+      step: ``step(state, params, batch) -> (state, metrics)``, jitted, from `make_train_step`,
+        `mesh_train_step` or `pmap_train_step`.
+      state: the initial `TrainState`, which also determines the structure and shardings of a restored one. It
+        is not consumed, unless ``nan_guard=False`` and ``step`` donates.
+      params: the frozen tree. Checkpoints contain its fingerprint, not its weights.
+      batches: ``batches(start)``, which returns an iterator from batch ``start`` on; or an iterator with
         ``get_state`` and ``set_state`` (grain), whose state is stored; or an iterable (list, grain dataset),
-        run again at its end; or a plain iterator. To resume the latter two, the batches taken before are read
-        and dropped: they must come in the same order, and a plain iterator must be at its beginning (unless
-        ``state`` is the one that the checkpoint holds).
-      steps: the step count to end at, those before a restart included.
-      eval_fn: ``eval_fn(state, params) -> score`` or a dict of scores, called every ``every`` steps and at
-        the end; a lone score is called ``loss``.
-      every: steps between evaluations.
-      save_every: steps between checkpoints; None is ``every``. One is written at the end, too, and at each
-        evaluation that is among the ``keep_best`` best.
-      best: the score by which evaluations are compared, lower is better; ``"-accuracy"``: higher is.
-      keep_best: how many checkpoints of the best evaluations are kept, whatever ``max_to_keep`` is.
-      patience: stop after so many evaluations in a row without a new best; None never does. A score that is
-        not finite is no new best.
-      checkpoint_dir: where checkpoints go: adapters, optimizer state, step, key, ``extra`` and the position
-        in the batches, written while training goes on. None writes none.
-      max_to_keep: how many of the newest are kept; None keeps all.
-      metrics_file: a file of JSON lines, one per step and one per evaluation. Lines of later steps than the
-        state's (after a restart: the checkpoint's) are cut off. NaN is written as a string; leaves of ``aux``
-        that have axes are not written.
-      callbacks: each is called with a copy of each of these rows, a dict, as soon as it is known, one step
-        late.
-      progress: a bar by tqdm; None shows one if tqdm is installed, and plain lines if not.
-      count: ``count(batch)``, how many ``unit`` a batch holds; None takes axis 0 of its first leaf.
+        run again when it ends; or a plain iterator. To resume the latter two, the batches taken before are
+        read and dropped, so they must come in the same order, and a plain iterator must be at its beginning
+        (unless ``state`` is the one in the checkpoint).
+      steps: the step count at the end, which includes steps before a restart.
+      eval_fn: ``eval_fn(state, params)`` returns a score or a dict of scores. It is called every ``every``
+        steps and at the end; a single score is called ``loss``.
+      every: how many steps apart evaluations are.
+      save_every: how many steps apart checkpoints are; None is ``every``. One is also written at the end, and
+        at each evaluation that is among the ``keep_best`` best.
+      best: the score that compares evaluations; lower is better, or higher with a minus: ``"-accuracy"``.
+      keep_best: how many checkpoints of the best evaluations to keep in addition to ``max_to_keep``.
+      patience: stop after this many evaluations in a row without a new best; None never stops. A score that
+        is not finite is never a new best.
+      checkpoint_dir: directory for checkpoints of adapters, optimizer state, step, key, ``extra`` and data
+        position, which are written while training continues. None writes none.
+      max_to_keep: how many of the newest checkpoints to keep; None keeps all.
+      metrics_file: a file of JSON lines, one per step and one per evaluation. Lines of steps after the
+        initial or restored state are removed. NaN is written as a string; leaves of ``aux`` that are not
+        scalars are left out.
+      callbacks: each is called with a copy of every such row, a dict, one step late.
+      progress: True shows a tqdm bar, False nothing. None shows a bar if tqdm is installed, else plain lines.
+      count: ``count(batch)`` is how many ``unit`` a batch contains; None is axis 0 of its first leaf.
       unit: what is counted, for example ``"tokens"``.
-      nan_guard: stop where ``loss``, ``grad_norm`` or a number in the state is not finite (but was at the
-        start). For that a state is kept every few steps, with the batches since: a spare copy of adapters and
-        optimizer state. The last good state is found by taking these steps again.
+      nan_guard: stop if ``loss``, ``grad_norm`` or a number in the state is not finite (but was at the
+        start). This keeps a state every few steps, which takes memory for a copy of adapters and optimizer
+        state, and the batches since then; the last good state is found by repeating these steps.
 
     Returns:
-      The last state; after an early stop the one that it stopped at (the best is in its checkpoint).
+      The last state. After an early stop, this is not the best one, which is in its checkpoint.
 
     Raises:
-      FitError: a loss, a gradient or the state after a step is not finite, or the batches ended; it holds the
-        last good state, which is saved as a checkpoint too.
+      FitError: a loss, a gradient or the state after a step is not finite, or the batches ended. The error
+        has the last good state, which is also saved as a checkpoint.
       LoraError: an argument is wrong; the state was consumed by a step, or is past ``steps``; ``step`` does
         not return a state that counts its steps; a checkpoint can't be written, belongs to another base or
-        state, holds adapters alone, or none is whole.
+        state, or contains only adapters; or no checkpoint is intact.
 
     Example:
       >>> import jax, jax.numpy as jnp, lorax_fn as lx, optax
@@ -138,7 +138,7 @@ def fit(
         stopping = stack.enter_context(termination(checkpoint_dir is not None))
         while not stopping(run.done) and run.done < steps and not run.tracker.stopped:
             if not run.advance(steps, stopping):
-                continue  # SIGTERM came in place of a batch
+                continue  # SIGTERM came while waiting for a batch.
             last = run.done == steps
             if eval_fn is not None and (last or run.done % every == 0):
                 run.settle()
@@ -150,13 +150,13 @@ def fit(
         run.finish()
         if stopping.came:
             run.log.note(f"SIGTERM: saved step {run.done} in {checkpoint_dir}")
-    if stopping.came:  # asked when the former handler is back: until then it may come
+    if stopping.came:  # Check after the previous handler is back, as the signal may come until then.
         raise SystemExit(128 + signal.SIGTERM)
     return run.state
 
 
 class _Run:
-    """One call of `fit`: the state, how far it is, and the step whose metrics nobody has read yet."""
+    """One call of `fit`: the state, its progress, and the pending step, whose metrics were not read yet."""
 
     log: Log
     guard: Guard | None = None
@@ -167,10 +167,10 @@ class _Run:
         self.done = self.saved = self.begun = _number(state.step)
         self.tracker = Best([])
         self.pending: Taken | None = None
-        self.position: Any = None  # where the batches are, if their source was broken off
+        self.position: Any = None  # the position of the batches, if waiting for one was interrupted
 
     def resume(self, steps: int) -> list[str]:
-        """Goes to the newest checkpoint, if there is one; returns what there is to say about it."""
+        """Restores the newest checkpoint if there is one; returns notes about it to show."""
         given, position, notes = self.done, None, []
         found = self.snapshots and self.snapshots.restore(self.state)
         if self.snapshots and found:
@@ -183,14 +183,14 @@ class _Run:
                     path=self.snapshots.folder,
                     got=f"a state at step {given}, checkpoints up to step {self.done}",
                     want="a state at step 0, or the one that was saved last",
-                    do="give another checkpoint_dir to go on from this state.",
+                    do="pass another checkpoint_dir to go on from this state.",
                 )
             notes.append(f"resumed at step {self.done} from {self.snapshots.folder}")
         if self.done > steps:
             raise error(
-                "more steps were taken than are asked for.",
+                "more steps were taken than steps= allows.",
                 got=f"step {self.done}" + (f" in {self.snapshots.folder}" if self.snapshots else ""),
-                want=f"steps={steps}, which counts from step 0",
+                want=f"at most steps={steps}, which counts from step 0",
                 do=f"steps={self.done} or more; or start from a new state"
                 + (", with another checkpoint_dir." if self.snapshots else "."),
             )
@@ -198,7 +198,7 @@ class _Run:
         return notes + ([f"read and dropped the {skipped} batches of those steps"] if skipped else [])
 
     def advance(self, steps: int, stopping: Termination) -> bool:
-        """Starts one step, and reads the metrics of the one before while it runs; False where none came."""
+        """Starts one step, and reads the previous step's metrics while it runs; False if no batch came."""
         place = self.feed.position() if self.snapshots is not None else None
         try:
             with stopping.breakable():
@@ -226,7 +226,7 @@ class _Run:
         return True
 
     def settle(self) -> None:
-        """Waits for the metrics of the pending step and reports them; stops where they are not finite."""
+        """Waits for the metrics of the pending step and reports them; raises if they are not finite."""
         last, self.pending = self.pending, None
         if last is None:
             return
@@ -236,13 +236,13 @@ class _Run:
             self.go_back()
 
     def judge(self, found: dict, best: str, keep: int, patience: int | None) -> None:
-        """Compares one evaluation with those before."""
+        """Compares one evaluation with the previous ones."""
         name, sign = (best[1:], -1.0) if best.startswith("-") else (best, 1.0)
         if name not in found:
             raise error(
                 "eval_fn gives no score of this name.",
                 got=f"best={best!r}, scores {sorted(found)}",
-                do=f"best={sorted(found)[0]!r}, or '-' before it where higher is better.",
+                do=f"best={sorted(found)[0]!r}, or with '-' before the name if higher is better.",
             )
         self.tracker.add(sign * found[name], self.done, keep, patience)
         self.log.row({"step": self.done, "eval": found})
@@ -251,14 +251,14 @@ class _Run:
             why = f"no better {name} in {patience} evaluations"
             self.log.row({"step": self.done, "stopped": why})
             self.log.note(f"stopped at step {self.done}: {why}")
-        self.log.clock.clear()  # evaluating takes time, and the speed that is shown is that of training
+        self.log.clock.clear()  # The speed that is shown is that of training, without evaluation.
 
     def is_best(self, keep: int) -> bool:
-        """Whether this step is one of the best that are kept."""
+        """Whether this step is one of the ``keep`` best."""
         return any(step == self.done for _, step in self.tracker.best[:keep])
 
     def check_count(self) -> None:
-        """Raises a `LoraError` where the state does not count the steps that it went through."""
+        """Raises a `LoraError` if the state does not count the steps that were taken."""
         if _number(self.state.step) != self.done:
             raise error(
                 "the step does not count.",
@@ -269,7 +269,7 @@ class _Run:
             )
 
     def save(self) -> None:
-        """Checks the state and begins to save it, unless that was done at this step."""
+        """Checks the state and begins to save it, unless this step is saved already."""
         if self.done in (self.saved, self.begun):
             return
         self.settle()
@@ -279,7 +279,7 @@ class _Run:
         self._write(self.feed.position() if self.position is None else self.position)
 
     def finish(self) -> None:
-        """Waits until what was saved is on disk; failures of the thread that writes come out here."""
+        """Waits until the last checkpoint is on disk; errors of the writing thread are raised here."""
         if self.snapshots is not None:
             self.snapshots.finish()
 
@@ -295,14 +295,14 @@ class _Run:
         raise _not_finite(bad, after, self)
 
     def _write(self, position: Any) -> None:
-        self.log.flush()  # what the checkpoint counts on is in the file
+        self.log.flush()  # The metrics up to a checkpoint must be in the file.
         if self.snapshots is not None:
             self.snapshots.save(self.state, self.done, dataclasses.asdict(self.tracker), position)
         self.saved = self.done
 
 
 def _checked(out: Any) -> tuple[Any, Any]:
-    """What a step returned, a state and metrics."""
+    """The state and metrics that a step returned, after a check."""
     if isinstance(out, tuple) and len(out) == 2 and hasattr(out[0], "step"):
         return out
     raise error(
@@ -314,13 +314,13 @@ def _checked(out: Any) -> tuple[Any, Any]:
 
 
 def _number(count: Any) -> int:
-    """The step count of a state, of its first device where it was made for pmap."""
+    """The step count of a state, from its first device under pmap."""
     local = count.addressable_shards[0].data if isinstance(count, jax.Array) else count
     return int(np.asarray(local).reshape(-1)[0])
 
 
 def _amount(last: Taken, count: Callable | None) -> int:
-    """How much one batch holds: ``count``, or axis 0 of its first leaf (two axes under pmap)."""
+    """The size of one batch: ``count(batch)``, or axis 0 of its first leaf (axes 0 and 1 under pmap)."""
     if count is not None:
         return count(last.batch)
     shape = next((np.shape(x) for x in jax.tree.leaves(last.batch)), ())

@@ -1,4 +1,4 @@
-"""Which leaves train, a tree of these alone, and an optimizer that touches no other."""
+"""Masks of the leaves that train, trees of only these leaves, and optimizers that change only these."""
 
 import inspect
 import operator
@@ -14,19 +14,19 @@ from lorax_fn.core.trees import PyTree, is_float, named_leaves
 
 
 def mask(tree: PyTree) -> PyTree:
-    """True on the leaves that train, False on every other.
+    """A mask that is True on the leaves that train and False on all others.
 
     A leaf trains if it is a float array of an `Adapter` and its field is not in the class's ``frozen`` tuple.
     PRNG keys and integers never train, nor does any leaf outside an adapter.
 
-    Beware: ``optax.masked(tx, lx.mask)`` alone passes the *raw gradients* of the False leaves through, so
-    that `optax.apply_updates` adds them to the frozen weights. Use `train_only`, which sets them to zero.
+    Beware: ``optax.masked(tx, lx.mask)`` by itself passes the *raw gradients* of the False leaves through,
+    and `optax.apply_updates` then adds them to the frozen weights. Use `train_only`, which zeroes them.
 
     Args:
-      tree: any tree that holds adapters, params or both, of arrays or of ``jax.ShapeDtypeStruct``.
+      tree: any tree of adapters, params or both, of arrays or of ``jax.ShapeDtypeStruct``.
 
     Returns:
-      A tree of bool with ``tree``'s structure, as `optax.masked` and `optax.partition` take it.
+      A tree of bools with ``tree``'s structure, for `optax.masked` and `optax.partition`.
 
     Example:
       >>> import jax, jax.numpy as jnp, lorax_fn as lx
@@ -50,19 +50,18 @@ def _mask_node(node: object) -> PyTree:
 
 
 def trainable(lora: dict[str, Adapter]) -> dict[str, Adapter]:
-    """The leaves of ``lora`` that train, with None in place of every other.
+    """The leaves of ``lora`` that train, with None in place of all others.
 
-    This is what the optimizer of a loop of your own should see. Handed the whole ``lora``, `optax.adamw`
-    decays the frozen factors of LoRA-FA, VeRA and LoRA-XS too, although their gradient is zero. Take the
-    gradients from `value_and_grad`: they have this structure, so `optax.apply_updates` of the whole ``lora``
-    fails instead.
+    In a custom loop, give this to the optimizer. With the whole ``lora``, `optax.adamw` would also decay the
+    frozen factors of LoRA-FA, VeRA and LoRA-XS, although their gradient is zero. Gradients from
+    `value_and_grad` have this structure, so applying them to the whole ``lora`` by mistake raises.
 
     Args:
       lora: ``dict[str, Adapter]``, of arrays or of ``jax.ShapeDtypeStruct``.
 
     Returns:
-      The same dict of adapters, None where `mask` is False. It is an ordinary pytree, and not for `adapt`:
-      `with_trainable` makes it whole again.
+      The same dict of adapters, with None where `mask` is False. It is an ordinary pytree, but cannot be
+      passed to `adapt`; `with_trainable` restores the whole ``lora``.
 
     Raises:
       LoraError: ``lora`` is not a dict of adapters.
@@ -83,17 +82,17 @@ def trainable(lora: dict[str, Adapter]) -> dict[str, Adapter]:
 
 
 def with_trainable(lora: dict[str, Adapter], trained: dict[str, Adapter]) -> dict[str, Adapter]:
-    """``lora`` with the leaves of ``trained``, which `trainable` gave and an optimizer changed.
+    """``lora`` with its trainable leaves replaced by those of ``trained``: the inverse of `trainable`.
 
     Args:
-      lora: ``dict[str, Adapter]``; what does not train is taken from here.
-      trained: a tree of the structure of ``trainable(lora)``.
+      lora: ``dict[str, Adapter]``, from which the leaves that do not train are taken.
+      trained: a tree with the structure of ``trainable(lora)``.
 
     Returns:
-      The whole ``dict[str, Adapter]``, as `adapt`, `merge` and `checkpoint.save` take it.
+      The whole ``dict[str, Adapter]``, for `adapt`, `merge` and `checkpoint.save`.
 
     Raises:
-      LoraError: ``trained`` has leaves where ``lora`` has none that trains, or lacks some.
+      LoraError: ``trained`` does not have the structure of ``trainable(lora)``.
 
     Example:
       >>> import jax, jax.numpy as jnp, lorax_fn as lx
@@ -107,12 +106,12 @@ def with_trainable(lora: dict[str, Adapter], trained: dict[str, Adapter]) -> dic
 
 
 def of_trained(tree: PyTree, flags: PyTree) -> PyTree:
-    """``tree`` with None where ``flags`` are False."""
+    """``tree`` with None where ``flags`` is False."""
     return jax.tree.map(lambda train, leaf: leaf if train else None, flags, tree)
 
 
 def check_trained(tree: PyTree, want: PyTree, name: str) -> None:
-    """Raises a `LoraError` where ``tree`` has not the structure of ``want``, a result of `trainable`."""
+    """Raises a `LoraError` if ``tree`` does not have the structure of ``want``, a result of `trainable`."""
     if jax.tree.structure(tree) == jax.tree.structure(want):
         return
     got, wanted = ({path for path, _ in named_leaves(x)} for x in (tree, want))
@@ -138,11 +137,11 @@ def _unmask(tree: PyTree) -> PyTree:
 def train_only(
     tx: optax.GradientTransformation | optax.MultiSteps,
 ) -> optax.GradientTransformationExtraArgs:
-    """Wraps an optimizer so that every leaf that `mask` calls False gets exactly zero update and no state.
+    """Wraps an optimizer so that leaves where `mask` is False get an update of exactly zero, and no state.
 
-    The trap that this avoids: ``optax.masked(tx, mask)`` by itself hands the raw gradients of the other
-    leaves through, and `optax.apply_updates` then adds them to the weights. A global-norm clip inside ``tx``
-    sees only the leaves that train.
+    ``optax.masked(tx, mask)`` by itself would pass the raw gradients of those leaves through, and
+    `optax.apply_updates` would add them to the weights. A global-norm clip inside ``tx`` sees only the leaves
+    that train.
 
     Args:
       tx: any optax transformation (chains, ``inject_hyperparams``, ``MultiSteps``, ...); extra arguments such
@@ -171,15 +170,16 @@ def train_only(
             want="an optax.GradientTransformation",
             do="call it first, e.g. optax.adamw(1e-4).",
         )
-    # extra arguments of the tree's own structure (gradients, for instance) are masked as the updates are
+    # Extra arguments with the structure of the tree, such as gradients, are masked like the updates.
     trained = optax.masked(own_promotion(tx), mask, mask_compatible_extra_args=True)
     return optax.chain(trained, optax.masked(optax.set_to_zero(), _unmask))
 
 
 def own_promotion(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """Runs an optimizer under JAX's standard promotion: ``0.9**count`` in optax's Adam fails under strict.
+    """Runs an optimizer under JAX's standard dtype promotion, as optax's Adam fails under the strict one.
 
-    It is handed those extra arguments alone that its update names: `optax.contrib.sam` takes no ``value``.
+    Only the extra arguments that its update accepts are passed on: `optax.contrib.sam`, for one, does not
+    accept ``value``.
     """
     tx = optax.with_extra_args_support(tx)
     known = inspect.signature(tx.update).parameters

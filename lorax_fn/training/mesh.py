@@ -1,4 +1,4 @@
-"""The train step as one program over a mesh of devices."""
+"""The train step as one program on a mesh of devices."""
 
 import dataclasses
 import functools
@@ -23,7 +23,7 @@ Step = TypeVar("Step")
 
 
 def _loss_first(make: Callable[Arguments, Step]) -> Callable[Arguments, Step]:
-    """Refuses the order of arguments of 0.1, in which the mesh came first, with the call to write instead."""
+    """Raises a `LoraError` with the correct call for the argument order of 0.1, where the mesh came first."""
 
     @functools.wraps(make)
     def checked(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Step:
@@ -52,38 +52,39 @@ def mesh_train_step(
     weight: Callable[[Any], Any] | None = None,
     batch: PyTree = None,
 ) -> "MeshStep":
-    """Builds the step of `make_train_step` on a mesh: weights by rules, adapters after them, batch over data.
+    """Builds the step of `make_train_step` on a mesh, with weights sharded by rules and adapters alongside.
 
-    Weights are laid out by the first rule that matches them and replicated where none does; adapters and what
-    the optimizer keeps of them follow by `shardings`; step, key and ``extra`` are replicated. Loss and
+    Weights are sharded by the first rule that matches them, or replicated if none does. Adapters and their
+    optimizer state follow their weights, as in `shardings`; step, key and ``extra`` are replicated. Loss and
     statistics are those of the whole batch. Mesh axes may be Auto or Explicit: the step runs under
-    ``jax.set_mesh(mesh)``, and a model on Explicit axes reshards where JAX asks it to, as without adapters.
+    ``jax.set_mesh(mesh)``, and on Explicit axes the model must reshard where JAX requires it, as without
+    adapters.
 
-    Beware: on Auto axes, constrain activations (``jax.lax.with_sharding_constraint``), in scans above all.
-    XLA, as of JAX 0.10 and 0.12, computes some scans wrongly, with or without adapters, where their carry is
-    left to it and the batch is sharded over an axis (``"fsdp"``) that shards weights, too.
+    Beware: on Auto axes, constrain activations (``jax.lax.with_sharding_constraint``), above all in scans.
+    With JAX 0.10 and 0.12, XLA computes some scans incorrectly, with or without adapters, if the sharding of
+    their carry is left to it and the batch is sharded over an axis that also shards weights (``"fsdp"``).
 
     Args:
       loss_fn: as in `make_train_step`; it sees the whole batch.
-      tx: the optimizer that `TrainState.create` got.
+      tx: the optimizer that was passed to `TrainState.create`.
       mesh: for instance ``jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"))``.
-      rules: ``{pattern: jax.P(...)}``, patterns as the targets of `split`, an entry for each axis of the
-        weight. ``{"bias": jax.P(), "attn/*": jax.P("fsdp", "tensor")}``: the first match wins. A rule that
-        earlier ones leave nothing to is refused, but for ``"*"`` at the end.
-      accumulate: how many micro-batches each batch is split into.
-      weight: ``weight(batch) -> number``, as in `make_train_step`. The devices of a mesh compute one mean
-        over the whole batch anyway; this is for micro-batches.
-      batch: ``jax.P`` of every leaf of the batch, or a tree of them with the structure of the batch or of its
-        upper part. None puts axis 0 over the mesh's axes named ``"data"`` and ``"fsdp"``.
+      rules: ``{pattern: jax.P(...)}``, such as ``{"bias": jax.P(), "attn/*": jax.P("fsdp", "tensor")}``, with
+        patterns like the targets of `split`, and one entry per axis of the weight. The first match wins. A
+        rule to which earlier ones leave nothing is refused, except for ``"*"`` at the end.
+      accumulate: how many micro-batches to split each batch into.
+      weight: ``weight(batch) -> number``, as in `make_train_step`, for micro-batches only, as the devices of
+        a mesh compute one mean over the whole batch.
+      batch: ``jax.P`` for all leaves of the batch, or a tree of them that is a prefix of the batch. None
+        shards axis 0 over the mesh axes named ``"data"`` and ``"fsdp"``.
 
     Returns:
-      A `MeshStep`, called as ``step(state, params, batch)`` and compiled once; it donates the state.
+      A `MeshStep`, called as ``step(state, params, batch)``, which is compiled once and donates the state.
 
     Raises:
-      LoraError: the mesh comes first, as it did in 0.1; a spec names no axis of the mesh; ``batch=None`` on a
-        mesh without a data axis. When the step runs: a pattern of ``rules`` matches nothing, or only what an
-        earlier one took; an axis does not divide by its mesh axes (all of them are listed); the state was
-        consumed by a step; the call is inside ``jax.jit``; and what `make_train_step` refuses.
+      LoraError: the arguments are in the order of 0.1; a spec names an axis that the mesh does not have; or
+        ``batch=None`` on a mesh without a data axis. When the step runs: a pattern of ``rules`` matches
+        nothing, or only leaves that earlier ones decide; an axis is not divisible by its mesh axes; the state
+        was consumed by a step; the call is inside ``jax.jit``; or as for `make_train_step`.
 
     Example:
       >>> import jax, jax.numpy as jnp, lorax_fn as lx, optax
@@ -114,7 +115,7 @@ def mesh_train_step(
             raise error(
                 "no axis of the mesh is known to be one of data.",
                 got=tuple(mesh.shape),
-                want=f"an axis named in {BATCH_AXES}, or batch=",
+                want=f"an axis named one of {BATCH_AXES}, or batch=",
                 do=f"batch=jax.P({mesh.axis_names[0]!r}), which shards axis 0 of every leaf of the batch.",
             )
         batch = PartitionSpec(axes)
@@ -124,21 +125,21 @@ def mesh_train_step(
     return MeshStep(mesh, dict(rules), batch, accumulate, step)
 
 
-# eq=False: a step is itself alone, so that it has a hash although it holds dicts
+# With eq=False, a step is compared by identity, and has a hash although it contains dicts.
 @dataclasses.dataclass(frozen=True, eq=False)
 class MeshStep:
-    """A train step on a mesh, as `mesh_train_step` makes it: ``step(state, params, batch)``.
+    """A train step on a mesh, the result of `mesh_train_step`: ``step(state, params, batch)``.
 
-    What is not yet where it belongs is put there at every call, so `place` the params once, before the loop.
-    With several processes, each gives the whole state and params, but its own part of the batch.
+    Every call moves arrays that are not where they belong, so `place` the params once, before the loop. With
+    several processes, each passes the whole state and params, but only its own part of the batch.
 
     Args:
       mesh: the mesh.
-      rules: ``{pattern: jax.P(...)}`` of the weights.
+      rules: ``{pattern: jax.P(...)}`` for the weights.
       batch: the specs of the batch.
       accumulate: how many micro-batches.
-      step: the step, not yet compiled.
-      programs: what was compiled, by the structure and shapes of the arguments.
+      step: the step before compilation.
+      programs: compiled programs, by the structure and shapes of the arguments.
 
     Example:
       >>> import jax, jax.numpy as jnp, lorax_fn as lx, optax
@@ -165,8 +166,8 @@ class MeshStep:
             raise error(
                 "a mesh step is inside jax.jit, or another transformation of JAX.",
                 got="traced arguments",
-                want="arrays: the step is compiled already, and donates its state",
-                do="call it as it is: state, metrics = step(state, params, batch); "
+                want="arrays, because the step is already compiled, and donates its state",
+                do="call it directly: state, metrics = step(state, params, batch); "
                 "step.lower(state, params, batch) gives the program.",
             )
         check_alive(state, "state")
@@ -177,18 +178,18 @@ class MeshStep:
             return run(state, params, batch)
 
     def shardings(self, state: TrainState, params: PyTree) -> tuple[PyTree, PyTree]:
-        """``(state, params)`` of ``NamedSharding``; arguments may be abstract."""
+        """``(state, params)`` with a ``NamedSharding`` for each array; arguments may be abstract."""
         check_arrays_only(params)
         at_params = sharding.rule_shardings(self.mesh, self.rules, params)
         return sharding.shardings(state, at_params), at_params
 
     def place(self, state: TrainState, params: PyTree) -> tuple[TrainState, PyTree]:
-        """``(state, params)`` on the mesh; the state may share buffers with the given one, and is donated."""
+        """``(state, params)`` on the mesh. The new state may share buffers with the old, and will be donated."""
         at_state, at_params = self.shardings(state, params)
         return _put(state, at_state), _put(params, at_params)
 
     def lower(self, state: TrainState, params: PyTree, batch: PyTree) -> Any:
-        """The lowered program, as ``jax.jit(...).lower`` gives it; arguments may be abstract."""
+        """The lowered program, like ``jax.jit(...).lower``; arguments may be abstract."""
         with jax.set_mesh(self.mesh):
             return self._program(state, params, batch)[0].lower(state, params, batch)
 
@@ -197,7 +198,7 @@ class MeshStep:
         known = treedef, tuple(x.shape if is_array(x) else () for x in leaves)
         if known not in self.programs:
             at = *self.shardings(state, params), self._batch_shardings(batch)
-            # the state comes out as it went in, so that the next call finds the same program
+            # The state keeps its shardings, so that the next call runs the same program.
             run = jax.jit(self.step, donate_argnums=0, in_shardings=at, out_shardings=(at[0], None))
             self.programs[known] = run, at
         return self.programs[known]
@@ -224,7 +225,7 @@ class MeshStep:
 
 
 def _put(tree: PyTree, where: PyTree) -> PyTree:
-    """``jax.device_put``, also of keys to a mesh of several processes, which JAX does not do."""
+    """``jax.device_put`` that can also put keys on a mesh of several processes, which JAX's cannot."""
     if jax.process_count() == 1:
         return jax.device_put(tree, where)
 

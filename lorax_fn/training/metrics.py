@@ -1,4 +1,4 @@
-"""What `fit` tells: a progress bar, lines of JSON, and callbacks; all on the first process alone."""
+"""The output of `fit`: a progress bar, lines of JSON, and callbacks, on the first process only."""
 
 import collections
 import contextlib
@@ -18,14 +18,14 @@ import numpy as np
 from lorax_fn.core.errors import error
 from lorax_fn.core.trees import PyTree, is_array, named_leaves
 
-WINDOW = 20  # steps over which the speed is taken
-FLUSH = 0.5  # seconds between two writes to the file of metrics; a write per row costs more than the row
+WINDOW = 20  # how many steps the speed is averaged over
+FLUSH = 0.5  # seconds between writes to the file of metrics, since a write per row would be slow
 
 
 def scalars(metrics: PyTree) -> dict:
-    """The scalar leaves of a step's metrics as Python numbers; those of the first device after a pmap.
+    """The scalar leaves of a step's metrics as Python numbers; under pmap, those of the first device.
 
-    Leaves with axes are left out: an ``aux`` may hold logits, which nobody wants in a line of JSON.
+    Other leaves, such as logits in ``aux``, are left out.
     """
     if not isinstance(metrics, dict) or "loss" not in metrics:
         raise error(
@@ -38,9 +38,9 @@ def scalars(metrics: PyTree) -> dict:
 
     def read(x):
         if isinstance(x, jax.Array):
-            if not isinstance(x.dtype, np.dtype):  # a key
+            if not isinstance(x.dtype, np.dtype):  # a PRNG key
                 return None
-            if x.ndim == 0:  # it lies whole on every device
+            if x.ndim == 0:  # replicated on all devices
                 return x.item()
             x = x.addressable_shards[0].data if mapped else None
         if x is not None and np.size(x) == 1 and np.ndim(x) <= mapped:
@@ -51,7 +51,7 @@ def scalars(metrics: PyTree) -> dict:
 
 
 def scores(found: Any) -> dict[str, float]:
-    """What ``eval_fn`` returned, as numbers by name; a lone score is called ``loss``."""
+    """The result of ``eval_fn`` as numbers by name; a single score is called ``loss``."""
     named = found if isinstance(found, dict) else {"loss": found}
     strange = [f"{name}: {_kind(x)}" for name, x in named.items() if not _is_number(x)]
     if strange or not named:
@@ -75,7 +75,7 @@ def _kind(x: Any) -> str:
 
 
 def _without_none(tree: Any) -> Any:
-    """Named leaves of nested dicts; other containers become dicts of their paths."""
+    """Nested dicts without None leaves; other containers become dicts of leaves by path."""
     if isinstance(tree, dict):
         kept = {str(name): _without_none(part) for name, part in tree.items()}
         return {name: part for name, part in kept.items() if part is not None and part != {}}
@@ -85,12 +85,12 @@ def _without_none(tree: Any) -> Any:
 
 
 def _copied(row: dict) -> dict:
-    """A row of its own: a callback may change it."""
+    """A copy of a row, since a callback may modify it."""
     return {name: _copied(part) if isinstance(part, dict) else part for name, part in row.items()}
 
 
 def _json(value: Any) -> Any:
-    """NaN, infinity and complex numbers as strings: strict JSON has no numbers for them."""
+    """NaN, infinity and complex numbers as strings, because strict JSON cannot represent them."""
     if isinstance(value, dict):
         return {name: _json(part) for name, part in value.items()}
     odd = isinstance(value, complex) or (isinstance(value, float) and not math.isfinite(value))
@@ -98,7 +98,7 @@ def _json(value: Any) -> Any:
 
 
 def read_rows(path: pathlib.Path) -> list[dict]:
-    """The whole lines of a file of metrics; a last one that a crash cut short is left out."""
+    """The rows of a metrics file, without a last line that a crash cut short."""
     if not os.path.lexists(path):
         return []
     rows = []
@@ -109,17 +109,17 @@ def read_rows(path: pathlib.Path) -> list[dict]:
         for line in lines:
             row = json.loads(line)
             if not isinstance(row, dict) or type(row.get("step")) is not int:
-                raise ValueError("no row with a step")
+                raise ValueError("not a row with a step")
             rows.append(row)
         if not last.startswith('{"step"'[: len(last)]):
-            raise ValueError("no row, nor a part of one")
+            raise ValueError("not a row, nor a part of one")
     except (OSError, ValueError, RecursionError) as failure:
         raise error(
             "metrics_file holds something else than the metrics of fit.",
             path=path,
             got=f"line {len(rows) + 1}: {type(failure).__name__}: {str(failure)[:200]}",
-            want="one line of JSON with a step per row, or no file",
-            do="move it away or repair that line, or give another metrics_file; nothing was overwritten.",
+            want="a JSON object with a step on each line, or no file",
+            do="move it away, repair that line, or pass another metrics_file; nothing was overwritten.",
         ) from failure
     return rows
 
@@ -147,7 +147,7 @@ class Log:
         self.bar = None if progress is False else _bar(done, steps, needed=progress is True)
         self.plain = progress is None and self.bar is None
         if file is not None:
-            path = pathlib.Path(os.path.realpath(file))  # a link stays one
+            path = pathlib.Path(os.path.realpath(file))  # so that a link stays a link
             kept = [row for row in read_rows(path) if row["step"] <= done]
             with _writing(path):
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -157,18 +157,18 @@ class Log:
                 self.file = open(path, "a", encoding="utf-8")
 
     def tick(self, amount: int) -> None:
-        """Begins the clock, or counts what one step worked through."""
+        """Records the time at the end of a step, and the size of its batch."""
         self.clock.append((time.perf_counter(), amount))
 
     def speed(self) -> float | None:
-        """Units a second over the last steps; None before the second one, as the first compiles."""
+        """Units per second over the last steps; None before the second step, as the first one compiles."""
         if len(self.clock) < 2:
             return None
         seconds = self.clock[-1][0] - self.clock[0][0]
         return sum(amount for _, amount in list(self.clock)[1:]) / max(seconds, 1e-9)
 
     def step(self, number: int, metrics: dict, amount: int) -> None:
-        """One row a step: its metrics, the speed, and the seconds since the start."""
+        """Writes the row of one step: its metrics, the speed, and the seconds since the start."""
         self.tick(amount)
         speed = self.speed()
         row = {"step": number, **metrics, "seconds": round(time.perf_counter() - self.begin, 3)}
@@ -183,7 +183,7 @@ class Log:
             self.bar.update(1)
 
     def row(self, row: dict) -> None:
-        """One row to the file and, a copy each, to the callbacks."""
+        """Writes one row to the file, and passes a copy to each callback."""
         if self.file is not None:
             with _writing(self.file.name):
                 self.file.write(json.dumps(_json(row)) + "\n")
@@ -193,14 +193,14 @@ class Log:
             callback(_copied(row))
 
     def flush(self) -> None:
-        """Hands to the system what was written to the file."""
+        """Flushes the file."""
         self.flushed = time.perf_counter()
         if self.file is not None:
             with _writing(self.file.name):
                 self.file.flush()
 
     def note(self, text: str) -> None:
-        """A line above the bar, or to stderr where there is no tqdm."""
+        """Prints a line above the bar, or to stderr if there is no tqdm."""
         if self.bar is not None:
             self.bar.write(text, file=sys.stderr)
         elif self.plain:
@@ -210,7 +210,7 @@ class Log:
         if self.bar is not None:
             self.bar.close()
         if self.file is not None:
-            with contextlib.suppress(OSError):  # a full disk: the row that did not fit has been told
+            with contextlib.suppress(OSError):  # a full disk, which was reported already
                 self.file.close()
 
 
@@ -223,7 +223,7 @@ def _writing(path: Any) -> Iterator[None]:
             "metrics_file can't be written.",
             path=path,
             got=f"{type(failure).__name__}: {failure}",
-            do="make room on its disk or give another metrics_file; a run with a checkpoint_dir goes on from "
+            do="make room on its disk or pass another metrics_file; a run with a checkpoint_dir goes on from "
             "its last checkpoint.",
         ) from failure
 

@@ -1,4 +1,4 @@
-"""Which leaves train, an optimizer that touches no other, and gradients that know of A and B."""
+"""Optimizer transformations that know of A and B: LoRA+, LoRA-FA's gradient, Riemannian preconditioning."""
 
 import dataclasses
 import math
@@ -20,13 +20,13 @@ from lorax_fn.training.masks import is_optimizer, own_promotion
 def loraplus(tx_or_lr: Any, ratio: Any = 16.0) -> optax.GradientTransformationExtraArgs:
     """LoRA+: B learns ``ratio`` times as fast as A.
 
-    Hayou et al., "LoRA+" (https://arxiv.org/abs/2402.12354): ``lr_B = ratio * lr_A``. The updates of every
-    ``b`` field are multiplied, so decoupled weight decay inside ``tx_or_lr`` is, too, as with a second
-    parameter group; with ratio 1 it is ``tx_or_lr`` itself.
+    Hayou et al., "LoRA+" (https://arxiv.org/abs/2402.12354): ``lr_B = ratio * lr_A``. The updates of all
+    output-side fields (``b``, LoHa's ``b1`` and ``b2``) are multiplied by ``ratio``, and with them decoupled
+    weight decay inside ``tx_or_lr``, as in a second parameter group. With ratio 1 it is ``tx_or_lr`` itself.
 
     Args:
-      tx_or_lr: an optimizer, learning rate and all; or a learning rate or schedule for `optax.adam`.
-      ratio: how much faster B learns; a number or a scalar array, so ``optax.inject_hyperparams`` may set it.
+      tx_or_lr: an optimizer with its learning rate; or a learning rate or schedule for `optax.adam`.
+      ratio: a number, or a scalar array, so that ``optax.inject_hyperparams`` can set it.
 
     Returns:
       A transformation that composes with `optax.chain`, ``inject_hyperparams`` and ``MultiSteps``.
@@ -66,17 +66,18 @@ def loraplus(tx_or_lr: Any, ratio: Any = 16.0) -> optax.GradientTransformationEx
 
 
 def lora_fa_gradient(lora: dict[str, Adapter], eps: float = 1e-8) -> optax.GradientTransformationExtraArgs:
-    """LoRA-FA's gradient: that of B as if the change of W itself took a gradient step, A frozen.
+    """LoRA-FA's gradient: the gradient of B whose step makes dW best follow the gradient of W, with A frozen.
 
-    Wang et al. (https://arxiv.org/abs/2308.03303), as PEFT's ``create_lorafa_optimizer``:
+    As PEFT's ``create_lorafa_optimizer``, for LoRA-FA (https://arxiv.org/abs/2308.03303):
     ``g_B <- (A^T A + eps I)^-1 g_B / s^2``. Put it before the optimizer: ``chain(this, adamw(lr))``.
 
     Args:
-      lora: the adapters that will train. A never changes, so the inverses, ``[*s, r, r]``, are made here.
+      lora: the adapters that will train. A never changes, so the inverses, ``[*s, r, r]``, are computed once,
+        here.
       eps: added to the diagonal.
 
     Returns:
-      A transformation. Adapters that are no `LoRAFA` pass as they are.
+      A transformation. The gradients of adapters other than `LoRAFA` stay as they are.
 
     Raises:
       LoraError: ``lora`` is not a dict of adapters.
@@ -97,7 +98,7 @@ def lora_fa_gradient(lora: dict[str, Adapter], eps: float = 1e-8) -> optax.Gradi
     for path, adapter in able.items():
         a = _matrices(adapter.a, len(adapter.layout.stack), last=True)
         scale = jnp.asarray(adapter.scale, jnp.float32).reshape(-1, 1, 1)
-        scale = jnp.where(scale == 0, jnp.ones_like(scale), scale)  # rank 0: its gradient is 0
+        scale = jnp.where(scale == 0, jnp.ones_like(scale), scale)  # The gradient for rank 0 is 0.
         inverses[path] = _inverse(jnp.swapaxes(a, -1, -2), eps) / jnp.square(scale)
 
     def corrected(path, adapter, _):
@@ -112,7 +113,7 @@ def lora_fa_gradient(lora: dict[str, Adapter], eps: float = 1e-8) -> optax.Gradi
 
 
 def riemannian(damping: float = 1e-2) -> optax.GradientTransformationExtraArgs:
-    """Each factor's gradient in the metric of the other: training that depends on ``A B`` alone.
+    """Preconditions the gradient of each factor by the other, so that training depends only on ``A B``.
 
     Zhang and Pilanci, "Riemannian Preconditioned LoRA" (https://arxiv.org/abs/2402.02347), equation (4):
     ``g_A <- g_A (B B^T + d I)^-1`` and ``g_B <- (A^T A + d I)^-1 g_B``, in float32. Put it before the
@@ -122,11 +123,11 @@ def riemannian(damping: float = 1e-2) -> optax.GradientTransformationExtraArgs:
       damping: ``d``, added to the diagonals.
 
     Returns:
-      A transformation, whose ``update`` needs the adapters as ``params``. Those that are no `LoRA` pass as
-      they are.
+      A transformation, whose ``update`` needs the adapters as ``params``. The gradients of adapters other
+      than `LoRA` and `DoRA` stay as they are.
 
     Raises:
-      LoraError: at the update, without ``params``, or for a `LoRAFA`, whose A is not in reach.
+      LoraError: from ``update``: there are no ``params``, or one of the adapters is a `LoRAFA`.
 
     Example:
       >>> import jax, jax.numpy as jnp, lorax_fn as lx
@@ -146,7 +147,7 @@ def riemannian(damping: float = 1e-2) -> optax.GradientTransformationExtraArgs:
                 "riemannian needs both factors.",
                 path=jax.tree_util.keystr(path, simple=True, separator="/"),
                 got="no params" if adapter is None else "LoRAFA, whose A does not train",
-                want="tx.update(grads, state, lora) of adapters whose A and B train",
+                want="tx.update(grads, state, lora) with adapters whose A and B train",
                 do="pass params, or use lx.optim.lora_fa_gradient(lora) for LoRA-FA.",
             )
         stack = len(grad.layout.stack)
@@ -161,12 +162,12 @@ def riemannian(damping: float = 1e-2) -> optax.GradientTransformationExtraArgs:
 
 
 def _is_fa(adapter: Any) -> bool:
-    """Whether B trains against an A that does not, both of them the factors of dW."""
+    """Whether an adapter has factors A and B of which only B trains."""
     return adapter.owns_factors and "a" in adapter.frozen
 
 
 def _matrices(factor: jax.Array, stack: int, *, last: bool = False) -> jax.Array:
-    """A factor as float32 matrices: ``[s, r, m]`` of B; with ``last`` ``[s, n, r]`` of A."""
+    """A factor as float32 matrices: B as ``[s, r, m]``, or A as ``[s, n, r]`` with ``last``."""
     shape = factor.shape
     count = math.prod(shape[:stack])
     wide = jnp.asarray(factor, jnp.float32)
@@ -174,7 +175,7 @@ def _matrices(factor: jax.Array, stack: int, *, last: bool = False) -> jax.Array
 
 
 def _inverse(rows: jax.Array, damping: float) -> jax.Array:
-    """``(X X^T + damping I)^-1`` of each matrix ``X [r, n]``."""
+    """``(X X^T + damping I)^-1``, ``[s, r, r]``, of matrices ``X [s, r, n]``."""
     gram = jnp.einsum("srn,stn->srt", rows, rows, precision=jax.lax.Precision.HIGHEST)
     return jnp.linalg.inv(gram + damping * jnp.eye(gram.shape[-1], dtype=jnp.float32)[None])
 

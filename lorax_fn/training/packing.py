@@ -1,4 +1,4 @@
-"""Token sequences as arrays of one shape: packing, masks of prompts and of packed examples; plain numpy."""
+"""Packs token sequences into arrays of one shape, and masks prompts and packed examples, in plain numpy."""
 
 import bisect
 from collections.abc import Sequence
@@ -12,25 +12,26 @@ from lorax_fn.core.errors import error
 def pack(
     sequences: Sequence[Any], length: int, *, prompts: Sequence[int] | None = None, pad: int = 0
 ) -> dict[str, np.ndarray]:
-    """Lays token sequences side by side in rows of one length, for next-token prediction.
+    """Packs token sequences into rows of one length, for next-token prediction.
 
-    A sequence of ``n`` tokens takes ``n - 1`` places: inputs are its tokens but the last, targets those but
-    the first, so nothing is predicted across two sequences. Each goes, in the order given, into the fullest
-    row that has room for it. ``positions`` and ``attention_mask(segments)`` keep the sequences of a row apart
-    where the model takes them; without, a token sees the sequences before its own.
+    A sequence of ``n`` tokens takes ``n - 1`` places: inputs are all tokens but the last, and targets all but
+    the first, so nothing is predicted across sequences. Sequences are placed in order, each into the fullest
+    row that has room for it. Pass ``positions`` and ``attention_mask(segments)`` to the model to keep the
+    sequences of a row apart; otherwise tokens also attend to the preceding sequences.
 
     Args:
-      sequences: token ids, 1-D each, of 2 to ``length + 1`` tokens.
-      length: ``T``, places a row.
-      prompts: for each sequence, how many of its first tokens are a prompt: their prediction is not scored.
+      sequences: 1-D token ids, each of 2 to ``length + 1`` tokens.
+      length: ``T``, the number of places per row.
+      prompts: for each sequence, the length of its prompt, whose tokens are not scored.
       pad: the token in empty places.
 
     Returns:
-      ``[rows, T]`` arrays: int32 ``inputs``, ``targets``, ``segments`` (0 where empty, then 1, 2, ... in each
-      row) and ``positions`` (from 0 in each sequence), and bool ``mask``, True where a target is scored.
+      ``[rows, T]`` arrays: int32 ``inputs``, ``targets``, ``segments`` (1, 2, ... in each row, and 0 in empty
+      places) and ``positions`` (from 0 in each sequence), and bool ``mask``, True where a target is scored.
 
     Raises:
-      LoraError: a sequence is too long or too short, or has no token that is scored.
+      LoraError: a sequence is too long or too short, or has no token to score; or there is not one prompt
+        length per sequence.
 
     Example:
       >>> import lorax_fn as lx
@@ -46,7 +47,7 @@ def pack(
         raise error(
             "there is not one prompt per sequence.",
             got=f"{len(starts)} prompts, {len(tokens)} sequences",
-            do="prompts=[number of prompt tokens of each sequence].",
+            do="prompts=[0] * len(sequences), with the number of prompt tokens of each.",
         )
     wrong = [
         (i, len(ids), start)
@@ -58,11 +59,11 @@ def pack(
             "sequences can't be packed.",
             path=[f"sequences[{i}]" for i, _, _ in wrong],
             got=[f"{size} tokens, {start} of them prompt" for _, size, start in wrong],
-            want=f"2 to {length + 1} tokens (length + 1), and one that is no prompt",
-            do="cut the long ones, or raise length; drop those without an answer.",
+            want=f"2 to {length + 1} tokens (length + 1), at least one of them after the prompt",
+            do="cut the long ones or raise length; drop those without an answer.",
         )
     rows: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # (places left, row), the fullest first
+    room: list[tuple[int, int]] = []  # (places left, row), fullest first
     for i, ids in enumerate(tokens):
         at = bisect.bisect_left(room, (len(ids) - 1, -1))
         if at == len(room):
@@ -90,12 +91,12 @@ def pack(
 
 
 def prompt_mask(prompts: Any, lengths: Any, size: int) -> np.ndarray:
-    """Which predictions of padded sequences are scored: those of tokens that are neither prompt nor padding.
+    """A mask of the predictions to score in padded sequences: tokens that are neither prompt nor padding.
 
     Args:
-      prompts: ``[B]`` ints, how many first tokens of each sequence are its prompt.
-      lengths: ``[B]`` ints, how many tokens each sequence has, prompt included.
-      size: ``T``, predictions a row: place ``t`` predicts token ``t + 1``.
+      prompts: ``[B]`` ints, the number of prompt tokens of each sequence.
+      lengths: ``[B]`` ints, the number of tokens of each sequence, including its prompt.
+      size: ``T``, the number of predictions per row; place ``t`` predicts token ``t + 1``.
 
     Returns:
       ``[B, T]`` bool.
@@ -110,10 +111,10 @@ def prompt_mask(prompts: Any, lengths: Any, size: int) -> np.ndarray:
 
 
 def attention_mask(segments: Any) -> np.ndarray:
-    """A causal mask in which packed sequences do not see each other, as Flax's attention takes it.
+    """A causal mask that keeps packed sequences from attending to each other, for Flax's attention.
 
     Args:
-      segments: ``[B, T]`` ints of `pack`; 0 is an empty place, which sees the empty places before it alone.
+      segments: ``[B, T]`` ints from `pack`; 0 is an empty place, which attends only to preceding empty ones.
 
     Returns:
       ``[B, 1, T, T]`` bool: query, then key.

@@ -1,4 +1,4 @@
-"""Training under `jax.pmap`: every device holds the base."""
+"""Training under `jax.pmap`, with a copy of the base on every device."""
 
 import functools
 from collections.abc import Callable, Hashable, Sequence
@@ -17,14 +17,14 @@ from lorax_fn.training.step import check_arrays_only, make_train_step
 
 
 def replicate(tree: PyTree, devices: Sequence[Any] | None = None) -> PyTree:
-    """Copies a tree to each device, side by side on a new leading axis, as `pmap_train_step` takes it.
+    """Copies a tree to each device, along a new leading axis, for `pmap_train_step`.
 
     Args:
-      tree: a `TrainState`, params, or any tree of arrays ``[...]`` and numbers; PRNG keys are welcome.
-      devices: the devices; None is ``jax.local_devices()``, the order of ``jax.pmap``.
+      tree: a `TrainState`, params, or any tree of arrays ``[...]``, PRNG keys and numbers.
+      devices: the devices; None is ``jax.local_devices()``, in the order of ``jax.pmap``.
 
     Returns:
-      The same tree of arrays ``[devices, ...]``, one copy on each device.
+      The same tree with arrays ``[devices, ...]``, one copy per device.
 
     Example:
       >>> import jax, jax.numpy as jnp, lorax_fn as lx
@@ -43,13 +43,13 @@ def replicate(tree: PyTree, devices: Sequence[Any] | None = None) -> PyTree:
 
 
 def unreplicate(tree: PyTree) -> PyTree:
-    """The first device's copy of a replicated tree: what `replicate` was given, after training.
+    """The first device's copy of a replicated tree: the inverse of `replicate`.
 
     Args:
-      tree: a tree of arrays ``[devices, ...]``, as `replicate` and ``jax.pmap`` give them.
+      tree: a tree of arrays ``[devices, ...]``, from `replicate` or ``jax.pmap``.
 
     Returns:
-      The same tree of arrays ``[...]`` on the first device.
+      The same tree with arrays ``[...]`` on the first device.
 
     Raises:
       LoraError: a leaf has no leading axis.
@@ -66,28 +66,28 @@ def unreplicate(tree: PyTree) -> PyTree:
             path=wrong,
             got="shape ()",
             want="shape (devices, ...)",
-            do="pass what lx.replicate or a pmapped step gave; nothing else needs lx.unreplicate.",
+            do="pass the result of lx.replicate or of a pmapped step; nothing else needs lx.unreplicate.",
         )
 
     def first(x):
-        # not x[0], which is a program over all devices
+        # x[0] would run a program on all devices.
         return x.addressable_shards[0].data.reshape(x.shape[1:]) if isinstance(x, jax.Array) else x[0]
 
     return jax.tree.map(first, tree)
 
 
 def shard(batch: PyTree, devices: Sequence[Any] | None = None) -> PyTree:
-    """Deals a batch out to devices: axis 0 of every leaf becomes ``[devices, B / devices]``.
+    """Distributes a batch over devices: axis 0 of every leaf becomes ``[devices, B / devices]``.
 
     Args:
       batch: a tree of arrays ``[B, ...]``.
-      devices: the devices; None is ``jax.local_devices()``, the order of ``jax.pmap``.
+      devices: the devices; None is ``jax.local_devices()``, in the order of ``jax.pmap``.
 
     Returns:
-      The same tree of arrays ``[devices, B / devices, ...]``, each device with its own examples.
+      The same tree with arrays ``[devices, B / devices, ...]``, each device with its own examples.
 
     Raises:
-      LoraError: axis 0 of a leaf does not divide by the number of devices, or there is none.
+      LoraError: axis 0 of a leaf is not divisible by the number of devices, or there is no such axis.
 
     Example:
       >>> import jax, jax.numpy as jnp, lorax_fn as lx
@@ -107,7 +107,7 @@ def shard(batch: PyTree, devices: Sequence[Any] | None = None) -> PyTree:
             path=[path for path, _ in wrong],
             got=[f"shape {shape}" for _, shape in wrong],
             want=f"axis 0 a multiple of {count}, the number of devices",
-            do="change the batch size; keep what is not a batch out of it.",
+            do="change the batch size; remove leaves that have no batch axis.",
         )
 
     def deal(x):
@@ -130,28 +130,28 @@ def pmap_train_step(
     weight: Callable[[Any], Any] | None = None,
     devices: Sequence[Any] | None = None,
 ) -> Callable[[TrainState, PyTree, PyTree], tuple[TrainState, dict]]:
-    """Builds the step of `make_train_step` under ``jax.pmap``: every device holds the whole base.
+    """Builds the step of `make_train_step` under ``jax.pmap``, with a copy of the base on every device.
 
     ``step(state, params, batch)`` takes ``replicate(state)``, ``replicate(params)`` and ``shard(batch)``.
     Gradients, loss and the float leaves of ``aux`` and ``extra`` are means over the devices; each device has
-    a key of its own. The state is donated: the step consumes the one that it was given.
+    its own key. The state is donated.
 
     Args:
       loss_fn: as in `make_train_step`; it sees the examples of one device.
-      tx: the optimizer that `TrainState.create` got.
+      tx: the optimizer that was passed to `TrainState.create`.
       accumulate: how many micro-batches each device splits its examples into.
       axis_name: the name of the mapped axis, for collectives inside ``loss_fn``.
-      weight: ``weight(batch) -> number``, as in `make_train_step`: what the part of one device, or a
-        micro-batch of it, weighs in the means.
-      devices: the devices, those that `replicate` and `shard` got; None is all.
+      weight: ``weight(batch) -> number``, as in `make_train_step`: the weight in the means of one device's
+        examples, or of a micro-batch of them.
+      devices: the devices, as given to `replicate` and `shard`; None is all local devices.
 
     Returns:
-      The step, ``step(state, params, batch) -> (state, metrics)``, compiled at its first call. Every leaf
-      that it returns has the leading axis of devices, along which all copies are equal: `unreplicate` takes
-      one. (Leaves of ``aux`` and ``extra`` that are not float are each device's own.)
+      The step, ``step(state, params, batch) -> (state, metrics)``, compiled at its first call. Every result
+      has a leading device axis, along which all copies are equal; `unreplicate` takes one. Only leaves of
+      ``aux`` and ``extra`` that are not float may differ between devices.
 
     Raises:
-      LoraError: as `make_train_step`; when the step runs, a leaf lacks the leading axis of devices, or the
+      LoraError: as for `make_train_step`. When the step runs: a leaf lacks the leading device axis, or the
         state was consumed by a step.
 
     Example:
@@ -173,7 +173,7 @@ def pmap_train_step(
 
     @functools.wraps(inner)
     def step(state: TrainState, params: PyTree, batch: PyTree) -> tuple[TrainState, dict]:
-        check_alive(state, "state")  # pmap itself crashes on deleted arrays, as of JAX 0.10
+        check_alive(state, "state")  # In JAX 0.10, pmap crashes on deleted arrays.
         try:
             return mapped(state, params, batch)
         except (TypeError, ValueError, IndexError):
@@ -184,7 +184,7 @@ def pmap_train_step(
 
 
 def _check_replicated(arguments: dict, count: int) -> None:
-    """What pmap's own error says less clearly; called only after one."""
+    """Explains an error of pmap, if arguments lack the device axis, more clearly than pmap itself."""
     check_arrays_only(arguments["params"])
     named = [(path, np.shape(x)) for path, x in named_leaves(arguments)]
     wrong = [(path, shape) for path, shape in named if shape[:1] != (count,)]

@@ -1,4 +1,4 @@
-"""Where arrays live on a mesh: weights by rules, and adapters laid out as the weights that they change."""
+"""Shardings on a mesh: weights by rules, and adapters like the weights that they change."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -16,27 +16,27 @@ from lorax_fn.targets.patterns import find, label_of
 
 
 def shardings(lora: PyTree, params_shardings: PyTree) -> PyTree:
-    """Shards adapters as the weights that they change: A along W's inputs, B along its outputs.
+    """Shards adapters like the weights that they change: A along W's inputs, and B along its outputs.
 
-    Stack axes keep their sharding and the rank is replicated, so a product with A or B needs no other
-    communication than that with W. `DoRA`'s magnitude follows the outputs, `VeRA` and `LoHa` their weights'
-    axes, `Full` its leaf, `Rows` all axes but the first; `LoKr`, whose factors cut the axes in two, keeps the
-    stack axes and is replicated otherwise.
+    Stack axes keep their sharding and the rank is replicated, so products with A or B need no communication
+    beyond that of products with W. `DoRA`'s magnitude follows the outputs, `VeRA` and `LoHa` the axes of
+    their weights, `Full` its leaf, and `Rows` all axes but that of the rows. `LoKr`, whose factors cut axes
+    in two, is sharded only along stack axes.
 
     Args:
-      lora: ``dict[str, Adapter]``, or any tree that holds one, such as a `TrainState`: whatever an optimizer
-        keeps of an adapter's array, in that array's shape, is sharded as the array, all else replicated.
-        Abstract leaves are fine.
-      params_shardings: a tree like ``params`` of ``NamedSharding``, or ``params`` themselves (arrays, or
-        ``jax.ShapeDtypeStruct`` with a sharding), whose shardings are read. All on one mesh. A quantized
-        weight counts by its codes.
+      lora: ``dict[str, Adapter]``, or any tree that contains one, such as a `TrainState`. Optimizer state in
+        the shape of an adapter's array is sharded like the array; all other leaves are replicated. Leaves may
+        be abstract.
+      params_shardings: a tree like ``params`` with a ``NamedSharding`` for each leaf, or ``params``
+        themselves (arrays, or ``jax.ShapeDtypeStruct`` with a sharding), all on one mesh. The sharding of a
+        quantized weight is that of its codes.
 
     Returns:
-      The same tree of ``NamedSharding``, as ``jax.device_put`` and ``jax.jit`` take it.
+      The same tree with a ``NamedSharding`` for each leaf, for ``jax.device_put`` and ``jax.jit``.
 
     Raises:
-      LoraError: a sharded axis does not divide by its mesh axes, an adapter has no weight, or a leaf of
-        ``params_shardings`` has no ``NamedSharding``, or one of another mesh; all are listed.
+      LoraError: a sharded axis is not divisible by its mesh axes; an adapter has no weight; or a leaf of
+        ``params_shardings`` has no ``NamedSharding``, or one of another mesh.
 
     Example:
       >>> import jax, jax.numpy as jnp, lorax_fn as lx
@@ -52,7 +52,7 @@ def shardings(lora: PyTree, params_shardings: PyTree) -> PyTree:
     named = [(str(getattr(path[-1], "key", "")) if path else "", node) for path, node in nodes]
     adapters: dict[str, Adapter] = {}
     for path, node in named:
-        # In a TrainState the optimizer keeps adapters of the same paths; those of lora come first, and count.
+        # The optimizer state in a TrainState has adapters at the same paths; those of lora come first.
         if is_adapter(node):
             adapters.setdefault(path, node)
     _check_known(adapters, given, bool(named))
@@ -73,7 +73,7 @@ def shardings(lora: PyTree, params_shardings: PyTree) -> PyTree:
 
 
 def _weight_shardings(tree: PyTree) -> tuple[dict[str, NamedSharding], Any]:
-    """The sharding of each weight by path, and the mesh of them all."""
+    """The sharding of each weight by path, and the mesh that all of them share."""
     found: dict[str, Any] = {path: _sharding_of(x) for path, x in flatten_with_paths(tree)[0]}
     strange = {path: x for path, x in found.items() if not isinstance(x, NamedSharding)}
     mesh = next((x.mesh for x in found.values() if isinstance(x, NamedSharding)), None)
@@ -141,9 +141,9 @@ def _adapter_shardings(path: str, adapter: Adapter, weight: NamedSharding, misfi
 def misfits_of(
     path: str, shape: Sequence[int], spec: PartitionSpec, mesh: Any, label: str = "", times: int = 1
 ) -> list:
-    """Why ``spec`` can't hold for an array of ``shape``: ``[(path, got, want)]``, empty where it can.
+    """Why ``spec`` can't be applied to an array of ``shape``: ``[(path, got, want)]``, empty if it can.
 
-    ``times`` is how many parts each share of axis 0 is cut into.
+    ``times`` is how many micro-batches each shard of axis 0 is cut into.
     """
     if len(spec) > len(shape):
         return [(path, f"{label}{spec} for shape {tuple(shape)}", "at most one entry per axis")]
@@ -164,10 +164,10 @@ REPLICATE = "give these leaves a rule of their own, before the others: {'path': 
 
 
 def raise_misfits(misfits: list, do: str = REPLICATE) -> None:
-    """One error for all that `misfits_of` found."""
+    """Raises one error for everything that `misfits_of` found, if anything."""
     if misfits:
         raise error(
-            "a sharding can't hold.",
+            "a sharding can't be applied.",
             path=[path for path, _, _ in misfits],
             got=[got for _, got, _ in misfits],
             want=[want for _, _, want in misfits],
@@ -176,12 +176,12 @@ def raise_misfits(misfits: list, do: str = REPLICATE) -> None:
 
 
 def mesh_axes(entry: Any) -> tuple[str, ...]:
-    """The mesh axes that one entry of a PartitionSpec names."""
+    """The mesh axes in one entry of a PartitionSpec."""
     return () if entry is None else entry if isinstance(entry, tuple) else (entry,)
 
 
 def check_specs(specs: Mapping[Any, Any], mesh: Any, argument: str) -> None:
-    """Raises a `LoraError` where a spec is not a PartitionSpec of this mesh's axes."""
+    """Raises a `LoraError` if a spec is not a PartitionSpec of this mesh's axes."""
     wrong = {
         label: spec
         for label, spec in specs.items()
@@ -190,7 +190,7 @@ def check_specs(specs: Mapping[Any, Any], mesh: Any, argument: str) -> None:
     }
     if wrong:
         raise error(
-            f"{argument}= holds what are not specs of this mesh.",
+            f"{argument}= has values that are not specs of this mesh.",
             path=[str(label) for label in wrong],
             got=[repr(spec) for spec in wrong.values()],
             want=f"jax.P(...) of the mesh axes {tuple(mesh.shape)}",
@@ -199,10 +199,10 @@ def check_specs(specs: Mapping[Any, Any], mesh: Any, argument: str) -> None:
 
 
 def rule_shardings(mesh: Any, rules: Mapping[Any, PartitionSpec], params: PyTree) -> PyTree:
-    """A tree like ``params`` of ``NamedSharding``: the first rule that matches a leaf, else replicated."""
+    """A tree like ``params`` of ``NamedSharding``, by the first rule that matches a leaf, else replicated."""
     leaves = arrays(params)
     specs: dict[str, PartitionSpec] = {}
-    idle: dict[str, str] = {}  # rules whose leaves earlier ones all took: the pattern, and what it names
+    idle: dict[str, str] = {}  # rules whose leaves are all decided by earlier ones
     for number, (pattern, spec) in enumerate(rules.items(), 1):
         for label, hits in find([pattern], leaves, "rules"):
             left = [path for path in hits if path not in specs]
@@ -211,7 +211,7 @@ def rule_shardings(mesh: Any, rules: Mapping[Any, PartitionSpec], params: PyTree
             specs.update((path, spec) for path in left)
     if idle:
         raise error(
-            "rules without effect: an earlier rule has each leaf that they name, and the first match wins.",
+            "rules without effect: earlier rules decide all leaves that they name, and the first match wins.",
             path=[f"{label}: {named}" for label, named in idle.items()],
             got=f"rules={{{', '.join(label_of(pattern) for pattern in rules)}}}, in this order",
             do="put the narrow patterns first, '*' last.",
@@ -230,7 +230,7 @@ def rule_shardings(mesh: Any, rules: Mapping[Any, PartitionSpec], params: PyTree
 
 
 def _placed(leaf: Any, mesh: Any, spec: PartitionSpec) -> Any:
-    """A leaf's sharding; of a stored weight one for each array: its scales may be too few for all devices."""
+    """A leaf's sharding; for a stored weight one per array, whose scales may be too few for all devices."""
     if not is_stored(leaf):
         return NamedSharding(mesh, spec)
 

@@ -1,4 +1,4 @@
-"""What a train step carries from one call to the next."""
+"""`TrainState`: what a train step carries from one call to the next."""
 
 import dataclasses
 from typing import Any
@@ -18,17 +18,17 @@ from lorax_fn.training.masks import mask, train_only, trainable
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """What a train step carries: adapters, optimizer state, step count, key and anything mutable.
+    """What a train step carries: adapters, optimizer state, step count, key and mutable state of the model.
 
     It is an ordinary pytree. A step that donates it (``jax.jit(step, donate_argnums=0)``) consumes the
-    ``lora`` that `create` was given: keep a copy of that one if it is needed later.
+    ``lora`` that was passed to `create`; keep a copy if you need it later.
 
     Args:
-      lora: ``dict[str, Adapter]`` that trains.
-      opt_state: state of ``train_only(tx)`` for ``trainable(lora)``: nothing for leaves that don't train.
+      lora: the ``dict[str, Adapter]`` to train.
+      opt_state: state of ``train_only(tx)`` for ``trainable(lora)``: none for leaves that don't train.
       step: int32 scalar, how many steps were taken.
-      key: PRNG key; step ``i`` uses ``fold_in(key, i)`` and the key itself never changes.
-      extra: any tree that the model rewrites (batch statistics, Haiku state, NNX rngs), or None.
+      key: PRNG key; step ``i`` uses ``fold_in(key, i)``, and the key itself never changes.
+      extra: any tree that the model updates (batch statistics, Haiku state, NNX rngs), or None.
 
     Example:
       >>> import jax, jax.numpy as jnp, lorax_fn as lx, optax
@@ -49,14 +49,14 @@ class TrainState:
     ) -> "TrainState":
         """A state at step 0, with the optimizer state of ``train_only(tx)``.
 
-        ``key`` and ``extra`` are copied, so that a donating step leaves the caller's arrays alive; ``lora``
-        is not.
+        ``key`` and ``extra`` are copied, so that a donating step does not delete the caller's arrays.
+        ``lora`` is not copied.
 
         Args:
-          lora: ``dict[str, Adapter]`` as `split` makes it.
-          tx: the optimizer that `make_train_step` gets too.
+          lora: ``dict[str, Adapter]``, as from `split`.
+          tx: the optimizer that is also passed to `make_train_step`.
           key: a PRNG key.
-          extra: what the model rewrites, or None.
+          extra: the tree that the model updates, or None.
 
         Returns:
           The state.
@@ -96,8 +96,8 @@ def _check_trains(lora: dict) -> None:
 
 
 def check_alive(tree: PyTree, name: str) -> None:
-    """Raises a `LoraError` where a step that donates its state has consumed an array of ``tree``."""
-    if not any(map(_is_deleted, jax.tree.leaves(tree))):  # asked at each step: no paths are made for it
+    """Raises a `LoraError` if a step that donates its state has consumed an array of ``tree``."""
+    if not any(map(_is_deleted, jax.tree.leaves(tree))):  # This runs at each step, so it builds no paths.
         return
     gone = [path for path, x in named_leaves(tree, name) if _is_deleted(x)]
     raise error(
@@ -105,7 +105,7 @@ def check_alive(tree: PyTree, name: str) -> None:
         path=gone,
         got="deleted arrays",
         want=f"the {name} that the last step returned",
-        do="state, metrics = step(state, ...); an older one is kept by jax.tree.map(jnp.copy, state).",
+        do="state, metrics = step(state, params, batch); jax.tree.map(jnp.copy, state) keeps an older one.",
     )
 
 
@@ -118,7 +118,7 @@ def _copy(x: Any) -> Any:
 
 
 def _unaliased(tree: PyTree, other: PyTree) -> PyTree:
-    """``tree`` in which no array is there twice or is one of ``other``: a buffer can be donated once only."""
+    """``tree`` with copies of arrays that repeat or occur in ``other``: a buffer can be donated only once."""
     taken = {id(x) for x in jax.tree.leaves(other)}
 
     def own(x):

@@ -1,4 +1,4 @@
-"""One training step, and its two halves: gradients by what trains, and the update of the adapters."""
+"""One training step, and its two halves: the gradients of what trains, and the update of the adapters."""
 
 import dataclasses
 import inspect
@@ -22,20 +22,22 @@ ARRAYS_ONLY = "arrays, static = eqx.partition(model, eqx.is_array), or graphdef,
 
 
 def value_and_grad(loss_fn: Callable[..., Any]) -> Callable[..., tuple[Any, dict[str, Adapter]]]:
-    """Builds ``f(params, lora, ...) -> (value, grads)``: gradients by what trains of ``lora``, and no other.
+    """Builds ``f(params, lora, ...) -> (value, grads)`` with gradients of the leaves of ``lora`` that train.
 
-    The first half of `make_train_step`, for loops of your own: several losses, preferences, rollouts,
+    This is the first half of `make_train_step`, for custom loops: several losses, preferences, rollouts,
     accumulation. `apply_gradients` is the second half.
 
     Args:
-      loss_fn: ``loss_fn(params, lora, ...) -> loss`` or a tuple that begins with the loss, a float scalar.
+      loss_fn: ``loss_fn(params, lora, ...)`` returns the loss, a float scalar, or a tuple that begins with
+        it.
 
     Returns:
-      A function of the arguments of ``loss_fn``. ``value`` is all that ``loss_fn`` returned; ``grads`` has
-      the structure of ``trainable(lora)``: None for what does not train.
+      A function with the arguments of ``loss_fn``. ``value`` is everything that ``loss_fn`` returned;
+      ``grads`` has the structure of ``trainable(lora)``, with None for leaves that do not train.
 
     Raises:
-      LoraError: when it runs, if ``lora`` is not a dict of adapters or the loss is not a float scalar.
+      LoraError: when the function runs: ``lora`` is not a dict of adapters, or the loss is not a float
+        scalar.
 
     Example:
       >>> import jax, jax.numpy as jnp, lorax_fn as lx
@@ -67,17 +69,18 @@ def apply_gradients(
     *,
     value: jax.Array | None = None,
 ) -> TrainState:
-    """One step of the optimizer: the second half of `make_train_step`.
+    """Takes one step of the optimizer: the second half of `make_train_step`.
 
     Args:
-      state: as `TrainState.create` made it, with the same ``tx``.
-      grads: as `value_and_grad` gives them. Those of ``jax.grad`` by the whole ``lora`` will do; what does
-        not train is left out.
+      state: a state from `TrainState.create` with the same ``tx``.
+      grads: gradients from `value_and_grad`, or from ``jax.grad`` with respect to the whole ``lora``, whose
+        gradients of leaves that do not train are ignored.
       tx: the optimizer; it is wrapped in `train_only`.
-      value: the loss, for optimizers that ask for it (``optax.contrib.reduce_on_plateau``), or None.
+      value: the loss, for optimizers that need it (``optax.contrib.reduce_on_plateau``), or None.
 
     Returns:
-      The state after the step: new ``lora``, ``opt_state`` and ``step``; ``key`` and ``extra`` as they were.
+      The state after the step, with new ``lora``, ``opt_state`` and ``step``, and the same ``key`` and
+      ``extra``.
 
     Raises:
       LoraError: ``grads`` have another structure, or ``tx`` is not an optimizer.
@@ -111,40 +114,41 @@ def make_train_step(
     axis_name: Hashable | None = None,
     weight: Callable[[Any], Any] | None = None,
 ) -> Callable[[TrainState, PyTree, PyTree], tuple[TrainState, dict]]:
-    """Builds ``step(state, params, batch) -> (state, metrics)``, which trains the adapters and nothing else.
+    """Builds ``step(state, params, batch) -> (state, metrics)``, which trains only the adapters.
 
-    The step is an ordinary function: ``jax.jit(step, donate_argnums=0)`` it. It is `value_and_grad`, a mean
-    over micro-batches and devices, and `apply_gradients`: frozen weights cost neither gradient nor optimizer
-    state. Under ``jax.jit`` JAX itself refuses params that hold anything but arrays, before this code runs;
-    its TypeError names the leaf, and ``eqx.partition`` or ``nnx.split`` take such leaves out.
+    The step is an ordinary function, for ``jax.jit(step, donate_argnums=0)``. It combines `value_and_grad`, a
+    mean over micro-batches and devices, and `apply_gradients`. Frozen weights have neither gradients nor
+    optimizer state. ``params`` must contain only arrays: under ``jax.jit``, JAX raises a TypeError that names
+    any other leaf; separate such leaves by ``eqx.partition`` or ``nnx.split``.
 
     Args:
-      loss_fn: ``loss_fn(params, lora, batch, key) -> loss | (loss, aux)``; if the state holds ``extra``,
+      loss_fn: ``loss_fn(params, lora, batch, key) -> loss | (loss, aux)``; or, if the state has ``extra``,
         ``loss_fn(params, lora, batch, key, extra) -> (loss, (extra, aux))``. ``loss`` is a float scalar, a
         mean over the batch.
-      tx: the optimizer that `TrainState.create` got; it is passed ``value=loss``.
-      accumulate: how many micro-batches each batch is split into along axis 0 of every leaf, ``[B, ...]``.
-        Micro-batch ``i`` holds examples ``i, i + accumulate, ...`` (so a batch sharded on axis 0 stays where
-        it is). Gradients, loss and the float leaves of ``aux`` are means; other leaves of ``aux`` are the
-        last micro-batch's; ``extra`` goes from one to the next.
+      tx: the optimizer that was passed to `TrainState.create`; its update gets ``value=loss``.
+      accumulate: how many micro-batches to split each batch into, along axis 0 of every leaf, ``[B, ...]``.
+        Micro-batch ``i`` has examples ``i, i + accumulate, ...``, so that a batch sharded along axis 0 stays
+        in place. Gradients, loss and float leaves of ``aux`` are means over micro-batches; other leaves of
+        ``aux`` are those of the last one; ``extra`` is passed from one to the next.
       axis_name: the mapped axis (of ``pmap``, ``vmap`` or ``shard_map``) over which gradients, loss and the
-        float leaves of ``aux`` and ``extra`` are averaged. Each index along it then has a key of its own.
-      weight: ``weight(batch) -> number``, how much of what the loss is a mean over a batch holds, such as
-        ``lambda batch: batch["mask"].sum()`` for a mean over the tokens of a mask. Micro-batches and devices
-        then combine to the mean over the whole batch: gradients, loss, the float leaves of ``aux``, and those
-        of ``extra``, which all micro-batches get as the step did. What weighs 0 counts nothing, also where
-        its loss is NaN; a batch that weighs 0 has loss and gradients 0. None: every part weighs the same.
+        float leaves of ``aux`` and ``extra`` are averaged. Each index along it has its own key.
+      weight: ``weight(batch) -> number``, how many of the elements that the loss averages over are in a
+        batch, such as ``lambda batch: batch["mask"].sum()`` for the tokens of a mask. Micro-batches and
+        devices are then averaged by weight, which gives the mean over the whole batch: gradients, loss, and
+        the float leaves of ``aux`` and ``extra``, where all micro-batches start from the same ``extra``. A
+        part of weight 0 is ignored, even if its loss is NaN; if the total is 0, loss and gradients are 0.
+        None weighs all parts equally.
 
     Returns:
-      The step. ``metrics`` is a dict: ``loss``; ``grad_norm``, float32, of the leaves that train; and ``aux``
-      where ``loss_fn`` gives one. The key of a step is ``fold_in(state.key, state.step)``, then folded with
-      the index along ``axis_name`` and the index of the micro-batch, where there are any.
+      The step. ``metrics`` is a dict of ``loss``; ``grad_norm``, float32, over the leaves that train; and
+      ``aux`` if ``loss_fn`` returns one. The key of a step is ``fold_in(state.key, state.step)``, which is
+      also folded with the index along ``axis_name`` and the index of the micro-batch, if there are any.
 
     Raises:
-      LoraError: ``accumulate`` is not a positive int. When the step runs: ``loss_fn`` does not take ``extra``
-        where the state holds it, or takes it where it does not; the loss is not a float scalar or comes with
-        anything but the above; ``extra`` changes its structure; a batch can't be split; ``weight`` gives no
-        number; or ``params`` hold anything but arrays.
+      LoraError: ``accumulate`` is not a positive int, or ``tx`` is not an optimizer. When the step runs:
+        ``loss_fn`` does not take ``extra`` as the state requires, or returns anything but the above; the loss
+        is not a float scalar; ``extra`` changes its structure; a batch can't be split; ``weight`` does not
+        return a number; or ``params`` contain anything but arrays.
 
     Example:
       >>> import jax, jax.numpy as jnp, lorax_fn as lx, optax
@@ -161,7 +165,7 @@ def make_train_step(
         raise error(
             "accumulate is not a count.", got=repr(accumulate), want="an int of 1 or more", do="accumulate=1."
         )
-    train_only(tx)  # says now what `apply_gradients` would say in the first step
+    train_only(tx)  # Raises now what `apply_gradients` would raise in the first step.
 
     def step(state: TrainState, params: PyTree, batch: PyTree) -> tuple[TrainState, dict]:
         check_arrays_only(params)
@@ -236,10 +240,10 @@ def _checked_loss(loss: Any) -> jax.Array:
 
 
 def _check_takes(loss_fn: Callable, args: tuple) -> None:
-    """Raises a `LoraError` where ``loss_fn`` does not take as many arguments as the state has for it."""
+    """Raises a `LoraError` if ``loss_fn`` does not accept the arguments of a step."""
     try:
         signature = inspect.signature(loss_fn)
-    except (TypeError, ValueError):  # some callables tell no signature; Python then says what is wrong
+    except (TypeError, ValueError):  # Some callables have no signature; calling them then raises.
         return
     try:
         signature.bind(*args)
@@ -258,10 +262,10 @@ def _check_takes(loss_fn: Callable, args: tuple) -> None:
 
 
 def _per_device(tree: PyTree, axis_name: Hashable | None) -> PyTree:
-    """The same values, but of a type that varies along ``axis_name``.
+    """The same values, typed as varying along ``axis_name``.
 
-    Under `jax.shard_map` the gradient by a value that does not vary is summed over the devices, which a mean
-    over them would then leave too large by their number.
+    Under `jax.shard_map`, the gradient with respect to a value that does not vary is summed over the devices,
+    and a later mean over them would be too large by their number.
     """
     if axis_name is None:
         return tree
@@ -278,7 +282,7 @@ def _describe(x: Any) -> str:
 
 
 def check_arrays_only(params: PyTree) -> None:
-    """Raises a `LoraError` where a leaf of ``params`` is not an array."""
+    """Raises a `LoraError` if a leaf of ``params`` is not an array."""
     wrong = [(path, leaf) for path, leaf in flatten_with_paths(params)[0] if not is_array(leaf)]
     if wrong:
         raise error(

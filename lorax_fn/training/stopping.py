@@ -1,4 +1,4 @@
-"""What ends `fit` before its last step: SIGTERM, patience, or an error that holds the last good state."""
+"""What ends `fit` before its last step: SIGTERM, patience, or an error with the last good state."""
 
 import contextlib
 import dataclasses
@@ -16,12 +16,12 @@ from lorax_fn.core.errors import LoraError
 
 
 class FitError(LoraError):
-    """`fit` can't go on; what it had is kept here.
+    """`fit` can't continue; the error has the last good state.
 
     Args:
-      message: the whole text.
+      message: the complete text.
       state: the last good state.
-      step: steps taken up to that state.
+      step: how many steps led to that state.
       batch: the batch of the step that went wrong, or None.
 
     Example:
@@ -35,16 +35,16 @@ class FitError(LoraError):
         self.state, self.step, self.batch = state, step, batch
 
     def __reduce__(self):
-        # pickle and deepcopy would call the class with the message alone
+        # By default, pickle and deepcopy would call the class with only the message.
         make = functools.partial(type(self), state=self.state, step=self.step, batch=self.batch)
         return make, self.args
 
 
 @dataclasses.dataclass
 class Best:
-    """Evaluations so far: which were the best, and how many came since."""
+    """The evaluations so far: the best ones, and how many came since the best."""
 
-    best: list  # [score, step] of the best ones, the best first
+    best: list  # [score, step] of the best evaluations, best first
     since: int = 0
     stopped: bool = False
 
@@ -58,19 +58,19 @@ class Best:
 
 
 class Terminated(BaseException):
-    """SIGTERM came while `fit` waited for a batch. No `except Exception` of a source of batches sees it."""
+    """SIGTERM came while `fit` waited for a batch. It passes any `except Exception` in a source of batches."""
 
 
 class Termination:
-    """Whether SIGTERM came; it does not end the process before `fit` has saved."""
+    """Records SIGTERM, instead of ending the process, so that `fit` can save first."""
 
     def __init__(self, several: bool = False):
         self.came = self.waiting = False
         self.several = several
 
     def __call__(self, step: int) -> bool:
-        """Whether to stop after ``step``. Where several processes run, all of them are told the same."""
-        if self.several:  # JAX's own handler; it agrees with all processes on one step
+        """Whether to stop after ``step``, with the same answer in all processes."""
+        if self.several:  # JAX's own handler agrees on one step with all processes.
             self.came = self.came or multihost_utils.reached_preemption_sync_point(step)
         return self.came
 
@@ -81,7 +81,7 @@ class Termination:
 
     @contextlib.contextmanager
     def breakable(self) -> Iterator[None]:
-        """A block that SIGTERM breaks off: one that may wait for long."""
+        """A block that may wait for long, which SIGTERM interrupts."""
         self.waiting = True
         try:
             if self.came and not self.several:
@@ -93,9 +93,9 @@ class Termination:
 
 @contextlib.contextmanager
 def termination(wanted: bool) -> Iterator[Termination]:
-    """Handles SIGTERM in the block, and gives back the handler that was there before."""
+    """Handles SIGTERM inside the block, and restores the previous handler after it."""
     if not wanted or threading.current_thread() is not threading.main_thread():
-        yield Termination()  # only the main thread may handle signals
+        yield Termination()  # Only the main thread can handle signals.
         return
     if jax.process_count() > 1:
         yield Termination(several=True)
