@@ -58,7 +58,7 @@ class Best:
 
 
 class Terminated(BaseException):
-    """SIGTERM came while `fit` waited for a batch. It passes any `except Exception` in a source of batches."""
+    """SIGTERM came while `fit` waited for a batch. No `except Exception` of a source of batches sees it."""
 
 
 class Termination:
