@@ -10,10 +10,10 @@ from pathlib import Path
 import data
 import uvicorn
 from models.llama import STACKED, TABLE, load_gguf
-from serve.app import make_app
-from serve.engine import Engine, empty_bank
 
 from lorax_fn import checkpoint
+from serve.app import make_app
+from serve.engine import Engine, empty_bank
 
 
 class Tokens:

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import prometheus_client as prometheus
-from serve.engine import BASE, Engine, Refused, Request
 from starlette.applications import Starlette
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
+
+from serve.engine import BASE, Engine, Refused, Request
 
 
 def _error(status: int, message: str) -> JSONResponse:

@@ -1,4 +1,4 @@
-"""Continuous batching: a fixed number of rows, each at its own place in its own request, one program for all."""
+"""Continuous batching: a fixed number of rows, each somewhere in a request of its own, one program for all."""
 
 import collections
 import dataclasses
@@ -9,9 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from serve.decoding import make_step, new_cache
 
 import lorax_fn as lx
+from serve.decoding import make_step, new_cache
 
 BASE = "base"
 

@@ -1,4 +1,4 @@
-"""How much adapters get in each other's way: cosines of what they add, and how far their subspaces overlap."""
+"""How much adapters get in each other's way: cosines of what they add, overlap of their subspaces."""
 
 import dataclasses
 import math
