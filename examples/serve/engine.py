@@ -1,4 +1,4 @@
-"""Continuous batching: a fixed number of rows, each somewhere in a request of its own, one program for all."""
+"""Continuous batching: a fixed number of rows, each in a request of its own, one program for all."""
 
 import collections
 import dataclasses
