@@ -9,7 +9,7 @@ SHELL := bash
 PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.13; do \
 	if $$p -c 'import ensurepip, sys, venv; assert sys.version_info >= (3, 11)' >/dev/null 2>&1; then \
 	echo $$p; break; fi; done)
-EXTRAS := test,lint,examples,notebooks
+EXTRAS := test,lint,examples,notebooks,serve
 ARGS ?=
 
 PY := .venv/bin/python

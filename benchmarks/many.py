@@ -5,8 +5,8 @@
     python benchmarks/many.py --check         # exit with status 1 where a target is missed
 
 The model is that of step.py, written for rows of any number of axes. The rows of the mixed batch are
-compared with each adapter's own before anything is timed. Variants take turns within each round, and ratios are formed within
-rounds: of wall time, and of CPU time, which other programs on the machine disturb less.
+compared with each adapter's own before anything is timed. Variants take turns within each round, and ratios
+are formed within rounds: of wall time, and of CPU time, which other programs on the machine disturb less.
 """
 
 import argparse

@@ -84,7 +84,7 @@ def drawn(rank, seed, params=PARAMS, **options):
     _, lora = lx.split(params, rank, layout=LAYOUT, targets=["table", "experts", "gate"], **options)
     keys = iter(jax.random.split(jax.random.key(seed), 99))
     return jax.tree.map(
-        lambda x, t: x + 0.3 * jax.random.normal(next(keys), x.shape) if t else x, lora, lx.mask(lora)
+        lambda x, t: x + 0.1 * jax.random.normal(next(keys), x.shape) if t else x, lora, lx.mask(lora)
     )
 
 
@@ -134,7 +134,7 @@ def test_rows_of_a_model_equal_single_runs_and_so_do_gradients(name):
                 held = getattr(got.slots[path], field) if field in "ab" else got.slots[path].extras[field]
                 held = jnp.moveaxis(held, s, 0)[i]
                 inside = tuple(slice(n) for n in value.shape)
-                near(held[inside], value)
+                near(held[inside], value, 5e-5)
                 assert np.abs(held).sum() == pytest.approx(np.abs(held[inside]).sum())  # pads get nothing
             for field in adapter.frozen:
                 assert not jnp.moveaxis(getattr(got.slots[path], field), s, 0)[i].any()

@@ -144,7 +144,7 @@ def test_subtract_scale_interpolate_and_unmerge():
     grad = jax.grad(lambda t: lx.delta(lx.scale(one, t))["up"].sum())(jnp.float32(2.0))
     np.testing.assert_allclose(grad, lx.delta(one)["up"].sum(), rtol=1e-5)
     for dtype, digits in ((jnp.float32, 24), (jnp.bfloat16, 8)):
-        params = jax.tree.map(lambda x: x.astype(dtype), PARAMS)
+        params = jax.tree.map(lambda x, dtype=dtype: x.astype(dtype), PARAMS)
         back = lx.merge(lx.merge(params, one), lx.scale(one, -1.0))
         largest = max(
             float(jnp.abs(x.astype(jnp.float32)).max()) for x in jax.tree.leaves(lx.merge(params, one))

@@ -1,1 +1,4 @@
-"""Tables of a model and its adapters, for people."""
+"""Tables, and pictures of adapters, for people to read."""
+
+from lorax_fn.report.interference import Interference as Interference
+from lorax_fn.report.interference import interference as interference

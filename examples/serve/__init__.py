@@ -1,0 +1,1 @@
+"""A server of many adapters over one model."""

@@ -1,0 +1,161 @@
+"""The serving example over loopback: rows equal generation alone, and one client's mistakes hurt no other."""
+
+import concurrent.futures
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lorax_fn as lx
+
+openai = pytest.importorskip("openai")
+uvicorn = pytest.importorskip("uvicorn")
+pytest.importorskip("starlette")
+pytest.importorskip("prometheus_client")
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+
+from models.llama import STACKED, TABLE, Llama, LlamaConfig  # noqa: E402
+from serve.app import make_app  # noqa: E402
+from serve.engine import Engine, empty_bank  # noqa: E402
+
+CONFIG = LlamaConfig(vocab=32, width=16, hidden=24, layers=2, heads=2, kv_heads=1)
+LAYOUT = {"embedding": TABLE, "kernel": STACKED}
+NAMES = ["red", "green", "blue"]
+
+
+class Letters:
+    """A tokenizer of 32 characters."""
+
+    vocab, stop = 32, None
+
+    def encode(self, text):
+        return [ord(c) % 32 for c in text]
+
+    def decode(self, tokens):
+        return "".join(chr(64 + t) for t in tokens)
+
+
+def adapter(params, seed, rank):
+    _, lora = lx.split(params, rank, layout=LAYOUT)
+    keys = iter(jax.random.split(jax.random.key(seed), 99))
+    return jax.tree.map(lambda x: 0.5 * jax.random.normal(next(keys), x.shape), lora)
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adapters")
+    params = Llama(CONFIG).init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
+    loras = {name: adapter(params, i, 1 + i) for i, name in enumerate(NAMES)}
+    for name, lora in loras.items():
+        lx.checkpoint.save(folder / name, lora)
+    bank = empty_bank(params, LAYOUT, slots=2, rank=4)
+    engine = Engine(
+        CONFIG, params, bank, lambda n: lx.checkpoint.load(folder / n), rows=4, length=24, queue=64
+    )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    app = make_app(engine, Letters(), folder)
+    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="error"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=120)
+    yield params, loras, client, engine, folder
+    client.close()
+    server.should_exit = True
+    thread.join()
+    engine.close()
+
+
+def greedy(params, lora, prompt, new):
+    """What the whole model says, without a cache, a bank or a batch."""
+    apply = jax.jit(lx.adapt(Llama(CONFIG).apply))
+    tokens, size = Letters().encode(prompt), len(prompt) + new
+    while len(tokens) < size:
+        padded = jnp.array([tokens + [0] * (size - len(tokens))])
+        tokens.append(int(apply(params, lora, padded)[0, len(tokens) - 1].argmax()))
+    return Letters().decode(tokens[-new:])
+
+
+def ask(client, model, prompt="HELLO", new=6, **options):
+    done = client.completions.create(model=model, prompt=prompt, max_tokens=new, temperature=0, **options)
+    return done.choices[0].text
+
+
+def test_concurrent_clients_get_what_their_adapter_says_alone(served):
+    params, loras, client, engine, _ = served
+    want = {name: greedy(params, loras.get(name, {}), "HELLO", 6) for name in ["base", *NAMES]}
+    assert len(set(want.values())) > 2
+    ask(client, "base")
+    compiled = engine.step._cache_size()
+    names = [["base", *NAMES][i % 4] for i in range(64)]
+    with concurrent.futures.ThreadPoolExecutor(64) as pool:
+        got = list(pool.map(lambda name: ask(client, name), names))
+    assert got == [want[name] for name in names]
+    assert engine.step._cache_size() == compiled
+    assert engine.adapters.swaps > 3  # three adapters take turns in two slots
+
+
+def test_streams_and_hang_ups_free_their_row(served):
+    params, _, client, engine, _ = served
+    parts = client.completions.create(model="base", prompt="AB", max_tokens=4, temperature=0, stream=True)
+    assert "".join(part.choices[0].text for part in parts) == greedy(params, {}, "AB", 4)
+    stream = client.completions.create(model="base", prompt="A", max_tokens=20, stream=True)
+    next(iter(stream))
+    stream.close()
+    until = time.time() + 30
+    while any(engine.rows) and time.time() < until:
+        time.sleep(0.01)
+    assert not any(engine.rows)
+
+
+def test_mistakes_are_told_and_hurt_nobody(served):
+    params, _, client, engine, folder = served
+    (folder / "broken").mkdir()
+    wrong = [
+        (openai.NotFoundError, dict(model="nobody", prompt="A")),
+        (openai.NotFoundError, dict(model="../red", prompt="A")),
+        (openai.BadRequestError, dict(model="broken", prompt="A")),
+        (openai.BadRequestError, dict(model="base", prompt="A" * 20, max_tokens=5)),
+        (openai.BadRequestError, dict(model="base", prompt="")),
+        (openai.BadRequestError, dict(model="base", prompt=[1, 99])),
+        (openai.BadRequestError, dict(model="base", prompt="A", max_tokens=0)),
+        (openai.BadRequestError, dict(model="base", prompt="A", temperature=9)),
+    ]
+    for kind, options in wrong:
+        with pytest.raises(kind):
+            client.completions.create(**options)
+    raw = client._client.post(f"{client.base_url}completions", content=b"{")
+    assert raw.status_code == 400 and "not JSON" in raw.text
+    engine.limit = 0
+    with pytest.raises(openai.RateLimitError):
+        ask(client, "base")
+    engine.limit = 64
+    lx.checkpoint.save(folder / "late", adapter(params, 9, 2))  # an adapter that comes while it runs
+    assert ask(client, "late", "AB", 4) == greedy(params, adapter(params, 9, 2), "AB", 4)
+    assert {"base", "late", *NAMES} <= {model.id for model in client.models.list()}
+    text = client._client.get(str(client.base_url).replace("/v1/", "/metrics")).text
+    assert 'requests_total{status="429"} 1.0' in text and "serve_swaps" in text
+
+
+def test_swaps_keep_memory_and_programs(served):
+    _, _, _, engine, _ = served
+    params, bank = served[0], engine.adapters.bank
+    loras, programs = [adapter(params, i, 1 + i % 4) for i in range(4)], engine.step._cache_size()
+    bank = jax.tree.map(jnp.copy, bank)
+    for i in range(100):
+        bank = bank.set(i % 2, loras[i % 4], donate=True)
+        if i == 10:
+            held = len(jax.live_arrays())
+    assert len(jax.live_arrays()) == held and engine.step._cache_size() == programs
+    np.testing.assert_array_equal(
+        bank.get(1)["params/layers/mlp/up/kernel"].a, loras[3]["params/layers/mlp/up/kernel"].a
+    )
