@@ -105,24 +105,25 @@ assert after < before - 0.05
 # %% [markdown]
 # ## Talk to it
 #
-# The same compiled program answers with and without the adapter: adapters are arguments.
+# The same compiled program answers with and without the adapter: adapters are arguments. Tokens are drawn from the 40 likeliest, with one key for both.
 
 # %%
-NEW = 24
-prompt = jnp.asarray(tokenizer.encode("Enter HAMLET and HORATIO\n\nHAMLET\n").ids, jnp.int32)
+NEW = 32
+prompt = jnp.asarray(tokenizer.encode("HORATIO\nWhat saw you, my lord?\n\nHAMLET\nI saw").ids, jnp.int32)
 
 
 @jax.jit
-def generate(params, lora):
+def generate(params, lora, key):
     def append(i, window):
-        return window.at[i].set(adapted(params, lora, window[None])[0, i - 1].argmax().astype(jnp.int32))
+        best, ids = jax.lax.top_k(adapted(params, lora, window[None])[0, i - 1], 40)
+        return window.at[i].set(ids[jax.random.categorical(jax.random.fold_in(key, i), best / 0.8)])
 
     return jax.lax.fori_loop(len(prompt), len(prompt) + NEW, append, jnp.pad(prompt, (0, NEW)))
 
 
 start = jax.tree.map(jnp.copy, lora)  # B is zero: this is the base model
 for name, adapters in {"base": start, "adapted": state.lora}.items():
-    print(f"--- {name}\n{tokenizer.decode(generate(params, adapters).tolist())}\n")
+    print(f"--- {name}\n{tokenizer.decode(generate(params, adapters, jax.random.key(1)).tolist())}\n")
 assert generate._cache_size() == 1
 
 # %% [markdown]
