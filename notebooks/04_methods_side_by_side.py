@@ -117,6 +117,7 @@ for name, numbers, final in rows:
 
 # %%
 figure, axes = plt.subplots(figsize=(7, 4), dpi=70)
+axes.set_prop_cycle(color=plt.get_cmap("tab20").colors)
 for name, losses in curves.items():
     axes.semilogy(losses, label=name, linestyle="--" if "full" in name else "-")
 axes.set(xlabel="step", ylabel="loss")

@@ -86,8 +86,8 @@ for name, form, gib in rows:
     print(f"{name:>4}  {form:18}{gib:8.1f}")
 
 # %% [markdown]
-# Activations depend on batch, length and checkpointing; for a 7B model at one sequence of 2048 tokens they are one to two GiB when layers are
-# recomputed. A rough reading, with 80 % of a device for what is counted here:
+# Activations depend on batch, length and checkpointing. For one sequence of 2048 tokens and recomputed layers, the TPU's compiler gives 6.2 GiB for a whole
+# QLoRA step of 7B on one v5e (`docs/devices.md`); the table above counts 4.2 of them. A rough reading, with 80 % of a device for what is counted here:
 
 # %%
 DEVICES = {"TPU v5e, T4: 16": 16, "RTX 4090: 24": 24, "A100: 40": 40, "H100: 80": 80, "TPU v5p: 95": 95}

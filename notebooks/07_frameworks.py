@@ -123,7 +123,8 @@ assert not jnp.array_equal(state.extra["norm"]["mean"], stats["norm"]["mean"])
 # %% [markdown]
 # ## Flax NNX, with BatchNorm and dropout
 #
-# `nnx.split` gives the parameters and the rest: statistics, and the counters of the random streams.
+# `nnx.split` gives the parameters and the rest: statistics, and the counters of the random streams. `copy=True` gives the function Variables of its
+# own to write to: NNX does not let a gradient write to those of its caller.
 
 
 # %%
@@ -144,7 +145,7 @@ graphdef, params, rest = nnx.split(module, nnx.Param, ...)
 
 
 def forward(params, rest, x):
-    module = nnx.merge(graphdef, params, rest)
+    module = nnx.merge(graphdef, params, rest, copy=True)
     logits = module(x)
     return logits, nnx.state(module, nnx.Not(nnx.Param))
 

@@ -15,11 +15,13 @@ if importlib.util.find_spec("lorax_fn") is None:
     subprocess.run([sys.executable, "-m", "pip", "install", "-q", "lorax_fn"], check=True)
 
 import jax
+import jax.extend.backend
 
 jax.config.update("jax_num_cpu_devices", 8)  # before JAX starts; accelerators are not touched by it
-devices = jax.devices() if jax.device_count() >= 8 else jax.devices("cpu")
-devices = devices[:8]
-jax.config.update("jax_default_device", devices[0])
+if jax.device_count() < 8:
+    jax.config.update("jax_platforms", "cpu")
+    jax.extend.backend.clear_backends()
+devices = jax.devices()[:8]
 print(devices[0].platform, len(devices))
 assert len(devices) == 8
 
