@@ -315,7 +315,8 @@ def _dropped(x: jax.Array, density: float, key: jax.Array) -> jax.Array:
 
 def _svd(x: jax.Array, rank: int, key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, int]:
     if min(x.shape[1:]) <= EXACT_UP_TO:
-        return *jnp.linalg.svd(x, full_matrices=False), rank
+        u, size, vt = jnp.linalg.svd(x, full_matrices=False)
+        return u, size, vt, rank
     u, size, vt = jax.lax.map(lambda matrix: randomized_svd(key, matrix, rank, 8), x)
     return u, size, vt, rank
 

@@ -245,7 +245,7 @@ def unpadded(slots: Slots) -> Any:
     alphas = tuple(float(x) for x in np.ravel(slots.alpha))
     width = max(ranks)
     a, b = slots.a[..., :width], slots.b[(slice(None),) * s + (slice(width),)]
-    extras = {name: jnp.asarray(slots.extras[name]) for name in extras_of(cls)}
+    extras: dict[str, Any] = {name: jnp.asarray(slots.extras[name]) for name in extras_of(cls)}
     rank, alpha = (x[0] if len(set(x)) == 1 else x for x in (ranks, alphas))
     return cls(jnp.asarray(a), jnp.asarray(b), alpha, rank, scaling, slots.layout, **extras)
 

@@ -184,7 +184,7 @@ class MeshStep:
         return sharding.shardings(state, at_params), at_params
 
     def place(self, state: TrainState, params: PyTree) -> tuple[TrainState, PyTree]:
-        """``(state, params)`` on the mesh. The new state, which is donated, may share the old one's buffers."""
+        """``(state, params)`` on the mesh. The new state may share buffers with the old."""
         at_state, at_params = self.shardings(state, params)
         return _put(state, at_state), _put(params, at_params)
 
