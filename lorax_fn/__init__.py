@@ -8,6 +8,7 @@ from lorax_fn import inits as inits
 from lorax_fn import quantization as quantization
 from lorax_fn import ranks as ranks
 from lorax_fn import report as report
+from lorax_fn import sweeps as sweeps
 from lorax_fn.checkpoint.storage import LoraCheckpointWarning as LoraCheckpointWarning
 from lorax_fn.core.adapters import Adapter as Adapter
 from lorax_fn.core.errors import LoraError as LoraError
@@ -41,6 +42,8 @@ from lorax_fn.splitting.merge import merge as merge
 from lorax_fn.splitting.rounding import LoraMergeWarning as LoraMergeWarning
 from lorax_fn.splitting.rounding import surviving as surviving
 from lorax_fn.splitting.split import split as split
+from lorax_fn.sweeps.grid import grid as grid
+from lorax_fn.sweeps.sweep import sweep as sweep
 from lorax_fn.training import optim as optim
 from lorax_fn.training import packing as data  # noqa: F401
 from lorax_fn.training.loop import fit as fit

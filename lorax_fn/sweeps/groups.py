@@ -1,0 +1,308 @@
+"""Which lanes share a program: the same base, weights of one kind, and an optimizer that padding leaves alone."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lorax_fn.core.adapters import Adapter
+from lorax_fn.core.errors import error
+from lorax_fn.core.trees import PyTree
+from lorax_fn.splitting.split import split as split_params
+from lorax_fn.sweeps.grid import OWN, SPLIT, Reader, is_number
+from lorax_fn.training.masks import train_only, trainable
+from lorax_fn.training.state import TrainState
+from lorax_fn.training.step import apply_gradients
+
+Lora = dict[str, Adapter]
+OTHER = "a weight that the lane does not adapt"
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """One lane, split: where it starts."""
+
+    index: int
+    lane: dict[str, Any]
+    params: PyTree
+    lora: Lora
+    key: jax.Array
+
+
+@dataclasses.dataclass
+class Group:
+    """Lanes of one program, in its order; ``sizes[i]`` of them in turn share the optimizer ``fixed[i]``.
+
+    ``traced`` names the entries of a lane that `tx` gets as traced numbers, ``fixed`` holds the others.
+    """
+
+    params: PyTree
+    members: list[Member]
+    traced: tuple[str, ...]
+    fixed: list[dict[str, Any]]
+    sizes: list[int]
+
+
+def members(params: PyTree, lanes: Sequence[dict], split: Mapping[str, Any], key: jax.Array) -> list[Member]:
+    """Each lane's params and adapters: those of ``split(params, key=fold_in(key, seed))``.
+
+    Lanes that ask `split` for the same get the same arrays.
+    """
+    done: dict[Any, tuple[PyTree, Lora]] = {}
+    made = []
+    for i, lane in enumerate(lanes):
+        asked = {**split, **{name: lane[name] for name in SPLIT if name in lane}}
+        seed = lane.get("seed", 0)
+        own_key = jax.random.fold_in(key, seed)
+        told = (seed, hashable(asked))
+        if told not in done:
+            done[told] = split_params(params, key=own_key, **asked)
+        made.append(Member(i, lane, *done[told], own_key))
+    return made
+
+
+def hashable(value: Any) -> Any:
+    """What tells one value from another; objects that are not plain data are told apart by identity."""
+    if value is None or isinstance(value, str | bool) or is_number(value):
+        return value
+    if isinstance(value, Mapping):
+        return tuple((hashable(name), hashable(x)) for name, x in value.items())
+    if isinstance(value, Sequence):
+        return tuple(map(hashable, value))
+    return type(value).__name__, id(value)
+
+
+def group(params: PyTree, made: list[Member], tx: Callable) -> list[Group]:
+    """Puts lanes that can share a program together."""
+    sets: list[tuple[Any, dict, list[Member]]] = []
+    for member in made:
+        base = _base(params, member)
+        kind = _kind(member)
+        for at, union, found in sets:
+            if at == base and _fits(union, kind):
+                union.update(kind)
+                found.append(member)
+                break
+        else:
+            sets.append((base, dict(kind), [member]))
+    groups = []
+    for _, _, found in sets:
+        for same in _by_rank(found, tx):
+            groups.append(_ordered(same, tx))
+    _check_read(made, tx)
+    return groups
+
+
+def _base(params: PyTree, member: Member) -> Any:
+    """None where the lane is on the given base; else what tells its own base from others (PiSSA's residual)."""
+    theirs, given = jax.tree.leaves(member.params), jax.tree.leaves(params)
+    if len(theirs) == len(given) and all(x is y for x, y in zip(theirs, given, strict=True)):
+        return None
+    return tuple(map(id, theirs))
+
+
+def _kind(member: Member) -> dict[str, tuple[Any, bool]]:
+    """Of each path, what adapters side by side must share, and whether a lane may lack it."""
+    kinds = {}
+    for path, x in member.lora.items():
+        told: dict[str, Any] = {}
+        lackable = False
+        if x.owns_factors:
+            own: Any = x
+            told = {"a": None, "b": None, "alpha": 0.0, "rank": 1, "scaling": "lora"}
+            lackable = set(type(x).trained()) - {"a", "b", "key"} == set()
+            facts = (own.shape, str(own.a.dtype), str(own.b.dtype))
+        else:
+            facts = ()
+            if "alpha" in x.numbers():
+                told = {"alpha": 0.0}
+        rest = dataclasses.replace(x, **told)  # pyright: ignore[reportArgumentType]
+        shapes = [(np.shape(leaf), str(leaf.dtype)) for leaf in jax.tree.leaves(rest)]
+        kinds[path] = ((type(x).__name__, str(jax.tree.structure(rest)), str(shapes), facts), lackable)
+    return kinds
+
+
+def _fits(union: dict, kind: dict) -> bool:
+    return all(
+        union[path] == kind[path] if path in union and path in kind else (union.get(path) or kind[path])[1]
+        for path in union.keys() | kind.keys()
+    )
+
+
+def ranks_of(lora: Lora) -> tuple:
+    """What padding would change: the width of each pair of factors."""
+    return tuple((path, x.a.shape[-1]) for path, x in sorted(lora.items()) if x.owns_factors)
+
+
+def _by_rank(found: list[Member], tx: Callable) -> list[list[Member]]:
+    """All of them together, or one list for each rank where the optimizer looks at whole matrices."""
+    kinds: dict[Any, list[Member]] = {}
+    for member in found:
+        kinds.setdefault(ranks_of(member.lora), []).append(member)
+    if len(kinds) == 1 or padding_is_exact(tx(Reader(found[0].lane)), [same[0].lora for same in kinds.values()]):
+        return [found]
+    return list(kinds.values())
+
+
+def padding_is_exact(tx: Any, loras: Sequence[Lora]) -> bool:
+    """Whether two updates of padded factors are those of the factors alone, with pads that stay zero.
+
+    True of every elementwise optimizer and of norms over the whole tree. Muon, Adafactor and noise look at
+    the shape of a matrix. It is tried on random gradients of the largest weight.
+    """
+    factors = {path: x for lora in loras for path, x in lora.items() if x.owns_factors}
+    path = max(factors, key=lambda path: factors[path].a.size + factors[path].b.size)
+    widths = [x.a.shape[-1] for lora in loras for x in lora.values() if x.owns_factors]
+    own: Any = min((lora[path] for lora in loras if path in lora), key=lambda x: x.a.shape[-1])
+    r = own.a.shape[-1]
+    own = numbered(own)
+    wide, absent = padded(own, max(max(widths), r + 1)), lacking(own)
+    none = trainable({OTHER: absent})[OTHER]
+
+    def run(lora, grads):
+        state = TrainState.create(lora=lora, tx=tx, key=jax.random.key(0))
+        for g in grads:
+            state = apply_gradients(state, g, tx, value=jnp.float32(1.0))
+        return state.lora
+
+    def both(keys):
+        grads = []
+        for k in keys:
+            leaves, treedef = jax.tree.flatten(trainable({path: own}))
+            draws = [
+                jax.random.normal(jax.random.fold_in(k, i), x.shape, jnp.float32).astype(x.dtype)
+                for i, x in enumerate(leaves)
+            ]
+            grads.append(jax.tree.unflatten(treedef, draws))
+        small = run({path: own}, grads)[path]
+        wider = [
+            {path: padded(g[path], wide.a.shape[-1]), OTHER: jax.tree.map(jnp.zeros_like, none)} for g in grads
+        ]
+        after = run({path: wide, OTHER: absent}, wider)
+        pairs = [(after[path], padded(small, wide.a.shape[-1])), (after[OTHER], absent)]
+        close = [
+            jnp.all(jnp.abs(x - y) <= 1e-5 * jnp.abs(y))
+            for one, other in pairs
+            for x, y in zip(jax.tree.leaves(trainable({"": one})), jax.tree.leaves(trainable({"": other})), strict=True)
+        ]
+        return jnp.all(jnp.stack(close))
+
+    with jax.numpy_dtype_promotion("standard"):
+        return bool(jax.jit(both)(jax.random.split(jax.random.key(0), 2)))
+
+
+def padded(x: Any, width: int) -> Any:
+    """An adapter, or its gradients, with zeros behind the last rank of A ``[*s, *n, r]`` and B ``[*s, r, *m]``."""
+    s = len(x.layout.stack)
+
+    def pad(leaf, axis):
+        if leaf is None:
+            return None
+        edges = [(0, 0)] * leaf.ndim
+        edges[axis] = (0, width - leaf.shape[axis])
+        return jnp.pad(leaf, edges)
+
+    return dataclasses.replace(x, a=pad(x.a, -1), b=pad(x.b, s))
+
+
+def numbered(x: Any) -> Any:
+    """An adapter with one alpha and one rank, whatever its stack has."""
+    return dataclasses.replace(x, alpha=1.0, rank=x.a.shape[-1])
+
+
+def lacking(x: Any) -> Any:
+    """What stands for an adapter in a lane that does not adapt its weight: zeros of rank 1, at scale zero."""
+    s = len(x.layout.stack)
+    a, b = x.a[..., :1], jax.lax.slice_in_dim(x.b, 0, 1, axis=s)
+    return dataclasses.replace(
+        x, a=jnp.zeros_like(a), b=jnp.zeros_like(b), alpha=0.0, rank=1, scaling="lora"
+    )
+
+
+def _ordered(found: list[Member], tx: Callable) -> Group:
+    """Lanes with one optimizer side by side, and in them lanes of one rank."""
+    read = _read(found, tx)
+    varying = [name for name in sorted(read) if _varies(found, name)]
+    traced = _traceable(found, tx, varying)
+
+    def fixed(member):
+        return {name: member.lane[name] for name in sorted(read - set(traced)) if name in member.lane}
+
+    def rank(member):
+        return max((x.a.shape[-1] for x in member.lora.values() if x.owns_factors), default=0)
+
+    kinds: dict[Any, list[Member]] = {}
+    for member in found:
+        kinds.setdefault(hashable(fixed(member)), []).append(member)
+    parts = [sorted(part, key=rank) for part in kinds.values()]
+    return Group(
+        found[0].params,
+        [member for part in parts for member in part],
+        traced,
+        [fixed(part[0]) for part in parts],
+        [len(part) for part in parts],
+    )
+
+
+def _read(found: Sequence[Member], tx: Callable) -> set[str]:
+    """The entries of a lane that ``tx`` asks for."""
+    names: set[str] = set()
+    for member in found:
+        reader = Reader(member.lane)
+        train_only(optimizer(tx, reader))
+        names |= reader.read
+    return names
+
+
+def _varies(found: Sequence[Member], name: str) -> bool:
+    values = [member.lane.get(name) for member in found]
+    return all(map(is_number, values)) and len(set(values)) > 1
+
+
+def _traceable(found: Sequence[Member], tx: Callable, names: Sequence[str]) -> tuple[str, ...]:
+    """Which of these numbers ``tx`` takes as traced arrays: all of them, or those that it takes one by one."""
+
+    def takes(some):
+        def run(values):
+            made = optimizer(tx, {**found[0].lane, **values})
+            state = train_only(made).init(trained)
+            return train_only(made).update(trained, state, trained, value=jnp.float32(1.0))
+
+        values = {name: traced_value([found[0].lane[name]])[0] for name in some}
+        try:
+            jax.eval_shape(run, values)
+        except Exception:  # whatever Python code of tx makes of a tracer: the lane is then taken by its number
+            return False
+        return True
+
+    trained = trainable(found[0].lora)
+    if not names or takes(names):
+        return tuple(names)
+    single = [name for name in names if takes([name])]
+    return tuple(single) if takes(single) else ()
+
+
+def traced_value(values: Sequence[Any]) -> jax.Array:
+    whole = all(isinstance(x, int) for x in values)
+    return jnp.asarray(values, jnp.int32 if whole else jnp.float32)
+
+
+def optimizer(tx: Callable, lane: Mapping[str, Any]) -> Any:
+    """``tx(lane)``, under JAX's standard promotion, as its update is."""
+    with jax.numpy_dtype_promotion("standard"):
+        return tx(lane)
+
+
+def _check_read(made: Sequence[Member], tx: Callable) -> None:
+    known = {*SPLIT, *OWN} | _read(made, tx)
+    idle = sorted({name for member in made for name in member.lane} - known)
+    if idle:
+        raise error(
+            "nothing reads these entries of the lanes.",
+            got=idle,
+            want=f"entries that tx(lane) reads, or some of {', '.join((*SPLIT, *OWN))}",
+            do=f"read them, tx=lambda lane: optax.adamw(lane[{idle[0]!r}]), or leave them out.",
+        )

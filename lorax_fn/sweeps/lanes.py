@@ -1,0 +1,184 @@
+"""The program of a sweep: one train step that is a `jax.vmap` over lanes, and the states that go through it.
+
+Lanes lie side by side on axis 0 of every array. The frozen base has no such axis: ``x @ W`` of all lanes is
+one product of ``[lanes * tokens, n]`` with ``W``, which is read once.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from lorax_fn.core.adapters import Adapter
+from lorax_fn.core.trees import PyTree
+from lorax_fn.many.stacking import stack
+from lorax_fn.methods.dropout import dropout
+from lorax_fn.sweeps.groups import Group, Member, lacking, optimizer, padded, traced_value
+from lorax_fn.training.state import TrainState
+from lorax_fn.training.step import apply_gradients, value_and_grad
+
+Lora = dict[str, Adapter]
+AXIS = "lanes"  # of the mesh
+DROPOUT = 0x5EED  # what the key of a step is folded with for dropout
+
+
+@dataclasses.dataclass
+class Chunk:
+    """Lanes that one call of a program trains; the last ones of ``slots`` may repeat to fill it up.
+
+    ``parts`` are those lanes in turn that share an optimizer but for the traced entries: (the entries that
+    are not traced, how many lanes).
+    """
+
+    group: Group
+    slots: list[Member]
+    real: int
+    parts: list[tuple[dict[str, Any], int]]
+
+    @property
+    def lanes(self) -> list[int]:
+        return [member.index for member in self.slots[: self.real]]
+
+    def values(self) -> tuple[dict[str, jax.Array], ...]:
+        """Of each part the traced entries, ``[lanes of the part]`` each."""
+        made, at = [], 0
+        for _, size in self.parts:
+            some = self.slots[at : at + size]
+            made.append({n: traced_value([m.lane[n] for m in some]) for n in self.group.traced})
+            at += size
+        return tuple(made)
+
+    def rates(self) -> jax.Array | None:
+        """The dropout rates ``[lanes]``, or None where no lane of the group drops anything."""
+        if not any(member.lane.get("dropout", 0.0) for member in self.group.members):
+            return None
+        return jnp.asarray([member.lane.get("dropout", 0.0) for member in self.slots], jnp.float32)
+
+
+def chunks(group: Group, count: int, multiple: int = 1) -> list[Chunk]:
+    """Cuts a group into pieces of at most ``count`` lanes, of one size; a piece is a multiple of ``multiple``."""
+    total = len(group.members)
+    pieces = -(-total // max(count, 1))
+    size = -(-total // pieces)
+    size = -(-size // multiple) * multiple
+    made = []
+    for start in range(0, total, size):
+        made.append(chunk(group, group.members[start : start + size], size))
+    return made
+
+
+def chunk(group: Group, slots: Sequence[Member], size: int) -> Chunk:
+    """A chunk of these lanes of a group, filled up to ``size`` with copies of the last."""
+    filled = [*slots, *[slots[-1]] * (size - len(slots))]
+    which = [i for i, n in enumerate(group.sizes) for _ in range(n)]
+    part_of = {member.index: part for member, part in zip(group.members, which, strict=True)}
+    parts = [part_of[member.index] for member in filled]
+    order = sorted(set(parts), key=parts.index)
+    return Chunk(group, filled, len(slots), [(group.fixed[i], parts.count(i)) for i in order])
+
+
+def stacked(chunk: Chunk) -> Lora:
+    """The adapters of a chunk side by side, as wide as the widest of the group."""
+    widths: dict[str, int] = {}
+    examples: dict[str, Any] = {}
+    for member in chunk.group.members:
+        for path, x in member.lora.items():
+            examples.setdefault(path, x)
+            if x.owns_factors:
+                widths[path] = max(widths.get(path, 0), x.a.shape[-1])  # pyright: ignore[reportAttributeAccessIssue]
+    loras = []
+    for member in chunk.slots:
+        lora = {path: member.lora.get(path) or lacking(x) for path, x in examples.items()}
+        loras.append({path: padded(x, widths[path]) if path in widths else x for path, x in lora.items()})
+    return stack(loras)
+
+
+def start(chunk: Chunk, tx: Callable, extra: PyTree) -> tuple[TrainState, ...]:
+    """A train state of each part, each array with the lanes on axis 0."""
+    lora, keys = stacked(chunk), jnp.stack([member.key for member in chunk.slots])
+    extra = jax.tree.map(jnp.asarray, extra)
+    states = []
+    for at, (fixed, size), values in zip(offsets(chunk.parts), chunk.parts, chunk.values(), strict=True):
+
+        def create(lora, key, values, fixed=fixed):
+            return TrainState.create(lora=lora, tx=optimizer(tx, {**fixed, **values}), key=key, extra=extra)
+
+        part = jax.tree.map(lambda x, at=at, size=size: x[at : at + size], (lora, keys))
+        states.append(jax.vmap(create, axis_size=size)(*part, values))
+    return tuple(states)
+
+
+def offsets(parts: Sequence[tuple[Any, int]]) -> list[int]:
+    return [sum(size for _, size in parts[:i]) for i in range(len(parts))]
+
+
+def joined(trees: Sequence[PyTree]) -> PyTree:
+    """The parts' arrays one after the other on axis 0."""
+    return trees[0] if len(trees) == 1 else jax.tree.map(lambda *xs: jnp.concatenate(xs), *trees)
+
+
+def make_step(loss_fn: Callable, tx: Callable, parts: Sequence[tuple[Mapping, int]], *, seeded: bool) -> Callable:
+    """Builds ``step(states, params, batch, values, rates, which) -> (states, metrics)`` of all lanes.
+
+    Lane for lane it is `make_train_step`, with dropout where there are ``rates``. With ``seeded`` the
+    leaves of ``batch`` have an axis of seeds, and ``which [lanes]`` says whose batch a lane takes.
+    """
+
+    def gradient(lora, key, extra, rate, batch, params):
+        given = () if extra is None else (extra,)
+
+        def dropped(params, lora, batch, key, *given):
+            if rate is not None:
+                lora = dropout(lora, rate, jax.random.fold_in(key, DROPOUT))
+            return loss_fn(params, lora, batch, key, *given)
+
+        value, grads = value_and_grad(dropped)(params, lora, batch, key, *given)
+        loss, new = (value[0], value[1][0]) if extra is not None else (value, None)
+        loss = loss[0] if isinstance(loss, tuple) else loss
+        norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
+        return grads, new, {"loss": loss, "grad_norm": norm}
+
+    def step(states, params, batch, values, rates, which):
+        lora, keys, steps, extra = joined([(s.lora, s.key, s.step, s.extra) for s in states])
+        keys = jax.vmap(jax.random.fold_in)(keys, steps)
+        if seeded:
+            batch = jax.tree.map(lambda x: x[which], batch)
+        axes = (0, 0, 0, 0, 0 if seeded else None, None)
+        grads, extra, metrics = jax.vmap(gradient, in_axes=axes)(lora, keys, extra, rates, batch, params)
+        after = []
+        for at, (fixed, size), state, own in zip(offsets(parts), parts, states, values, strict=True):
+
+            def update(state, grads, loss, values, extra, fixed=fixed):
+                new = apply_gradients(state, grads, optimizer(tx, {**fixed, **values}), value=loss)
+                return dataclasses.replace(new, extra=extra)
+
+            part = jax.tree.map(lambda x, at=at, size=size: x[at : at + size], (grads, metrics["loss"], extra))
+            after.append(jax.vmap(update)(state, part[0], part[1], own, part[2]))
+        return tuple(after), metrics
+
+    return step
+
+
+def whole(states: Sequence[TrainState]) -> TrainState:
+    """The states of all parts as one, without optimizers' states, which may differ in structure."""
+    return joined([dataclasses.replace(state, opt_state=()) for state in states])
+
+
+def own_lora(member: Member, lora: Lora, slot: int) -> Lora:
+    """The adapters of one lane, without padding and without those that it does not have."""
+
+    def cut(old, new):
+        at = (slot, *(slice(n) for n in np.shape(old)))
+        return new[at]
+
+    made = {}
+    for path, x in member.lora.items():
+        side = lora[path]
+        names = [f.name for f in dataclasses.fields(x) if not f.metadata.get("static")]
+        arrays = {n: cut(getattr(x, n), getattr(side, n)) for n in names if getattr(x, n) is not None}
+        made[path] = dataclasses.replace(x, **arrays)
+    return made

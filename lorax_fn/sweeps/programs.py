@@ -1,0 +1,185 @@
+"""Compiled programs of a sweep: the step and the evaluation, over a mesh where there is one, and their memory."""
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
+
+from lorax_fn.core.errors import error
+from lorax_fn.core.trees import PyTree
+from lorax_fn.sweeps.groups import hashable
+from lorax_fn.sweeps.lanes import AXIS, Chunk, make_step, own_lora, start, whole
+from lorax_fn.training.step import make_train_step
+
+SHARE = 0.8  # of the free memory, that a program may take
+UNTRACED = (
+    jax.errors.ConcretizationTypeError,
+    jax.errors.TracerArrayConversionError,
+    jax.errors.TracerIntegerConversionError,
+)
+
+
+class Programs:
+    """Steps and evaluations, each compiled once for all chunks alike."""
+
+    def __init__(self, loss_fn: Callable, tx: Callable, eval_fn: Callable | None, seeded: bool, mesh: Any):
+        self.loss_fn, self.tx, self.eval_fn, self.seeded, self.mesh = loss_fn, tx, eval_fn, seeded, mesh
+        self.steps: dict[Any, Any] = {}
+        self.evals: dict[Any, Any] = {}
+        if mesh is not None and AXIS not in mesh.axis_names:
+            raise error(
+                "the mesh has no axis for the lanes.",
+                got=f"axes {tuple(mesh.axis_names)}",
+                want=f"an axis {AXIS!r}",
+                do=f'jax.make_mesh((8,), ("{AXIS}",)).',
+            )
+
+    @property
+    def multiple(self) -> int:
+        """What the number of lanes of a program is a multiple of."""
+        return 1 if self.mesh is None else self.mesh.shape[AXIS]
+
+    def place(self, tree: PyTree, lanes: bool) -> PyTree:
+        """A tree on the mesh: its axis 0 along the lanes, or a copy for each device."""
+        if self.mesh is None:
+            return tree
+        where = NamedSharding(self.mesh, PartitionSpec(AXIS) if lanes else PartitionSpec())
+
+        def put(x):
+            mine = getattr(getattr(x, "sharding", None), "mesh", None)
+            return x if not lanes and mine == self.mesh else jax.device_put(x, where)
+
+        return jax.tree.map(put, tree)
+
+    def step(self, chunk: Chunk, states: PyTree, params: PyTree, batch: PyTree, which: Any) -> Any:
+        """The compiled step for chunks of this form."""
+        facts = [(hashable(fixed), size) for fixed, size in chunk.parts]
+        shapes = tuple((np.shape(x), str(x.dtype)) for x in jax.tree.leaves((states, batch)))
+        told = (hashable(facts), jax.tree.structure((states, batch)), shapes, tuple(map(id, jax.tree.leaves(params))))
+        if told not in self.steps:
+            step = make_step(self.loss_fn, self.tx, chunk.parts, seeded=self.seeded)
+            args = (states, params, batch, chunk.values(), chunk.rates(), which)
+            args = tuple(self.place(x, i in (0, 3, 4, 5)) for i, x in enumerate(args))
+            if self.mesh is not None:
+                lanes, one = PartitionSpec(AXIS), PartitionSpec()
+                step = jax.shard_map(
+                    self._local(chunk),
+                    mesh=self.mesh,
+                    in_specs=(lanes, one, one, lanes, lanes, lanes),
+                    out_specs=(lanes, lanes),
+                    axis_names={AXIS},
+                )
+            try:
+                lowered = jax.jit(step, donate_argnums=0).lower(*args)
+            except Exception:
+                self._explain(chunk, params, batch)
+                raise
+            self.steps[told] = lowered.compile()
+        return self.steps[told]
+
+    def _local(self, chunk: Chunk) -> Callable:
+        """The step of the lanes on one device."""
+        if len(chunk.parts) > 1:
+            raise error(
+                "lanes with different optimizers cannot lie on one mesh.",
+                got=[str(fixed) for fixed, _ in chunk.parts],
+                want="one optimizer whose entries are numbers that can be traced",
+                do="sweep over these one at a time, or without mesh=.",
+            )
+        ((fixed, size),) = chunk.parts
+        return make_step(self.loss_fn, self.tx, [(fixed, size // self.multiple)], seeded=self.seeded)
+
+    def _explain(self, chunk: Chunk, params: PyTree, batch: PyTree) -> None:
+        """Raises what `make_train_step` has to say about one lane, if it has."""
+        member = chunk.slots[0]
+        state = jax.eval_shape(lambda: jax.tree.map(lambda x: x[0], start(chunk, self.tx, self.extra)[0]))
+        one = jax.tree.map(lambda x: x[0], batch) if self.seeded else batch
+        jax.eval_shape(make_train_step(self.loss_fn, self.tx(member.lane)), state, params, one)
+
+    extra: PyTree = None
+
+    def scores(self, chunk: Chunk, states: Sequence[Any], params: PyTree) -> list[dict[str, float]]:
+        """The scores of each lane; empty where there is no ``eval_fn``."""
+        if self.eval_fn is None:
+            return [{} for _ in chunk.lanes]
+        state = whole(states)
+        told = (jax.tree.structure((state, params)), tuple(np.shape(x) for x in jax.tree.leaves(state)))
+        if told not in self.evals:
+            self.evals[told] = self._evaluation(state, params)
+        run = self.evals[told]
+        if run is None:
+            made = []
+            for i, member in enumerate(chunk.slots[: chunk.real]):
+                own = jax.tree.map(lambda x, i=i: x[i], (state.step, state.key, state.extra))
+                lora = own_lora(member, state.lora, i)
+                one = type(state)(lora=lora, opt_state=(), step=own[0], key=own[1], extra=own[2])
+                made.append(_named(self.eval_fn(one, params)))
+            return made
+        scores = {name: host(x) for name, x in run(state, params).items()}
+        return [{name: float(x[i]) for name, x in scores.items()} for i in range(chunk.real)]
+
+    def _evaluation(self, state: Any, params: PyTree) -> Any:
+        """The evaluation of all lanes at once; None where ``eval_fn`` can't be traced."""
+
+        def evaluate(state, params):
+            return jax.vmap(lambda state, params: _named(self.eval_fn(state, params)), (0, None))(state, params)  # pyright: ignore[reportOptionalCall]
+
+        try:
+            jax.eval_shape(evaluate, state, params)
+        except UNTRACED:
+            return None
+        if self.mesh is not None:
+            lanes = PartitionSpec(AXIS)
+            evaluate = jax.shard_map(
+                evaluate,
+                mesh=self.mesh,
+                in_specs=(lanes, PartitionSpec()),
+                out_specs=lanes,
+                axis_names={AXIS},
+            )
+        return jax.jit(evaluate)
+
+
+def _named(scores: Any) -> dict[str, Any]:
+    """Scores by name; a lone one is the loss."""
+    named = scores if isinstance(scores, dict) else {"loss": scores}
+    strange = [f"{name}: shape {np.shape(x)}" for name, x in named.items() if np.shape(x) != ()]
+    if strange or not named:
+        raise error(
+            "eval_fn returned something else.",
+            got=strange or "an empty dict",
+            want="a scalar, or a dict of scalars",
+            do="return jnp.mean(...) of it.",
+        )
+    traced = any(isinstance(x, jax.Array) for x in named.values())
+    return {str(name): x if traced else float(x) for name, x in named.items()}
+
+
+def host(x: Any) -> np.ndarray:
+    """An array in this process, also where other processes hold parts of it."""
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+        return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+    return np.asarray(x)
+
+
+def memory_of(compiled: Any) -> int:
+    """Bytes that a program holds while it runs: arguments, results and temporaries."""
+    told = compiled.memory_analysis()
+    return (
+        told.argument_size_in_bytes
+        + told.output_size_in_bytes
+        - told.alias_size_in_bytes
+        + told.temp_size_in_bytes
+    )
+
+
+def free_memory() -> int:
+    """Bytes that a program may take on the first device of this process."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "bytes_limit" in stats:
+        return int(SHARE * stats["bytes_limit"])
+    return int(SHARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES"))

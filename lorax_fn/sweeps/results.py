@@ -1,0 +1,275 @@
+"""What a sweep found: its records, the best lane, each lane's adapters, and means over seeds."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from lorax_fn.core.adapters import Adapter
+from lorax_fn.core.errors import error
+from lorax_fn.sweeps.grid import is_number, label
+
+
+@dataclasses.dataclass
+class SweepResult:
+    """What `sweep` returns, also of one that was interrupted.
+
+    Args:
+      lanes: the configurations, as they were given.
+      records: one dict per lane and evaluation: the entries of the lane (as numbers and strings), ``lane``,
+        ``step``, ``train_loss`` (its mean since the record before), ``diverged`` (the first step whose loss
+        or gradient was not finite, or None), and the scores. ``loss`` is the lone score of ``eval_fn``, and
+        ``train_loss`` where nothing else has that name.
+      curves: ``{"loss": [lanes, steps], "grad_norm": [lanes, steps]}`` of every training step; NaN where a
+        lane was not trained.
+      config: what ran, and on what: steps, versions, device.
+      finished: False where it was interrupted.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lorax_fn as lx, optax
+      >>> params, x = {"kernel": jnp.eye(4)}, jnp.ones((2, 4))
+      >>> apply = lx.adapt(lambda params, x: x @ params["kernel"])
+      >>> result = lx.sweep(
+      ...     lambda params, lora, batch, key: jnp.mean(apply(params, lora, batch) ** 2),
+      ...     params, lx.grid(rank=[1, 2], lr=[1e-5, 1e-4]), [x], steps=5,
+      ...     tx=lambda lane: optax.sgd(lane["lr"]), key=jax.random.key(0), progress=False)
+      >>> result.best("loss")["lr"], result.curves["loss"].shape
+      (0.0001, (4, 5))
+      >>> result.lora(0)["kernel"].rank, result.lora(3)["kernel"].rank
+      (1, 2)
+    """
+
+    lanes: list[dict[str, Any]]
+    records: list[dict[str, Any]]
+    curves: dict[str, np.ndarray]
+    config: dict[str, Any]
+    finished: bool = True
+    _loras: dict[int, Callable[[], dict[str, Adapter]]] = dataclasses.field(default_factory=dict, repr=False)
+
+    def best(self, metric: str = "loss") -> dict[str, Any]:
+        """The record of the lane that ends best.
+
+        Args:
+          metric: a score by name, lower is better; ``"-accuracy"``: higher is.
+
+        Returns:
+          The last record of that lane. Lanes that diverged come last.
+
+        Raises:
+          LoraError: there are no records, or no record has such a score.
+
+        Example:
+          >>> import lorax_fn as lx
+          >>> rows = [{"lane": 0, "step": 5, "loss": 2.0}, {"lane": 1, "step": 5, "loss": 1.0}]
+          >>> lx.sweeps.SweepResult([{}, {}], rows, {}, {}).best("loss")["lane"]
+          1
+        """
+        name, sign = (metric[1:], -1.0) if metric.startswith("-") else (metric, 1.0)
+        last = self.final()
+        check_metric(last, name)
+
+        def score(record):
+            value = record.get(name)
+            good = is_number(value) and math.isfinite(value) and record.get("diverged") is None
+            return (0, sign * value) if good else (1, 0.0)
+
+        return min(last, key=score)
+
+    def final(self) -> list[dict[str, Any]]:
+        """The last record of each lane, in the order of the lanes.
+
+        Returns:
+          One dict per lane that has a record.
+
+        Example:
+          >>> import lorax_fn as lx
+          >>> rows = [{"lane": 0, "step": 5, "loss": 2.0}, {"lane": 0, "step": 9, "loss": 1.0}]
+          >>> lx.sweeps.SweepResult([{}], rows, {}, {}).final()
+          [{'lane': 0, 'step': 9, 'loss': 1.0}]
+        """
+        last: dict[int, dict] = {}
+        for record in self.records:
+            if record["lane"] not in last or record["step"] >= last[record["lane"]]["step"]:
+                last[record["lane"]] = record
+        return [last[lane] for lane in sorted(last)]
+
+    def lora(self, lane: int) -> dict[str, Adapter]:
+        """The adapters of one lane as they ended, of its own rank and without padding.
+
+        Args:
+          lane: its number in ``lanes``.
+
+        Returns:
+          An ordinary ``lora``, to `merge` or to save. A lane whose init moved a part of the weights (PiSSA)
+          belongs to the params that ``split`` of its configuration gives.
+
+        Raises:
+          LoraError: there is no such lane, or it was not trained, or the result was read from a file.
+
+        Example:
+          >>> import lorax_fn as lx
+          >>> lx.sweeps.SweepResult([{}], [], {}, {}).lora(0)
+          Traceback (most recent call last):
+          ...
+          lorax_fn.core.errors.LoraError: this result has no adapters of that lane.
+            got:     lane 0
+            want:    one of []
+            do:      run the sweep again with the same file=: it loads what is done and trains the rest.
+        """
+        if lane not in self._loras:
+            raise error(
+                "this result has no adapters of that lane.",
+                got=f"lane {lane!r}",
+                want=f"one of {sorted(self._loras)}",
+                do="run the sweep again with the same file=: it loads what is done and trains the rest.",
+            )
+        return self._loras[lane]()
+
+    def means(self, metric: str = "loss", by: str | Sequence[str] | None = None) -> list[dict[str, Any]]:
+        """Means over seeds with standard errors, of each configuration's last record.
+
+        Args:
+          metric: a score by name.
+          by: the entries of a lane that tell configurations apart; None is all but ``seed`` and ``name``.
+
+        Returns:
+          One dict per configuration: its entries, ``mean``, ``stderr`` (the standard deviation of the sample
+          over ``sqrt(n)``; NaN for one lane) and ``n``. A diverged lane makes its mean NaN.
+
+        Raises:
+          LoraError: no record has such a score.
+
+        Example:
+          >>> import lorax_fn as lx
+          >>> rows = [{"lane": i, "step": 5, "seed": i, "rank": 4, "loss": 1.0 + i} for i in range(3)]
+          >>> lx.sweeps.SweepResult([{"seed": 0, "rank": 4}] * 3, rows, {}, {}).means("loss")
+          [{'rank': 4, 'mean': 2.0, 'stderr': 0.577..., 'n': 3}]
+        """
+        names = self.entries(skip=("seed", "name")) if by is None else [by] if isinstance(by, str) else list(by)
+        last = self.final()
+        check_metric(last, metric)
+        found: dict[tuple, list[float]] = {}
+        for record in last:
+            found.setdefault(tuple(record.get(name) for name in names), []).append(value_of(record, metric))
+        return [
+            {**dict(zip(names, at, strict=True)), **mean_and_error(values)} for at, values in found.items()
+        ]
+
+    def differences(
+        self, metric: str = "loss", *, between: str, other: Any, by: Sequence[str] | None = None
+    ) -> list[dict[str, Any]]:
+        """Paired differences to one value of an entry, seed by seed: what seeds share cancels.
+
+        Args:
+          metric: a score by name.
+          between: the entry that differs, ``"method"`` for example.
+          other: the value of it that all others are compared with.
+          by: further entries by which results are told apart; None is all but ``seed`` and ``name``.
+
+        Returns:
+          One dict per value of ``between`` (but ``other``) and configuration: ``mean`` of score minus the
+          score of ``other`` in the same seed and configuration, ``stderr`` and ``n``.
+
+        Raises:
+          LoraError: no record has such a score, or none has ``between == other``.
+
+        Example:
+          >>> import lorax_fn as lx
+          >>> rows = [{"lane": 2 * s + i, "step": 1, "seed": s, "rank": r, "loss": s + 1.0 / r}
+          ...         for s in range(2) for i, r in enumerate((1, 2))]
+          >>> result = lx.sweeps.SweepResult([{"seed": 0, "rank": 1}] * 4, rows, {}, {})
+          >>> result.differences("loss", between="rank", other=1)
+          [{'rank': 2, 'mean': -0.5, 'stderr': 0.0, 'n': 2}]
+        """
+        names = self.entries(skip=("seed", "name", between)) if by is None else list(by)
+        last, other = self.final(), label(other)
+        check_metric(last, metric)
+        base = {self._place(r, names): value_of(r, metric) for r in last if r.get(between) == other}
+        if not base:
+            raise error(
+                "no lane has the value to compare with.",
+                got=f"{between}={other!r}",
+                want=f"one of {sorted({str(r.get(between)) for r in last})}",
+                do="other= one of these.",
+            )
+        found: dict[tuple, list[float]] = {}
+        for record in last:
+            place = self._place(record, names)
+            if record.get(between) != other and place in base:
+                at = (record.get(between), *(record.get(name) for name in names))
+                found.setdefault(at, []).append(value_of(record, metric) - base[place])
+        return [
+            {**dict(zip((between, *names), at, strict=True)), **mean_and_error(values)}
+            for at, values in found.items()
+        ]
+
+    def to_pandas(self) -> Any:
+        """The records as a `pandas.DataFrame`, one row each.
+
+        Returns:
+          The frame.
+
+        Raises:
+          LoraError: pandas is not installed.
+
+        Example:
+          >>> import lorax_fn as lx
+          >>> frame = lx.sweeps.SweepResult([{}], [{"lane": 0, "step": 1, "loss": 2.0}], {}, {}).to_pandas()
+          ... # doctest: +SKIP
+        """
+        try:
+            import pandas
+        except ImportError:
+            raise error(
+                "a data frame needs pandas.",
+                got="no module pandas",
+                do='pip install "lorax_fn[pandas]", or use .records, a list of dicts.',
+            ) from None
+        return pandas.DataFrame(self.records)
+
+    def entries(self, skip: Iterable[str] = ()) -> list[str]:
+        """The names of the entries that the lanes have, in their order.
+
+        Args:
+          skip: names to leave out.
+
+        Returns:
+          The names.
+
+        Example:
+          >>> import lorax_fn as lx
+          >>> lx.sweeps.SweepResult([{"rank": 1}, {"rank": 1, "lr": 0.1}], [], {}, {}).entries()
+          ['rank', 'lr']
+        """
+        names = dict.fromkeys(name for lane in self.lanes for name in lane)
+        return [name for name in names if name not in skip]
+
+    def _place(self, record: dict, names: Sequence[str]) -> tuple:
+        return (record.get("seed"), *(record.get(name) for name in names))
+
+
+def check_metric(records: Sequence[dict], name: str) -> None:
+    """Raises a `LoraError` where no record has a number of this name."""
+    known = sorted({key for r in records for key, value in r.items() if is_number(value)})
+    if not any(is_number(record.get(name)) for record in records):
+        raise error(
+            "no record has this score.",
+            got=repr(name),
+            want=f"one of {known}" if records else "records: the sweep has made none yet",
+            do="'loss', or a name that eval_fn returns.",
+        )
+
+
+def value_of(record: dict, metric: str) -> float:
+    """A score; NaN where the lane diverged or has none."""
+    value = record.get(metric)
+    return float(value) if is_number(value) and record.get("diverged") is None else math.nan
+
+
+def mean_and_error(values: Sequence[float]) -> dict[str, Any]:
+    numbers = np.asarray(values, np.float64)
+    n = len(numbers)
+    stderr = float(numbers.std(ddof=1) / math.sqrt(n)) if n > 1 else math.nan
+    return {"mean": float(numbers.mean()), "stderr": stderr, "n": n}
