@@ -13,10 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lorax_fn.core.adapters import Adapter
+from lorax_fn.core.adapters import Adapter, Factors, fact, register
+from lorax_fn.core.errors import error
 from lorax_fn.core.trees import PyTree
 from lorax_fn.many.stacking import stack
 from lorax_fn.methods.dropout import dropout
+from lorax_fn.methods.lora import LoRA
 from lorax_fn.sweeps.groups import Group, Member, lacking, optimizer, padded, traced_value
 from lorax_fn.training.state import TrainState
 from lorax_fn.training.step import apply_gradients, value_and_grad
@@ -24,6 +26,7 @@ from lorax_fn.training.step import apply_gradients, value_and_grad
 Lora = dict[str, Adapter]
 AXIS = "lanes"  # of the mesh
 DROPOUT = 0x5EED  # what the key of a step is folded with for dropout
+STEP = 8  # ranks that round up to the same multiple of this are multiplied together
 
 
 @dataclasses.dataclass
@@ -121,34 +124,88 @@ def joined(trees: Sequence[PyTree]) -> PyTree:
     return trees[0] if len(trees) == 1 else jax.tree.map(lambda *xs: jnp.concatenate(xs), *trees)
 
 
-def make_step(loss_fn: Callable, tx: Callable, parts: Sequence[tuple[Mapping, int]], *, seeded: bool) -> Callable:
+@register
+class LaneLoRA(LoRA):
+    """`LoRA` of many lanes inside the step: products leave the padding of each lane's rank out.
+
+    Args:
+      lanes: ``(how many lanes, their widest rank)`` of neighbors; see `transform/lanes.py`.
+    """
+
+    lanes: Any = fact(default=None)
+
+    def factors(self, w: jax.Array) -> Factors:
+        return dataclasses.replace(super().factors(w), lanes=self.lanes)
+
+
+Widths = dict[str, tuple[tuple[int, int], ...]]
+
+
+def own_widths(chunk: Chunk) -> Widths:
+    """Of each weight that lanes adapt at several ranks: how many neighbors are multiplied at which width."""
+    found: dict[str, list[list[int]]] = {}
+    for member in chunk.slots:
+        for path in {path for other in chunk.group.members for path in other.lora}:
+            x: Any = member.lora.get(path)
+            if x is not None and type(x) is not LoRA:
+                continue
+            rank = 1 if x is None else x.a.shape[-1]
+            runs = found.setdefault(path, [])
+            if runs and -(-runs[-1][1] // STEP) == -(-rank // STEP):
+                runs[-1] = [runs[-1][0] + 1, max(runs[-1][1], rank)]
+            else:
+                runs.append([1, rank])
+    several = {path: tuple((count, rank) for count, rank in runs) for path, runs in found.items() if len(runs) > 1}
+    return {path: runs for path, runs in several.items() if sum(n for n, _ in runs) == len(chunk.slots)}
+
+
+def make_step(
+    loss_fn: Callable,
+    tx: Callable,
+    parts: Sequence[tuple[Mapping, int]],
+    *,
+    seeded: bool,
+    widths: Widths | None = None,
+) -> Callable:
     """Builds ``step(states, params, batch, values, rates, which) -> (states, metrics)`` of all lanes.
 
     Lane for lane it is `make_train_step`, with dropout where there are ``rates``. With ``seeded`` the
-    leaves of ``batch`` have an axis of seeds, and ``which [lanes]`` says whose batch a lane takes.
+    leaves of ``batch`` have an axis of seeds, and ``which [lanes]`` says whose batch a lane takes. Weights in
+    ``widths`` are multiplied at each lane's own rank.
     """
 
-    def gradient(lora, key, extra, rate, batch, params):
+    def own(path, x):
+        held = {field.name: getattr(x, field.name) for field in dataclasses.fields(x)}
+        return LaneLoRA(**held, lanes=widths[path]) if widths and path in widths else x
+
+    def lane_loss(lora, key, extra, rate, batch, params):
         given = () if extra is None else (extra,)
-
-        def dropped(params, lora, batch, key, *given):
-            if rate is not None:
-                lora = dropout(lora, rate, jax.random.fold_in(key, DROPOUT))
-            return loss_fn(params, lora, batch, key, *given)
-
-        value, grads = value_and_grad(dropped)(params, lora, batch, key, *given)
+        if widths:
+            lora = {path: own(path, x) for path, x in lora.items()}
+        if rate is not None:
+            lora = dropout(lora, rate, jax.random.fold_in(key, DROPOUT))
+        value = loss_fn(params, lora, batch, key, *given)
         loss, new = (value[0], value[1][0]) if extra is not None else (value, None)
-        loss = loss[0] if isinstance(loss, tuple) else loss
-        norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
-        return grads, new, {"loss": loss, "grad_norm": norm}
+        return check_loss(loss[0] if isinstance(loss, tuple) else loss), new
+
+    def norm(grads):
+        return optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
 
     def step(states, params, batch, values, rates, which):
         lora, keys, steps, extra = joined([(s.lora, s.key, s.step, s.extra) for s in states])
         keys = jax.vmap(jax.random.fold_in)(keys, steps)
         if seeded:
             batch = jax.tree.map(lambda x: x[which], batch)
-        axes = (0, 0, 0, 0, 0 if seeded else None, None)
-        grads, extra, metrics = jax.vmap(gradient, in_axes=axes)(lora, keys, extra, rates, batch, params)
+
+        def total(params, lora):
+            axes = (0, 0, 0, 0, 0 if seeded else None, None)
+            losses, new = jax.vmap(lane_loss, in_axes=axes)(lora, keys, extra, rates, batch, params)
+            # The sum over lanes: the gradient by a lane's adapters is that of its own loss.
+            return losses.sum(), losses, new
+
+        (_, losses, new), grads = value_and_grad(total)(params, lora)
+        metrics = {"loss": losses, "grad_norm": jax.vmap(norm)(grads)}
+        extra = new
         after = []
         for at, (fixed, size), state, own in zip(offsets(parts), parts, states, values, strict=True):
 
@@ -161,6 +218,17 @@ def make_step(loss_fn: Callable, tx: Callable, parts: Sequence[tuple[Mapping, in
         return tuple(after), metrics
 
     return step
+
+
+def check_loss(loss: Any) -> jax.Array:
+    if jnp.shape(loss) != () or not jnp.issubdtype(jnp.result_type(loss), jnp.floating):
+        raise error(
+            "the loss is not a float scalar.",
+            got=f"shape {jnp.shape(loss)}, dtype {jnp.result_type(loss)}",
+            want="a scalar: shape (), float",
+            do="return jnp.mean(...) of it.",
+        )
+    return loss
 
 
 def whole(states: Sequence[TrainState]) -> TrainState:

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from lorax_fn.core.errors import error
 from lorax_fn.core.trees import PyTree
 from lorax_fn.sweeps.groups import hashable
-from lorax_fn.sweeps.lanes import AXIS, Chunk, make_step, own_lora, start, whole
+from lorax_fn.sweeps.lanes import AXIS, Chunk, Widths, make_step, own_lora, own_widths, start, whole
 from lorax_fn.training.step import make_train_step
 
 SHARE = 0.8  # of the free memory, that a program may take
@@ -30,6 +30,8 @@ class Programs:
         self.loss_fn, self.tx, self.eval_fn, self.seeded, self.mesh = loss_fn, tx, eval_fn, seeded, mesh
         self.steps: dict[Any, Any] = {}
         self.evals: dict[Any, Any] = {}
+        self.extra: PyTree = None
+        self.own_widths = True  # halving moves lanes of all ranks through one program instead
         if mesh is not None and AXIS not in mesh.axis_names:
             raise error(
                 "the mesh has no axis for the lanes.",
@@ -58,28 +60,35 @@ class Programs:
     def step(self, chunk: Chunk, states: PyTree, params: PyTree, batch: PyTree, which: Any) -> Any:
         """The compiled step for chunks of this form."""
         facts = [(hashable(fixed), size) for fixed, size in chunk.parts]
+        widths = own_widths(chunk) if self.own_widths and self.mesh is None else {}
         shapes = tuple((np.shape(x), str(x.dtype)) for x in jax.tree.leaves((states, batch)))
-        told = (hashable(facts), jax.tree.structure((states, batch)), shapes, tuple(map(id, jax.tree.leaves(params))))
+        base = tuple(map(id, jax.tree.leaves(params)))
+        told = (hashable(facts), hashable(widths), jax.tree.structure((states, batch)), shapes, base)
         if told not in self.steps:
-            step = make_step(self.loss_fn, self.tx, chunk.parts, seeded=self.seeded)
             args = (states, params, batch, chunk.values(), chunk.rates(), which)
             args = tuple(self.place(x, i in (0, 3, 4, 5)) for i, x in enumerate(args))
-            if self.mesh is not None:
-                lanes, one = PartitionSpec(AXIS), PartitionSpec()
-                step = jax.shard_map(
-                    self._local(chunk),
-                    mesh=self.mesh,
-                    in_specs=(lanes, one, one, lanes, lanes, lanes),
-                    out_specs=(lanes, lanes),
-                    axis_names={AXIS},
-                )
-            try:
-                lowered = jax.jit(step, donate_argnums=0).lower(*args)
-            except Exception:
-                self._explain(chunk, params, batch)
-                raise
-            self.steps[told] = lowered.compile()
+            self.steps[told] = self._lowered(chunk, args, widths).compile()
         return self.steps[told]
+
+    def _lowered(self, chunk: Chunk, args: tuple, widths: Widths) -> Any:
+        if self.mesh is not None:
+            lanes, one = PartitionSpec(AXIS), PartitionSpec()
+            step = jax.shard_map(
+                self._local(chunk),
+                mesh=self.mesh,
+                in_specs=(lanes, one, one, lanes, lanes, lanes),
+                out_specs=(lanes, lanes),
+                axis_names={AXIS},
+            )
+        else:
+            step = make_step(self.loss_fn, self.tx, chunk.parts, seeded=self.seeded, widths=widths)
+        try:
+            return jax.jit(step, donate_argnums=0).lower(*args)
+        except Exception:
+            if widths:  # a gradient inside loss_fn, say, which no product of lanes can be part of
+                return self._lowered(chunk, args, {})
+            self._explain(chunk, args[1], args[2])
+            raise
 
     def _local(self, chunk: Chunk) -> Callable:
         """The step of the lanes on one device."""
@@ -99,8 +108,6 @@ class Programs:
         state = jax.eval_shape(lambda: jax.tree.map(lambda x: x[0], start(chunk, self.tx, self.extra)[0]))
         one = jax.tree.map(lambda x: x[0], batch) if self.seeded else batch
         jax.eval_shape(make_train_step(self.loss_fn, self.tx(member.lane)), state, params, one)
-
-    extra: PyTree = None
 
     def scores(self, chunk: Chunk, states: Sequence[Any], params: PyTree) -> list[dict[str, float]]:
         """The scores of each lane; empty where there is no ``eval_fn``."""

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lorax_fn.checkpoint.fingerprint import fingerprint
-from lorax_fn.core.errors import error
+from lorax_fn.core.errors import LoraError, error
 from lorax_fn.core.keys import checked_key
 from lorax_fn.core.trees import PyTree
 from lorax_fn.sweeps import lanes as side_by_side
@@ -63,7 +63,8 @@ def sweep(
         step = lx.make_train_step(loss_fn, tx(lane))
 
     where, with ``lane["dropout"]``, ``loss_fn`` sees ``lx.dropout(lora, rate, fold_in(key, 0x5EED))``.
-    Lower ranks are padded with zeros that stay zero, and a weight that a lane does not adapt has scale zero.
+    Lower ranks are padded with zeros that stay zero, and products leave the padding out; a weight that a
+    lane does not adapt has scale zero.
 
     What can't share a program runs one after the other: other methods, inits that take a part of W, and
     several ranks under an optimizer that looks at whole matrices (Muon, Adafactor), which is found out by
@@ -123,6 +124,7 @@ def sweep(
     run = _Run(loss_fn, params, lanes, batches, steps, tx, key, eval_fn, every or steps, split, data)
     run.programs = Programs(loss_fn, tx, eval_fn, data == "seed", mesh)
     run.programs.extra = run.extra = extra
+    run.programs.own_widths = not halving
     run.halving, run.best, run.limit = tuple(halving), best, lanes_per_program
     with contextlib.ExitStack() as stack:
         run.prepare(file)
@@ -405,21 +407,29 @@ def moved(chunk: Chunk, former: dict[int, Any]) -> Any:
 
 
 def _repeatable(batches: Any, steps: int) -> Any:
-    """Batches that each program can take from their beginning."""
-    once = hasattr(batches, "__next__") and iter(batches) is batches
-    return list(itertools.islice(batches, steps)) if once else batches
+    """Batches that each program can take from their beginning; those of a plain iterator are kept."""
+    if not (hasattr(batches, "__next__") and iter(batches) is batches):
+        return batches
+    kept = list(itertools.islice(batches, steps))
+    if len(kept) < steps:
+        raise _ended(len(kept), steps)
+    return kept
 
 
 def _next(feed: Feed, steps: int) -> PyTree:
     try:
         return next(feed)
     except StopIteration:
-        raise error(
-            "the batches ended before the steps did.",
-            got=f"{feed.taken} batches",
-            want=f"{steps}",
-            do="pass an iterable that can be run again (a list, a dataset), batches(start), or fewer steps.",
-        ) from None
+        raise _ended(feed.taken, steps) from None
+
+
+def _ended(taken: int, steps: int) -> LoraError:
+    return error(
+        "the batches ended before the steps did.",
+        got=f"{taken} batches",
+        want=f"{steps}",
+        do="pass an iterable that can be run again (a list, a dataset), batches(start), or fewer steps.",
+    )
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from jax import lax
 from lorax_fn.core.errors import LoraError, error
 from lorax_fn.transform import jaxpr as jx
 from lorax_fn.transform.factored import RANK, Factored, Part
+from lorax_fn.transform.lanes import by_lane
 from lorax_fn.transform.meshes import axis_specs, explicit_mesh, result_sharding
 from lorax_fn.transform.picks import chosen, picked
 from lorax_fn.transform.stored import built
@@ -171,12 +172,19 @@ def low_rank_product(
     axes = tuple(xs), first.axes, second.axes, stacked.axes if stacked else (), tuple(out)
     arrays = x, first.array, second.array, stacked.array if stacked else None
     facts = {"scale": w.scale, "axes": axes, "dtype": jnp.dtype(dtype), "precision": precision}
-    return _two_products(*arrays, **facts, tap=w.tap)
+    return _two_products(*arrays, **facts, tap=w.tap, lanes=w.lanes)
 
 
-@partial(jax.jit, static_argnames=("scale", "axes", "dtype", "precision", "tap"))
-def _two_products(x, first, second, stacked, scale, axes, dtype, precision, tap):
+@partial(jax.jit, static_argnames=("scale", "axes", "dtype", "precision", "tap", "lanes"))
+def _two_products(x, first, second, stacked, scale, axes, dtype, precision, tap, lanes):
     """``scale * (x @ first) @ second``, jitted: all uses alike share one trace and one lowered function."""
+    product = partial(_product, scale=scale, axes=axes, dtype=dtype, precision=precision, tap=tap)
+    if lanes is not None and stacked is not None:
+        product = by_lane(product, lanes, (axes[1].index(RANK), axes[2].index(RANK)))
+    return product(x, first, second, stacked)
+
+
+def _product(x, first, second, stacked, *, scale, axes, dtype, precision, tap):
     xs, first_axes, second_axes, stacked_axes, out = axes
     compute = x.dtype if jnp.issubdtype(x.dtype, jnp.floating) else dtype
     x, xs, out, split = _tokens_merged(x, xs, {*first_axes, *second_axes, *stacked_axes}, out)

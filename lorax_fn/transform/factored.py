@@ -58,6 +58,7 @@ class Factored:
     paths: tuple[str, ...] = dataclasses.field(metadata={"static": True})
     lookup: bool = dataclasses.field(default=False, metadata={"static": True})
     tap: bool = dataclasses.field(default=False, metadata={"static": True})
+    lanes: tuple | None = dataclasses.field(default=None, metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -137,7 +138,7 @@ def factor(path: str, base: Any, factors: Factors) -> Factored:
         parts["key"] = Part(factors.key, stack)
         if not isinstance(rate, numbers.Real):
             parts["rate"], rate = Part(jnp.asarray(rate), ()), 0.0
-    return Factored(base, parts, float(scale), float(rate), (path,), tap=factors.tap)
+    return Factored(base, parts, float(scale), float(rate), (path,), tap=factors.tap, lanes=factors.lanes)
 
 
 def wrap(path: str, base: Any, adapter: Adapter | None) -> Any:

@@ -1,0 +1,198 @@
+"""A sweep survives: kills, ctrl-C, lanes that diverge, too little memory, a mesh; and halving drops lanes."""
+
+import json
+import os
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from sweep_setup import KEY, STEPS, adam, batches, constant, init, loss_fn
+
+import lorax_fn as lx
+from lorax_fn.sweeps import programs
+
+LANES = lx.grid(rank=[1, 4], lr=[1e-3, 3e-2])
+
+
+def score(state, params):
+    return loss_fn(params, state.lora, batches()[0], None)
+
+
+def run(lanes=LANES, tx=adam, data=None, **options):
+    options = {"steps": STEPS, "every": 5, "eval_fn": score, "progress": False} | options
+    return lx.sweep(loss_fn, init(), lanes, batches() if data is None else data, tx=tx, key=KEY, **options)
+
+
+def assert_same(one, other, exact=False):
+    assert [r["step"] for r in one.records] == [r["step"] for r in other.records]
+    tolerance = {"rtol": 0, "atol": 0} if exact else {"rtol": 1e-4}
+    for a, b in zip(one.records, other.records, strict=True):
+        assert a.keys() == b.keys() and a["lane"] == b["lane"]
+        for name in ("loss", "train_loss"):
+            np.testing.assert_allclose(a[name], b[name], **tolerance)
+    np.testing.assert_allclose(one.curves["loss"], other.curves["loss"], **tolerance)
+    for i in range(len(one.lanes)):
+        for a, b in zip(jax.tree.leaves(one.lora(i)), jax.tree.leaves(other.lora(i)), strict=True):
+            np.testing.assert_allclose(a, b, rtol=tolerance["rtol"], atol=0 if exact else 1e-5)
+
+
+class Killed(BaseException):
+    """What a kill leaves behind is what this leaves behind: nobody catches it."""
+
+
+@pytest.mark.parametrize("kind", ["in the second program", "between records and state"])
+def test_killed_and_run_again_it_goes_on_with_equal_results(tmp_path, monkeypatch, kind):
+    whole = run(lanes_per_program=2, every=4)
+    file = tmp_path / "sweep.jsonl"
+    calls = []
+
+    def dying(start):
+        for i in range(start, STEPS):
+            calls.append(i)
+            if kind == "in the second program" and len(calls) == STEPS + 11:
+                raise Killed
+            yield batches()[i % 5]
+
+    from lorax_fn.sweeps.files import Folder
+
+    real = Folder.save
+
+    def save(self, *args):
+        if kind == "between records and state" and args[-1] == 12:
+            raise Killed
+        real(self, *args)
+
+    monkeypatch.setattr(Folder, "save", save)
+    with pytest.raises(Killed):
+        run(data=dying, lanes_per_program=2, every=4, file=file)
+    monkeypatch.setattr(Folder, "save", real)
+    file.write_text(file.read_text() + '{"lane": 3, "st')  # a line that the kill cut short
+    seen = []
+
+    def again(start):
+        for i in range(start, STEPS):
+            seen.append(i)
+            yield batches()[i % 5]
+
+    result = run(data=again, lanes_per_program=2, every=4, file=file)
+    expected = STEPS - 8 if kind == "in the second program" else 2 * STEPS - 8
+    assert len(seen) <= expected + 1 and seen[0] == 8
+    assert_same(result, whole, exact=True)
+    first, *rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert first["lanes"] == LANES and len(rows) == len(whole.records)
+    # A finished one is read, not run: no batch is asked for.
+    assert_same(run(data=lambda start: iter([]), lanes_per_program=2, every=4, file=file), whole, exact=True)
+    with pytest.raises(lx.LoraError, match="holds another sweep"):
+        run(lanes=LANES[:2], file=file)
+
+
+def test_ctrl_c_keeps_what_is_done(tmp_path):
+    def interrupted(start):
+        for i in range(start, STEPS):
+            if i == 12:
+                os.kill(os.getpid(), signal.SIGINT)
+            yield batches()[i % 5]
+
+    file = tmp_path / "sweep.jsonl"
+    former = signal.getsignal(signal.SIGINT)
+    result = run(data=interrupted, file=file)
+    assert not result.finished and signal.getsignal(signal.SIGINT) is former
+    assert {r["step"] for r in result.records} == {5, 10}
+    assert np.isfinite(result.curves["loss"][:, :13]).all() and np.isnan(result.curves["loss"][:, 14:]).all()
+    assert result.lora(3)["layer_0/kernel"].rank == 4
+    assert_same(run(file=file), run(), exact=True)
+
+
+def test_a_lane_that_diverges_is_reported_and_touches_no_other(capsys):
+    lanes = [{"rank": 2, "lr": 1e-2}, {"rank": 2, "lr": 1e30}, {"rank": 4, "lr": 1e-2}]
+    result = run(lanes, lambda lane: optax.sgd(lane["lr"]))
+    assert result.final()[1]["diverged"] is not None and np.isnan(result.final()[1]["train_loss"])
+    assert [r["diverged"] for r in result.final()][::2] == [None, None]
+    alone = run(lanes[::2], lambda lane: optax.sgd(lane["lr"]))
+    np.testing.assert_allclose(result.curves["loss"][::2], alone.curves["loss"], rtol=1e-5)
+    assert result.best("loss")["lane"] != 1
+    assert np.isnan(result.means("loss", by="lr")[1]["mean"])
+
+
+def test_lanes_of_a_program_by_memory(monkeypatch):
+    used = []
+    real = programs.memory_of
+
+    def memory_of(compiled):
+        used.append(real(compiled))
+        return used[-1]
+
+    from lorax_fn.sweeps import sweep as module
+
+    monkeypatch.setattr(module, "memory_of", memory_of)
+    whole = run()
+    assert len(used) == 1
+    monkeypatch.setattr(module, "free_memory", lambda: used[0] - 1)
+    split = run()
+    assert len(used) == 3 and used[2] < used[0]
+    by_lane = sorted(split.records, key=lambda r: (r["step"], r["lane"]))
+    for a, b in zip(by_lane, sorted(whole.records, key=lambda r: (r["step"], r["lane"])), strict=True):
+        np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-4)
+
+
+@pytest.mark.parametrize("explicit", [False, True], ids=["auto", "explicit"])
+def test_lanes_over_a_mesh(explicit):
+    kind = jax.sharding.AxisType.Explicit if explicit else jax.sharding.AxisType.Auto
+    mesh = jax.make_mesh((8,), ("lanes",), axis_types=(kind,))
+    lanes = lx.grid(rank=[1, 2, 4], lr=[1e-3, 1e-2, 3e-2])  # nine lanes on eight devices
+    result = run(lanes, mesh=mesh)
+    plain = run(lanes)
+    np.testing.assert_allclose(result.curves["loss"], plain.curves["loss"], rtol=1e-4)
+    by = {(r["lane"], r["step"]): r["loss"] for r in plain.records}
+    for record in result.records:
+        np.testing.assert_allclose(record["loss"], by[record["lane"], record["step"]], rtol=1e-4)
+    with pytest.raises(lx.LoraError, match="no axis for the lanes"):
+        run(lanes, mesh=jax.make_mesh((8,), ("data",), axis_types=(kind,)))
+
+
+def test_halving_drops_lanes_and_compiles_nothing_anew(monkeypatch):
+    compiled = []
+    real = programs.make_step
+    monkeypatch.setattr(programs, "make_step", lambda *a, **k: compiled.append(a) or real(*a, **k))
+    lanes = lx.grid(rank=[1, 4], lr=[1e-4, 1e-3, 1e-2, 3e-2])
+    result = run(lanes, lanes_per_program=4, halving=[5, 10])
+    assert len(compiled) == 1
+    ends = {r["lane"]: r["step"] for r in result.records}
+    assert sorted(ends.values()) == [5] * 4 + [10] * 2 + [STEPS] * 2
+    whole = run(lanes, lanes_per_program=4)
+    first = sorted((r["loss"], r["lane"]) for r in whole.records if r["step"] == 5)
+    assert {lane for _, lane in first[:4]} == {lane for lane, end in ends.items() if end > 5}
+    by = {(r["lane"], r["step"]): r["loss"] for r in whole.records}
+    for record in result.records:
+        np.testing.assert_allclose(record["loss"], by[record["lane"], record["step"]], rtol=1e-5)
+    assert result.lora(0)["layer_0/kernel"].rank == 1
+
+
+def test_an_eval_fn_that_cannot_be_traced_is_called_lane_by_lane():
+    ranks = []
+
+    def eval_fn(state, params):
+        ranks.append(state.lora["layer_0/kernel"].rank)
+        return {"loss": float(score(state, params)), "accuracy": 0.5}
+
+    result = run(eval_fn=eval_fn, every=None)
+    assert ranks[-4:] == [1, 1, 4, 4]
+    np.testing.assert_allclose([r["loss"] for r in result.records], [r["loss"] for r in run(every=None).records], rtol=1e-5)
+
+
+def test_a_gradient_inside_of_the_loss():
+    """Products at each lane's own rank cannot be differentiated before they are mapped: padded ones take over."""
+
+    def penalized(params, lora, batch, key):
+        inner = jax.grad(lambda x: loss_fn(params, lora, {**batch, "x": x}, key))(batch["x"])
+        return loss_fn(params, lora, batch, key) + jnp.sum(inner**2)
+
+    from sweep_setup import assert_lanes_are_runs
+
+    lanes = lx.grid(rank=[2, 7], targets=["kernel"])
+    wide = {"params": init(width=32), "data": batches(width=32)}
+    assert_lanes_are_runs([{"rank": 2}, {"rank": 20}], constant, loss=penalized, **wide)
+    del lanes
