@@ -106,8 +106,8 @@ def test_ctrl_c_keeps_what_is_done(tmp_path):
     assert_same(run(file=file), run(), exact=True)
 
 
-def test_a_lane_that_diverges_is_reported_and_touches_no_other(capsys):
-    lanes = [{"rank": 2, "lr": 1e-2}, {"rank": 2, "lr": 1e30}, {"rank": 4, "lr": 1e-2}]
+def test_a_lane_that_diverges_is_reported_and_touches_no_other():
+    lanes = [{"rank": 2, "lr": 1e-2}, {"rank": 2, "lr": float("nan")}, {"rank": 4, "lr": 1e-2}]
     result = run(lanes, lambda lane: optax.sgd(lane["lr"]))
     assert result.final()[1]["diverged"] is not None and np.isnan(result.final()[1]["train_loss"])
     assert [r["diverged"] for r in result.final()][::2] == [None, None]
@@ -192,7 +192,5 @@ def test_a_gradient_inside_of_the_loss():
 
     from sweep_setup import assert_lanes_are_runs
 
-    lanes = lx.grid(rank=[2, 7], targets=["kernel"])
     wide = {"params": init(width=32), "data": batches(width=32)}
     assert_lanes_are_runs([{"rank": 2}, {"rank": 20}], constant, loss=penalized, **wide)
-    del lanes

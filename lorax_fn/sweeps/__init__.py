@@ -4,3 +4,5 @@ from lorax_fn.sweeps.results import SweepResult as SweepResult
 from lorax_fn.sweeps.optima import Optimum as Optimum
 from lorax_fn.sweeps.optima import optimum as optimum
 from lorax_fn.sweeps.optima import slope as slope
+
+from lorax_fn.sweeps.results import read as read

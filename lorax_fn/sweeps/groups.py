@@ -286,6 +286,7 @@ def _traceable(found: Sequence[Member], tx: Callable, names: Sequence[str]) -> t
 
 
 def traced_value(values: Sequence[Any]) -> jax.Array:
+    """Numbers of the lanes of a part as one array."""
     whole = all(isinstance(x, int) for x in values)
     return jnp.asarray(values, jnp.int32 if whole else jnp.float32)
 

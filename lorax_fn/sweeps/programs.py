@@ -52,6 +52,8 @@ class Programs:
         where = NamedSharding(self.mesh, PartitionSpec(AXIS) if lanes else PartitionSpec())
 
         def put(x):
+            if isinstance(x, jax.ShapeDtypeStruct):
+                return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
             mine = getattr(getattr(x, "sharding", None), "mesh", None)
             return x if not lanes and mine == self.mesh else jax.device_put(x, where)
 
@@ -79,6 +81,7 @@ class Programs:
                 in_specs=(lanes, one, one, lanes, lanes, lanes),
                 out_specs=(lanes, lanes),
                 axis_names={AXIS},
+                check_vma=False,  # lanes have nothing to do with each other: no value is summed over them
             )
         else:
             step = make_step(self.loss_fn, self.tx, chunk.parts, seeded=self.seeded, widths=widths)
@@ -147,6 +150,7 @@ class Programs:
                 in_specs=(lanes, PartitionSpec()),
                 out_specs=lanes,
                 axis_names={AXIS},
+                check_vma=False,  # lanes have nothing to do with each other: no value is summed over them
             )
         return jax.jit(evaluate)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 
 from lorax_fn.core.adapters import Adapter
 from lorax_fn.core.errors import error
+from lorax_fn.sweeps.files import read as read_file
 from lorax_fn.sweeps.grid import is_number, label
 
 
@@ -273,3 +275,32 @@ def mean_and_error(values: Sequence[float]) -> dict[str, Any]:
     n = len(numbers)
     stderr = float(numbers.std(ddof=1) / math.sqrt(n)) if n > 1 else math.nan
     return {"mean": float(numbers.mean()), "stderr": stderr, "n": n}
+
+
+def read(path: str | os.PathLike) -> SweepResult:
+    """Reads the file of a sweep: its records and what ran, for tables and pictures.
+
+    Args:
+      path: what `lorax_fn.sweep` got as ``file``.
+
+    Returns:
+      A `SweepResult` without adapters and curves; its lanes are as the file shows them.
+
+    Raises:
+      LoraError: it is not the file of a sweep.
+
+    Example:
+      >>> import lorax_fn as lx
+      >>> lx.sweeps.read("ranks.jsonl").best("loss")  # doctest: +SKIP
+    """
+    head, rows = read_file(path)
+    if head is None:
+        raise error(
+            "there is no sweep in this file.",
+            path=str(path),
+            got="nothing" if os.path.exists(path) else "no file",
+            do="give the path that lx.sweep got as file=.",
+        )
+    ends = {row["lane"]: row["step"] for row in rows}
+    finished = len(ends) == len(head["lanes"]) and (bool(head["halving"]) or set(ends.values()) == {head["steps"]})
+    return SweepResult(head["lanes"], rows, {}, head, finished)

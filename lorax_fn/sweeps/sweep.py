@@ -214,7 +214,7 @@ class _Run:
         """How many lanes a program of this group has."""
         multiple, total = self.programs.multiple, len(one.members)
         if isinstance(self.limit, int):
-            return side_by_side.chunks(one, self.limit, multiple)[0].slots.__len__()
+            return len(side_by_side.chunks(one, self.limit, multiple)[0].slots)
         count = total
         while True:
             first = side_by_side.chunks(one, count, multiple)[0]
@@ -223,17 +223,14 @@ class _Run:
                 return size
             states = jax.eval_shape(lambda first=first: start(first, self.tx, self.extra))
             batch, which = next(self._feed(first, 0))
-            used = memory_of(self.programs.step(first, self._like(states), one.params, batch, which))
+            used = memory_of(self.programs.step(first, states, one.params, batch, which))
             base = sum(x.nbytes for x in jax.tree.leaves(one.params))
             room = free_memory()
             each = max((used - base) / size, 1)
-            fits = int(max(room - base, 0) // each) * 1
+            fits = int(max(room - base, 0) // each)
             if used <= room or size <= multiple:
                 return size
             count = max(min(fits, size - 1), 1)
-
-    def _like(self, states: PyTree) -> PyTree:
-        return states
 
     def _feed(self, chunk: Chunk, done: int) -> Iterator[tuple[PyTree, Any]]:
         """Batches from step ``done`` on, and whose seed each lane has."""
