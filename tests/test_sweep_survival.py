@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from sweep_setup import KEY, STEPS, adam, batches, constant, init, loss_fn
+from sweep_setup import KEY, STEPS, adam, assert_lanes_are_runs, batches, constant, init, loss_fn
 
 import lorax_fn as lx
 from lorax_fn.sweeps import programs
@@ -183,14 +183,29 @@ def test_an_eval_fn_that_cannot_be_traced_is_called_lane_by_lane():
     np.testing.assert_allclose([r["loss"] for r in result.records], [r["loss"] for r in run(every=None).records], rtol=1e-5)
 
 
-def test_a_gradient_inside_of_the_loss():
-    """Products at each lane's own rank cannot be differentiated before they are mapped: padded ones take over."""
+def test_products_at_own_ranks(monkeypatch):
+    """What a long sweep does on a CPU: the padding is left out, and a lane stays its separate run."""
+    monkeypatch.setattr(programs, "MANY", STEPS)
+    seen = []
+    real = programs.make_step
+    monkeypatch.setattr(programs, "make_step", lambda *a, **k: seen.append(k["widths"]) or real(*a, **k))
+    lanes = [
+        {"rank": 2, "dropout": 0.3},
+        {"rank": 20},
+        {"rank": 3, "targets": "layer_1"},
+        {"rank": {"layer_0": 24, "*": 9}, "scaling": "rslora"},
+    ]
+    assert_lanes_are_runs(lanes, constant, params=init(width=32), data=batches(width=32))
+    assert seen == [{"layer_0/kernel": ((2, 2), (1, 20), (1, 24)), "layer_1/kernel": ((2, 3), (1, 20), (1, 9))}]
+
+
+def test_a_gradient_inside_of_the_loss(monkeypatch):
+    """Products at own ranks cannot be differentiated before they are mapped: padded ones take over."""
+    monkeypatch.setattr(programs, "MANY", STEPS)
 
     def penalized(params, lora, batch, key):
         inner = jax.grad(lambda x: loss_fn(params, lora, {**batch, "x": x}, key))(batch["x"])
         return loss_fn(params, lora, batch, key) + jnp.sum(inner**2)
-
-    from sweep_setup import assert_lanes_are_runs
 
     wide = {"params": init(width=32), "data": batches(width=32)}
     assert_lanes_are_runs([{"rank": 2}, {"rank": 20}], constant, loss=penalized, **wide)

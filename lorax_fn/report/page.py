@@ -32,7 +32,8 @@ table { border-collapse: collapse; width: 100%; font-size: .875rem; font-variant
 th, td { padding: .3rem .75rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
 th.text, td.text { text-align: left; }
 thead th { position: sticky; top: 0; background: var(--row); padding: 0; }
-thead button { all: unset; cursor: pointer; padding: .4rem .75rem; display: block; width: 100%; }
+thead button { all: unset; box-sizing: border-box; cursor: pointer; padding: .4rem .75rem; display: block;
+  width: 100%; }
 thead button:focus-visible { outline: 2px solid var(--mark); outline-offset: -2px; }
 th[aria-sort=ascending] button::after { content: " \\2191"; } th[aria-sort=descending] button::after {
   content: " \\2193"; }

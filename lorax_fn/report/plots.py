@@ -211,6 +211,7 @@ def plot_spectra(lora: Mapping[str, Adapter], *, theme: str = "light") -> Any:
                     kept = line[line > 1e-7 * line.max()]
                     left.plot(np.arange(1, len(kept) + 1), kept, color=color, marker=".", linewidth=1.0)
         left.set(xlabel="index", ylabel="singular value of dW", yscale="log")
+        left.xaxis.get_major_locator().set_params(integer=True)
         means = [float(np.mean(np.asarray(spectra[name].entropy))) for name in names]
         right.barh(range(len(names)), means, color=colors)
         right.set_yticks(range(len(names)), _shortened(names), fontsize=7)

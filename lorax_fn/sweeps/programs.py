@@ -16,6 +16,7 @@ from lorax_fn.sweeps.lanes import AXIS, Chunk, Widths, make_step, own_lora, own_
 from lorax_fn.training.step import make_train_step
 
 SHARE = 0.8  # of the free memory, that a program may take
+MANY = 50  # steps from which on leaving the padding out of products is worth the longer compilation
 UNTRACED = (
     jax.errors.ConcretizationTypeError,
     jax.errors.TracerArrayConversionError,
@@ -31,7 +32,7 @@ class Programs:
         self.steps: dict[Any, Any] = {}
         self.evals: dict[Any, Any] = {}
         self.extra: PyTree = None
-        self.own_widths = True  # halving moves lanes of all ranks through one program instead
+        self.own_widths = False
         if mesh is not None and AXIS not in mesh.axis_names:
             raise error(
                 "the mesh has no axis for the lanes.",
@@ -62,7 +63,7 @@ class Programs:
     def step(self, chunk: Chunk, states: PyTree, params: PyTree, batch: PyTree, which: Any) -> Any:
         """The compiled step for chunks of this form."""
         facts = [(hashable(fixed), size) for fixed, size in chunk.parts]
-        widths = own_widths(chunk) if self.own_widths and self.mesh is None else {}
+        widths = own_widths(chunk) if self.own_widths else {}
         shapes = tuple((np.shape(x), str(x.dtype)) for x in jax.tree.leaves((states, batch)))
         base = tuple(map(id, jax.tree.leaves(params)))
         told = (hashable(facts), hashable(widths), jax.tree.structure((states, batch)), shapes, base)
@@ -175,6 +176,11 @@ def host(x: Any) -> np.ndarray:
     if isinstance(x, jax.Array) and not x.is_fully_addressable:
         return np.asarray(multihost_utils.process_allgather(x, tiled=True))
     return np.asarray(x)
+
+
+def cuts_padding(steps: int, mesh: Any, halving: Sequence[int]) -> bool:
+    """Whether products leave the padding out; halving and a mesh move lanes of all ranks through one program."""
+    return jax.default_backend() == "cpu" and steps >= MANY and mesh is None and not halving
 
 
 def memory_of(compiled: Any) -> int:

@@ -25,7 +25,7 @@ from lorax_fn.sweeps.files import FORMAT, Folder
 from lorax_fn.sweeps.grid import check_lanes, label
 from lorax_fn.sweeps.groups import Group, Member, group, members
 from lorax_fn.sweeps.lanes import Chunk, own_lora, start, whole
-from lorax_fn.sweeps.programs import Programs, free_memory, host, memory_of
+from lorax_fn.sweeps.programs import Programs, cuts_padding, free_memory, host, memory_of
 from lorax_fn.sweeps.progress import Bar
 from lorax_fn.sweeps.results import SweepResult
 from lorax_fn.training.feed import Feed
@@ -63,8 +63,9 @@ def sweep(
         step = lx.make_train_step(loss_fn, tx(lane))
 
     where, with ``lane["dropout"]``, ``loss_fn`` sees ``lx.dropout(lora, rate, fold_in(key, 0x5EED))``.
-    Lower ranks are padded with zeros that stay zero, and products leave the padding out; a weight that a
-    lane does not adapt has scale zero.
+    Lower ranks are padded with zeros that stay zero, and a weight that a lane does not adapt has scale zero.
+    On a CPU, products leave the padding out in sweeps of 50 steps and more, where that is worth its longer
+    compilation; on a chip whose matrix unit takes 128 ranks at once it would gain nothing.
 
     What can't share a program runs one after the other: other methods, inits that take a part of W, and
     several ranks under an optimizer that looks at whole matrices (Muon, Adafactor), which is found out by
@@ -124,7 +125,7 @@ def sweep(
     run = _Run(loss_fn, params, lanes, batches, steps, tx, key, eval_fn, every or steps, split, data)
     run.programs = Programs(loss_fn, tx, eval_fn, data == "seed", mesh)
     run.programs.extra = run.extra = extra
-    run.programs.own_widths = not halving
+    run.programs.own_widths = cuts_padding(steps, mesh, halving)
     run.halving, run.best, run.limit = tuple(halving), best, lanes_per_program
     with contextlib.ExitStack() as stack:
         run.prepare(file)

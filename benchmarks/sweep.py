@@ -1,0 +1,218 @@
+"""A sweep over ranks beside separate runs: steady, end to end, its memory, and its bytes on a TPU chip.
+
+    python benchmarks/sweep.py                # every table: about half an hour on two idle cores
+    python benchmarks/sweep.py steady         # some of them: steady, ends, memory, tpu
+    python benchmarks/sweep.py --rounds 5
+
+The model is the transformer of step.py, six layers of width 384, and the lanes are its ranks 1 to 64. Separate
+runs and sweeps take turns within a round, and ratios are formed within rounds, of seconds by the clock and of
+the processor's own seconds (all threads of this process), which what else the machine does moves less.
+The table for the TPU needs libtpu, its compiler, but no TPU.
+"""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
+os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from step import Sizes, Transformer, in_turn, mse, spread, table
+
+import lorax_fn as lx
+from lorax_fn.sweeps import groups, lanes
+from lorax_fn.sweeps.programs import memory_of
+
+RANKS = (1, 2, 4, 8, 16, 32, 48, 64)
+KEY = jax.random.key(1)
+SEPARATE, OWN, PADDED = "separate runs", "lanes at their own ranks", "lanes padded to rank 64"
+
+
+def tx(lane: Any) -> Any:
+    return optax.adamw(lane.get("lr", 1e-3))
+
+
+def setting(batch: int, tokens: int) -> tuple[Any, Callable, dict]:
+    sizes = Sizes(width=384, hidden=1536, heads=6, layers=6, batch=batch, tokens=tokens)
+    model = Transformer(sizes)
+    x = np.random.default_rng(0).normal(size=(batch, tokens, sizes.width)).astype("f4")
+    params = jax.jit(model.init)(jax.random.key(0), x)
+    apply = lx.adapt(model.apply, fallback="error")
+
+    def loss_fn(params, lora, batch, key):
+        return mse(apply(params, lora, batch["x"]), batch)
+
+    return params, loss_fn, {"x": x, "target": x[:, ::-1].copy()}
+
+
+def chunk_of(params: Any, some: list[dict]) -> tuple[Any, list]:
+    made = groups.members(params, some, {}, KEY)
+    (group,) = groups.group(params, made, tx)
+    (chunk,) = lanes.chunks(group, len(some))
+    return chunk, made
+
+
+def programs_of(params: Any, loss_fn: Callable, batch: dict) -> dict[str, tuple[Callable, Any]]:
+    """Of each form: a function that takes one step of all ranks, and the state that it starts from."""
+    chunk, made = chunk_of(params, [{"rank": r} for r in RANKS])
+    given = (params, batch, chunk.values(), chunk.rates(), None)
+    found: dict[str, tuple[Callable, Any]] = {}
+    for name, widths in ((OWN, lanes.own_widths(chunk)), (PADDED, None)):
+        state = lanes.start(chunk, tx, None)
+        step = lanes.make_step(loss_fn, tx, chunk.parts, seeded=False, widths=widths)
+        program = jax.jit(step, donate_argnums=0).lower(state, *given).compile()
+        found[name] = (lambda state, program=program: program(state, *given)[0]), state
+    steps, states = [], []
+    for member in made:
+        state = jax.tree.map(jnp.copy, lx.TrainState.create(lora=member.lora, tx=tx({}), key=KEY))
+        step = jax.jit(lx.make_train_step(loss_fn, tx({})), donate_argnums=0)
+        steps.append(step.lower(state, params, batch).compile())
+        states.append(state)
+
+    def all_of_them(states):
+        return [step(state, params, batch)[0] for step, state in zip(steps, states, strict=True)]
+
+    found[SEPARATE] = all_of_them, states
+    return found
+
+
+def timed(run: Callable, *args: Any) -> tuple[Any, np.ndarray]:
+    """What it gave, and seconds by the clock and of the processor."""
+    clock, processor = time.perf_counter(), time.process_time()
+    result = jax.block_until_ready(run(*args))
+    return result, np.array([time.perf_counter() - clock, time.process_time() - processor])
+
+
+def steady(rounds: int) -> None:
+    rows = [["tokens per lane", "form", "per lane / separate run, clock", "processor"]]
+    for batch, tokens in ((4, 128), (1, 32)):
+        found = programs_of(*setting(batch, tokens))
+        states = {name: state for name, (_, state) in found.items()}
+        taken: dict[str, list] = {name: [] for name in found}
+        for i in range(-1, rounds):
+            for name in in_turn(found, i + 1):
+                states[name], seconds = timed(found[name][0], states[name])
+                if i >= 0:
+                    taken[name].append(seconds)
+        base = np.array(taken.pop(SEPARATE))
+        for name, values in taken.items():
+            ratio = np.array(values) / base
+            rows.append([str(batch * tokens), name, spread(ratio[:, 0]), spread(ratio[:, 1])])
+    print(f"Steady time per lane of {len(RANKS)}, {rounds} rounds: median [quartiles]\n\n{table(rows)}\n")
+
+
+def ends(rounds: int, steps: int = 20) -> None:
+    """From params to trained adapters, compilation and all."""
+    params, loss_fn, batch = setting(1, 64)
+
+    def swept(some):
+        result = lx.sweep(loss_fn, params, some, [batch], steps=steps, tx=tx, key=KEY, progress=False)
+        return result.curves["loss"][:, -1]
+
+    def separately(some):
+        losses = []
+        for lane in some:
+            _, lora = lx.split(params, rank=lane["rank"], key=jax.random.fold_in(KEY, 0))
+            state = lx.TrainState.create(lora=lora, tx=tx(lane), key=KEY)
+            step = jax.jit(lx.make_train_step(loss_fn, tx(lane)), donate_argnums=0)
+            for _ in range(steps):
+                state, metrics = step(state, params, batch)
+            losses.append(metrics["loss"])
+        return losses
+
+    rows = [["lanes", "separate runs / sweep, clock", "processor"]]
+    for rates in ((1e-3,), (3e-4, 1e-3, 3e-3)):
+        some = lx.grid(rank=RANKS, lr=rates)
+        ratios = []
+        for i in range(rounds):
+            took, losses = {}, {}
+            for name, run in in_turn_pairs({"sweep": swept, "separate": separately}, i):
+                jax.clear_caches()
+                losses[name], took[name] = timed(run, some)
+            np.testing.assert_allclose(losses["sweep"], losses["separate"], rtol=1e-3)
+            ratios.append(took["separate"] / took["sweep"])
+        both = np.array(ratios)
+        rows.append([str(len(some)), spread(both[:, 0]), spread(both[:, 1])])
+    print(f"{steps} steps end to end at 64 tokens, {rounds} rounds: median [quartiles]\n\n{table(rows)}\n")
+
+
+def in_turn_pairs(runs: dict, i: int) -> list:
+    return [(name, runs[name]) for name in in_turn(runs, i)]
+
+
+def memory() -> None:
+    """Bytes of the compiled step, with 1 to 8 lanes of one rank."""
+    params, loss_fn, batch = setting(4, 128)
+    base = sum(x.nbytes for x in jax.tree.leaves(params))
+    rows = [["lanes of rank 16", "MB", "base MB", "per lane MB"]]
+    for count in (1, 2, 4, 8):
+        chunk, _ = chunk_of(params, [{"rank": 16, "seed": i} for i in range(count)])
+        state = lanes.start(chunk, tx, None)
+        step = lanes.make_step(loss_fn, tx, chunk.parts, seeded=False)
+        lowered = jax.jit(step, donate_argnums=0).lower(state, params, batch, chunk.values(), None, None)
+        used = memory_of(lowered.compile())
+        rows.append([str(count), f"{used / 1e6:.1f}", f"{base / 1e6:.1f}", f"{(used - base) / count / 1e6:.1f}"])
+    print(f"Arguments, results and temporaries of one step at 512 tokens per lane\n\n{table(rows)}\n")
+
+
+def tpu() -> None:
+    """Bytes accessed by a step, as the TPU's compiler counts them, of eight ranks together and one by one."""
+    from jax.experimental import topologies
+    from jax.sharding import SingleDeviceSharding
+
+    device = topologies.get_topology_desc("v5e:2x2", platform="tpu").devices[0]
+    where = SingleDeviceSharding(device)
+
+    def placed(tree):
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype, sharding=where), tree)
+
+    def accessed(step, *args):
+        return jax.jit(step, donate_argnums=0).lower(*placed(args)).compile().cost_analysis()["bytes accessed"]
+
+    params, loss_fn, batch = setting(1, 64)
+    params, batch = jax.tree.map(lambda x: x.astype(jnp.bfloat16), (params, batch))
+    chunk, made = chunk_of(params, [{"rank": r} for r in RANKS])
+    one = [
+        accessed(
+            lx.make_train_step(loss_fn, tx({})),
+            lx.TrainState.create(lora=member.lora, tx=tx({}), key=KEY),
+            params,
+            batch,
+        )
+        for member in made
+    ]
+    rows = [["form", "MB per lane", "/ separate run"], [SEPARATE, f"{np.mean(one) / 1e6:.1f}", "1.000"]]
+    for name, widths in ((PADDED, None), (OWN, lanes.own_widths(chunk))):
+        step = lanes.make_step(loss_fn, tx, chunk.parts, seeded=False, widths=widths)
+        state = lanes.start(chunk, tx, None)
+        each = accessed(step, state, params, batch, chunk.values(), None, None) / len(RANKS)
+        rows.append([name, f"{each / 1e6:.1f}", f"{each / np.mean(one):.3f}"])
+    print(f"Bytes accessed on a v5e chip, bfloat16, 64 tokens per lane\n\n{table(rows)}\n")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Times a sweep over ranks beside separate runs.")
+    parser.add_argument("tables", nargs="*", help="steady, ends, memory, tpu; default: all")
+    parser.add_argument("--rounds", type=int, default=9, help="timed rounds of the steady table")
+    parser.add_argument("--ends", type=int, default=3, help="timed rounds of the table end to end")
+    args = parser.parse_args()
+    runs = {"steady": lambda: steady(args.rounds), "ends": lambda: ends(args.ends), "memory": memory, "tpu": tpu}
+    load = f", load {os.getloadavg()[0]:.1f} at the start" if hasattr(os, "getloadavg") else ""
+    print(f"{os.cpu_count()} cores{load}; JAX {jax.__version__}\n")
+    for name in args.tables or runs:
+        runs[name]()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
