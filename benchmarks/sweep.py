@@ -55,23 +55,23 @@ def setting(batch: int, tokens: int) -> tuple[Any, Callable, dict]:
     return params, loss_fn, {"x": x, "target": x[:, ::-1].copy()}
 
 
-def chunk_of(params: Any, some: list[dict]) -> tuple[Any, list]:
+def chunk_of(params: Any, some: list[dict], own: bool = False) -> tuple[Any, list]:
     made = groups.members(params, some, {}, KEY)
     (group,) = groups.group(params, made, tx)
-    (chunk,) = lanes.chunks(group, len(some))
+    (chunk,) = lanes.chunks(group, len(some), own=own)
     return chunk, made
 
 
 def programs_of(params: Any, loss_fn: Callable, batch: dict) -> dict[str, tuple[Callable, Any]]:
     """Of each form: a function that takes one step of all ranks, and the state that it starts from."""
-    chunk, made = chunk_of(params, [{"rank": r} for r in RANKS])
-    given = (params, batch, chunk.values(), chunk.rates(), None)
     found: dict[str, tuple[Callable, Any]] = {}
-    for name, widths in ((OWN, lanes.own_widths(chunk)), (PADDED, None)):
-        state = lanes.start(chunk, tx, None)
+    for name, own in ((OWN, True), (PADDED, False)):
+        chunk, made = chunk_of(params, [{"rank": r} for r in RANKS], own)
+        given = (params, batch, chunk.values(), chunk.rates(), None)
+        state, widths = lanes.start(chunk, tx, None), lanes.own_widths(chunk) if own else None
         step = lanes.make_step(loss_fn, tx, chunk.parts, seeded=False, widths=widths)
         program = jax.jit(step, donate_argnums=0).lower(state, *given).compile()
-        found[name] = (lambda state, program=program: program(state, *given)[0]), state
+        found[name] = (lambda state, program=program, given=given: program(state, *given)[0]), state
     steps, states = [], []
     for member in made:
         state = jax.tree.map(jnp.copy, lx.TrainState.create(lora=member.lora, tx=tx({}), key=KEY))
@@ -161,7 +161,9 @@ def memory() -> None:
         step = lanes.make_step(loss_fn, tx, chunk.parts, seeded=False)
         lowered = jax.jit(step, donate_argnums=0).lower(state, params, batch, chunk.values(), None, None)
         used = memory_of(lowered.compile())
-        rows.append([str(count), f"{used / 1e6:.1f}", f"{base / 1e6:.1f}", f"{(used - base) / count / 1e6:.1f}"])
+        rows.append(
+            [str(count), f"{used / 1e6:.1f}", f"{base / 1e6:.1f}", f"{(used - base) / count / 1e6:.1f}"]
+        )
     print(f"Arguments, results and temporaries of one step at 512 tokens per lane\n\n{table(rows)}\n")
 
 
@@ -177,11 +179,13 @@ def tpu() -> None:
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype, sharding=where), tree)
 
     def accessed(step, *args):
-        return jax.jit(step, donate_argnums=0).lower(*placed(args)).compile().cost_analysis()["bytes accessed"]
+        return (
+            jax.jit(step, donate_argnums=0).lower(*placed(args)).compile().cost_analysis()["bytes accessed"]
+        )
 
     params, loss_fn, batch = setting(1, 64)
     params, batch = jax.tree.map(lambda x: x.astype(jnp.bfloat16), (params, batch))
-    chunk, made = chunk_of(params, [{"rank": r} for r in RANKS])
+    _, made = chunk_of(params, [{"rank": r} for r in RANKS])
     one = [
         accessed(
             lx.make_train_step(loss_fn, tx({})),
@@ -192,7 +196,9 @@ def tpu() -> None:
         for member in made
     ]
     rows = [["form", "MB per lane", "/ separate run"], [SEPARATE, f"{np.mean(one) / 1e6:.1f}", "1.000"]]
-    for name, widths in ((PADDED, None), (OWN, lanes.own_widths(chunk))):
+    for name, own in ((PADDED, False), (OWN, True)):
+        chunk, _ = chunk_of(params, [{"rank": r} for r in RANKS], own)
+        widths = lanes.own_widths(chunk) if own else None
         step = lanes.make_step(loss_fn, tx, chunk.parts, seeded=False, widths=widths)
         state = lanes.start(chunk, tx, None)
         each = accessed(step, state, params, batch, chunk.values(), None, None) / len(RANKS)
@@ -206,7 +212,12 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=9, help="timed rounds of the steady table")
     parser.add_argument("--ends", type=int, default=3, help="timed rounds of the table end to end")
     args = parser.parse_args()
-    runs = {"steady": lambda: steady(args.rounds), "ends": lambda: ends(args.ends), "memory": memory, "tpu": tpu}
+    runs = {
+        "steady": lambda: steady(args.rounds),
+        "ends": lambda: ends(args.ends),
+        "memory": memory,
+        "tpu": tpu,
+    }
     load = f", load {os.getloadavg()[0]:.1f} at the start" if hasattr(os, "getloadavg") else ""
     print(f"{os.cpu_count()} cores{load}; JAX {jax.__version__}\n")
     for name in args.tables or runs:

@@ -52,9 +52,7 @@ def constant(lane):
     return optax.adam(1e-2)
 
 
-def separate(
-    lane, tx, *, params=None, loss=loss_fn, data=None, split=None, extra=None, steps=STEPS, key=KEY
-):
+def separate(lane, tx, *, params=None, loss=loss_fn, data=None, split=None, extra=None, steps=STEPS, key=KEY):
     """One configuration by itself, as the docstring of `lx.sweep` writes it down."""
     params = init() if params is None else params
     own = jax.random.fold_in(key, lane.get("seed", 0))
@@ -90,11 +88,23 @@ def assert_lane_is(result, i, state, losses):
 
 def assert_lanes_are_runs(lanes, tx, **options):
     """Every lane of one sweep is its own separate run; returns the result."""
-    loss, data, extra = (options.pop(n, d) for n, d in (("loss", loss_fn), ("data", batches()), ("extra", None)))
+    loss, data, extra = (
+        options.pop(n, d) for n, d in (("loss", loss_fn), ("data", batches()), ("extra", None))
+    )
     params, split = options.pop("params", None), options.pop("split", {})
     params = init() if params is None else params
     result = lx.sweep(
-        loss, params, lanes, data, steps=STEPS, tx=tx, key=KEY, split=split, extra=extra, progress=False, **options
+        loss,
+        params,
+        lanes,
+        data,
+        steps=STEPS,
+        tx=tx,
+        key=KEY,
+        split=split,
+        extra=extra,
+        progress=False,
+        **options,
     )
     for i, lane in enumerate(lanes):
         run = separate(lane, tx, params=params, loss=loss, data=data, split=split, extra=extra)

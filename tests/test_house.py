@@ -34,6 +34,7 @@ NAMESPACES = (
     "quantization",
     "ranks",
     "report",
+    "sweeps",
 )
 
 

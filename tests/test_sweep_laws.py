@@ -38,11 +38,11 @@ def test_adam_knows_alpha_and_the_size_of_a_only_through_the_learning_rates():
     """(alpha, sigma_A, lr_A, lr_B) -> (alpha / (p q), p sigma_A, p lr_A, q lr_B) changes no step."""
     lanes = []
     for p, q in [(1.0, 1.0), (3.0, 0.5), (0.25, 8.0), (1.0, 6.0)]:
-        lanes.append({"rank": 4, "alpha": 8.0 / (p * q), "init": Scaled(factor=p), "lr_a": p * 1e-2, "lr_b": q * 1e-2})
+        lanes.append(
+            {"rank": 4, "alpha": 8.0 / (p * q), "init": Scaled(factor=p), "lr_a": p * 1e-2, "lr_b": q * 1e-2}
+        )
     lanes.append(lanes[1] | {"lr_b": 1e-2})  # one of the four left as it was: another run
-    result = lx.sweep(
-        loss_fn, init(), lanes, batches(), steps=STEPS, tx=by_factor, key=KEY, progress=False
-    )
+    result = lx.sweep(loss_fn, init(), lanes, batches(), steps=STEPS, tx=by_factor, key=KEY, progress=False)
     losses = result.curves["loss"]
     for other in losses[1:4]:
         np.testing.assert_allclose(other, losses[0], rtol=1e-4)
@@ -59,7 +59,9 @@ def test_the_first_step_does_not_depend_on_the_rank_in_expectation(scaling):
             _, lora = lx.split(params, rank=rank, alpha=1.0, scaling=scaling, key=key)
             state = lx.TrainState.create(lora=lora, tx=optax.adam(1e-3, eps=1e-30), key=key)
             after, _ = lx.make_train_step(loss_fn, optax.adam(1e-3, eps=1e-30))(state, params, batch)
-            return jnp.mean((apply(params, after.lora, batch["x"]) - apply(params, lora, batch["x"])) * batch["y"])
+            return jnp.mean(
+                (apply(params, after.lora, batch["x"]) - apply(params, lora, batch["x"])) * batch["y"]
+            )
 
         return np.asarray(jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(3), 400)))
 

@@ -31,7 +31,14 @@ def result():
     ]
     records[5] |= {"loss": math.nan, "diverged": 3}
     curves = np.linspace(3.0, 1.0, 10)[None] * np.linspace(1, 2, len(LANES))[:, None]
-    config = {"sweep": 1, "steps": 10, "halving": [], "versions": {"jax": "0"}, "date": "today", "lanes": LANES}
+    config = {
+        "sweep": 1,
+        "steps": 10,
+        "halving": [],
+        "versions": {"jax": "0"},
+        "date": "today",
+        "lanes": LANES,
+    }
     return SweepResult(LANES, records, {"loss": curves, "grad_norm": curves}, config)
 
 
@@ -65,7 +72,12 @@ def test_optimum_finds_the_minimum_with_its_interval():
     assert not edge.inside and edge.x == pytest.approx(1e-5)
     assert math.isnan(optimum(rates, scores[0]).low)
     ranks = [1, 4, 16, 64]
-    found = [optimum(rates, (np.log10(rates) + 3 + 0.5 * math.log10(r)) ** 2 + rng.normal(0, 0.02, (5, len(rates)))) for r in ranks]
+    found = [
+        optimum(
+            rates, (np.log10(rates) + 3 + 0.5 * math.log10(r)) ** 2 + rng.normal(0, 0.02, (5, len(rates)))
+        )
+        for r in ranks
+    ]
     middle, low, high = slope(ranks, found)
     assert low < middle < high and low - 0.02 < -0.5 < high + 0.02
     with pytest.raises(lx.LoraError, match="scores along an axis"):
@@ -76,7 +88,10 @@ def test_optimum_finds_the_minimum_with_its_interval():
 
 def test_a_file_reads_back(tmp_path, result):
     file = tmp_path / "sweep.jsonl"
-    rows = [{name: "nan" if isinstance(x, float) and math.isnan(x) else x for name, x in r.items()} for r in result.records]
+    rows = [
+        {name: "nan" if isinstance(x, float) and math.isnan(x) else x for name, x in r.items()}
+        for r in result.records
+    ]
     file.write_text("".join(json.dumps(row) + "\n" for row in [result.config, *rows]))
     back = read_sweep(file)
     assert back.final()[0] == result.final()[0] and back.best("loss") == result.best("loss")
@@ -168,7 +183,15 @@ def test_tables_sort_in_a_browser(result, tmp_path):
     path.write_text(path.read_text().replace("</body>", click))
     browser = os.environ.get("CHROMIUM") or shutil.which("chromium")
     out = subprocess.run(
-        [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/profile", "--dump-dom", path.as_uri()],
+        [
+            browser,
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            f"--user-data-dir={tmp_path}/profile",
+            "--dump-dom",
+            path.as_uri(),
+        ],
         capture_output=True,
         text=True,
         timeout=240,

@@ -125,7 +125,7 @@ def test_lanes_of_a_program_by_memory(monkeypatch):
         used.append(real(compiled))
         return used[-1]
 
-    from lorax_fn.sweeps import sweep as module
+    from lorax_fn.sweeps import runs as module
 
     monkeypatch.setattr(module, "memory_of", memory_of)
     whole = run()
@@ -180,7 +180,9 @@ def test_an_eval_fn_that_cannot_be_traced_is_called_lane_by_lane():
 
     result = run(eval_fn=eval_fn, every=None)
     assert ranks[-4:] == [1, 1, 4, 4]
-    np.testing.assert_allclose([r["loss"] for r in result.records], [r["loss"] for r in run(every=None).records], rtol=1e-5)
+    np.testing.assert_allclose(
+        [r["loss"] for r in result.records], [r["loss"] for r in run(every=None).records], rtol=1e-5
+    )
 
 
 def test_products_at_own_ranks(monkeypatch):
@@ -196,7 +198,9 @@ def test_products_at_own_ranks(monkeypatch):
         {"rank": {"layer_0": 24, "*": 9}, "scaling": "rslora"},
     ]
     assert_lanes_are_runs(lanes, constant, params=init(width=32), data=batches(width=32))
-    assert seen == [{"layer_0/kernel": ((2, 2), (1, 20), (1, 24)), "layer_1/kernel": ((2, 3), (1, 20), (1, 9))}]
+    assert seen == [
+        {"layer_0/kernel": ((2, 2), (2, 24)), "layer_1/kernel": ((2, 3), (1, 20), (1, 9))}
+    ]
 
 
 def test_a_gradient_inside_of_the_loss(monkeypatch):

@@ -32,7 +32,10 @@ AXES = {
     "scaling": (lx.grid(rank=[1, 4], scaling=["lora", "rslora"]), constant),
     "lr": (lx.grid(rank=2, lr=[1e-3, 1e-2, 3e-2]), adam),
     "seed": (lx.grid(rank=2, seed=range(3)), constant),
-    "targets": ([{"rank": 2}, {"rank": 2, "targets": "layer_0"}, {"rank": 4, "targets": "layer_1"}], constant),
+    "targets": (
+        [{"rank": 2}, {"rank": 2, "targets": "layer_0"}, {"rank": 4, "targets": "layer_1"}],
+        constant,
+    ),
     "dropout": (lx.grid(rank=2, dropout=[0.0, 0.3, 0.6]), constant),
     "adamw": (
         lx.grid(rank=[1, 4], wd=[0.1, 1.0]),
@@ -96,7 +99,10 @@ def test_methods_and_moving_inits_are_grouped(compiled):
 def test_extra_belongs_to_each_lane():
     def loss(params, lora, batch, key, extra):
         value = loss_fn(params, lora, batch, key)
-        return value, ({"mean": 0.9 * extra["mean"] + 0.1 * value, "count": extra["count"] + 1}, {"seen": value})
+        return value, (
+            {"mean": 0.9 * extra["mean"] + 0.1 * value, "count": extra["count"] + 1},
+            {"seen": value},
+        )
 
     extra = {"mean": jnp.float32(0.0), "count": jnp.int32(0)}
     seen = []
@@ -114,7 +120,10 @@ def test_extra_belongs_to_each_lane():
 @pytest.mark.parametrize("fmt", ["nf4", "int8"])
 def test_quantized_bases(fmt):
     params = lx.quantize(init(width=64), fmt)
-    assert any(isinstance(x, lx.Quantized) for x in jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, lx.Quantized)))
+    assert any(
+        isinstance(x, lx.Quantized)
+        for x in jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, lx.Quantized))
+    )
     assert_lanes_are_runs(lx.grid(rank=[1, 4], lr=[1e-3, 1e-2]), adam, params=params, data=batches(width=64))
 
 
@@ -134,7 +143,9 @@ def test_a_lane_inside_padding_is_itself_alone():
     many = lx.sweep(
         loss_fn, init(), lx.grid(rank=[2, 8, 5]), batches(), steps=STEPS, tx=constant, key=KEY, progress=False
     )
-    one = lx.sweep(loss_fn, init(), [{"rank": 2}], batches(), steps=STEPS, tx=constant, key=KEY, progress=False)
+    one = lx.sweep(
+        loss_fn, init(), [{"rank": 2}], batches(), steps=STEPS, tx=constant, key=KEY, progress=False
+    )
     np.testing.assert_allclose(many.curves["loss"][0], one.curves["loss"][0], rtol=1e-6)
     for a, b in zip(jax.tree.leaves(many.lora(0)), jax.tree.leaves(one.lora(0)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
@@ -170,7 +181,9 @@ def test_errors_say_what_to_do():
     params, data = init(), batches()
 
     def run(lanes, tx=adam, **options):
-        return lx.sweep(loss_fn, params, lanes, data, **{"steps": 2, "tx": tx, "key": KEY, "progress": False} | options)
+        return lx.sweep(
+            loss_fn, params, lanes, data, **{"steps": 2, "tx": tx, "key": KEY, "progress": False} | options
+        )
 
     for lanes, options, match in [
         ([], {}, "not configurations"),
@@ -189,7 +202,14 @@ def test_errors_say_what_to_do():
             run(lanes, **options)
     with pytest.raises(lx.LoraError, match="loss is not a float scalar"):
         lx.sweep(
-            lambda *args: jnp.ones(3), params, [{"rank": 1}], data, steps=2, tx=constant, key=KEY, progress=False
+            lambda *args: jnp.ones(3),
+            params,
+            [{"rank": 1}],
+            data,
+            steps=2,
+            tx=constant,
+            key=KEY,
+            progress=False,
         )
     with pytest.raises(lx.LoraError, match="batches ended"):
         lx.sweep(loss_fn, params, [{"rank": 1}], iter(data), steps=9, tx=constant, key=KEY, progress=False)

@@ -148,7 +148,8 @@ def _table(rows: Sequence[dict], best: int | None) -> str:
         return f'<td{kind} data-value="{html.escape(raw)}">{html.escape(_shown(value))}</td>'
 
     head = "".join(
-        f'<th scope="col"{" class=text" if n in textual else ""}><button>{html.escape(n)}</button></th>' for n in names
+        f'<th scope="col"{" class=text" if n in textual else ""}><button>{html.escape(n)}</button></th>'
+        for n in names
     )
     body = "".join(
         f"<tr{' class=best' if best is not None and row.get('lane') == best else ''}>"
@@ -172,7 +173,9 @@ def _facts(config: dict[str, Any]) -> str:
 
 def _machine(config: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in config.get("versions", {}).items())
-    return " · ".join(str(x) for x in (config.get("date"), config.get("machine"), config.get("device"), versions) if x)
+    return " · ".join(
+        str(x) for x in (config.get("date"), config.get("machine"), config.get("device"), versions) if x
+    )
 
 
 def _shown(value: Any) -> str:

@@ -158,14 +158,24 @@ def plot_heatmap(
             value = grid[i, j]
             if math.isfinite(value):
                 light = (value < middle) == (sign > 0)  # both maps are yellow at the better end
-                axes.text(j, i, f"{value:.3g}", ha="center", va="center", color="#000" if light else "#fff", fontsize=8)
+                axes.text(
+                    j,
+                    i,
+                    f"{value:.3g}",
+                    ha="center",
+                    va="center",
+                    color="#000" if light else "#fff",
+                    fontsize=8,
+                )
             elif (columns[j], rows[i]) in cells:
                 frame = Rectangle((j - 0.5, i - 0.5), 1, 1, fill=False, hatch="///", linewidth=0)
                 frame.set_edgecolor(THEMES[theme]["faint"])
                 axes.add_patch(frame)
         if np.isfinite(grid).any():
             i, j = np.unravel_index(np.nanargmin(sign * grid), grid.shape)
-            axes.add_patch(Rectangle((j - 0.5, i - 0.5), 1, 1, fill=False, linewidth=2.5, edgecolor=COLORS[1]))
+            axes.add_patch(
+                Rectangle((j - 0.5, i - 0.5), 1, 1, fill=False, linewidth=2.5, edgecolor=COLORS[1])
+            )
         axes.set_xticks(range(len(columns)), [_short(value) for value in columns])
         axes.set_yticks(range(len(rows)), [_short(value) for value in rows])
         axes.grid(False)
@@ -202,7 +212,10 @@ def plot_spectra(lora: Mapping[str, Adapter], *, theme: str = "light") -> Any:
             do="plot_spectra(result.lora(0)).",
         )
     names = list(spectra)
-    with _figure(theme, columns=2, width=9.6, height=max(4.0, 1.2 + 0.22 * len(names))) as (figure, (left, right)):
+    with _figure(theme, columns=2, width=9.6, height=max(4.0, 1.2 + 0.22 * len(names))) as (
+        figure,
+        (left, right),
+    ):
         colors = _colors(list(range(len(names))), theme)
         for name, color in zip(names, colors, strict=True):
             values = np.asarray(spectra[name].values)
@@ -268,7 +281,9 @@ def _unknown(what: str, got: str, known: Any) -> Exception:
 
 
 @contextlib.contextmanager
-def _figure(theme: str, columns: int = 1, width: float = 6.4, height: float = 4.0) -> Iterator[tuple[Any, Any]]:
+def _figure(
+    theme: str, columns: int = 1, width: float = 6.4, height: float = 4.0
+) -> Iterator[tuple[Any, Any]]:
     """A figure and its axes in one of the themes; no window, and no state of pyplot."""
     if theme not in THEMES:
         raise _unknown("theme", theme, THEMES)
@@ -310,7 +325,9 @@ def _colors(names: Sequence[Any], theme: str) -> list:
     return [COLORS[i % len(COLORS)] for i in range(len(names))]
 
 
-def _legend(axes: Any, hue: str | None, names: Sequence[Any], colors: Sequence[Any], *, markers: bool) -> None:
+def _legend(
+    axes: Any, hue: str | None, names: Sequence[Any], colors: Sequence[Any], *, markers: bool
+) -> None:
     if hue is None:
         return
     from matplotlib.lines import Line2D

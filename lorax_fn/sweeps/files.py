@@ -119,7 +119,9 @@ class Folder:
 
     def save(self, name: str, tree: PyTree, lanes: Sequence[int], step: int) -> None:
         """Writes the leaves of a tree as bytes, whole or not at all."""
-        leaves = {f"{i}": np.frombuffer(_numpy(x).tobytes(), np.uint8) for i, x in enumerate(jax.tree.leaves(tree))}
+        leaves = {
+            f"{i}": np.frombuffer(_numpy(x).tobytes(), np.uint8) for i, x in enumerate(jax.tree.leaves(tree))
+        }
         leaves["facts"] = np.frombuffer(json.dumps({"lanes": list(lanes), "step": step}).encode(), np.uint8)
         stage = self.states / f".{name}.new.npz"
         with open(stage, "wb") as out:

@@ -93,7 +93,9 @@ def check_lanes(lanes: Any, split: Mapping[str, Any]) -> list[dict[str, Any]]:
             "split= takes arguments of lx.split.",
             got=wrong,
             want=f"some of {', '.join(SPLIT)}",
-            do="key= of the sweep is where the keys of all lanes come from." if "key" in wrong else "split={}",
+            do="key= of the sweep is where the keys of all lanes come from."
+            if "key" in wrong
+            else "split={}",
         )
     bad = {
         i: lane["seed"]

@@ -142,7 +142,9 @@ def _by_rank(found: list[Member], tx: Callable) -> list[list[Member]]:
     kinds: dict[Any, list[Member]] = {}
     for member in found:
         kinds.setdefault(ranks_of(member.lora), []).append(member)
-    if len(kinds) == 1 or padding_is_exact(tx(Reader(found[0].lane)), [same[0].lora for same in kinds.values()]):
+    if len(kinds) == 1 or padding_is_exact(
+        tx(Reader(found[0].lane)), [same[0].lora for same in kinds.values()]
+    ):
         return [found]
     return list(kinds.values())
 
@@ -179,14 +181,17 @@ def padding_is_exact(tx: Any, loras: Sequence[Lora]) -> bool:
             grads.append(jax.tree.unflatten(treedef, draws))
         small = run({path: own}, grads)[path]
         wider = [
-            {path: padded(g[path], wide.a.shape[-1]), OTHER: jax.tree.map(jnp.zeros_like, none)} for g in grads
+            {path: padded(g[path], wide.a.shape[-1]), OTHER: jax.tree.map(jnp.zeros_like, none)}
+            for g in grads
         ]
         after = run({path: wide, OTHER: absent}, wider)
         pairs = [(after[path], padded(small, wide.a.shape[-1])), (after[OTHER], absent)]
         close = [
             jnp.all(jnp.abs(x - y) <= 1e-5 * jnp.max(jnp.abs(y)))
             for one, other in pairs
-            for x, y in zip(jax.tree.leaves(trainable({"": one})), jax.tree.leaves(trainable({"": other})), strict=True)
+            for x, y in zip(
+                jax.tree.leaves(trainable({"": one})), jax.tree.leaves(trainable({"": other})), strict=True
+            )
         ]
         return jnp.all(jnp.stack(close))
 
@@ -194,9 +199,12 @@ def padding_is_exact(tx: Any, loras: Sequence[Lora]) -> bool:
         return bool(jax.jit(both)(jax.random.split(jax.random.key(0), 2)))
 
 
-def padded(x: Any, width: int) -> Any:
-    """An adapter, or its gradients, with zeros behind the last rank of A ``[*s, *n, r]`` and B ``[*s, r, *m]``."""
-    s = len(x.layout.stack)
+def padded(x: Any, width: int, lanes: int = 0) -> Any:
+    """An adapter or its gradients, with zeros behind the last rank of A ``[*s, *n, r]`` and B ``[*s, r, *m]``.
+
+    ``lanes`` is 1 where both have an axis of lanes before these.
+    """
+    s = len(x.layout.stack) + lanes
 
     def pad(leaf, axis):
         if leaf is None:
@@ -217,9 +225,7 @@ def lacking(x: Any) -> Any:
     """What stands for an adapter in a lane that does not adapt its weight: zeros of rank 1, at scale zero."""
     s = len(x.layout.stack)
     a, b = x.a[..., :1], jax.lax.slice_in_dim(x.b, 0, 1, axis=s)
-    return dataclasses.replace(
-        x, a=jnp.zeros_like(a), b=jnp.zeros_like(b), alpha=0.0, rank=1, scaling="lora"
-    )
+    return dataclasses.replace(x, a=jnp.zeros_like(a), b=jnp.zeros_like(b), alpha=0.0, rank=1, scaling="lora")
 
 
 def _ordered(found: list[Member], tx: Callable) -> Group:
@@ -274,7 +280,9 @@ def _traceable(found: Sequence[Member], tx: Callable, names: Sequence[str]) -> t
         values = {name: traced_value([found[0].lane[name]])[0] for name in some}
         try:
             jax.eval_shape(run, values)
-        except Exception:  # whatever Python code of tx makes of a tracer: the lane is then taken by its number
+        except (
+            Exception
+        ):  # whatever Python code of tx makes of a tracer: the lane is then taken by its number
             return False
         return True
 

@@ -5,6 +5,7 @@ one product of ``[lanes * tokens, n]`` with ``W``, which is read once.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,13 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lorax_fn.core.adapters import Adapter, Factors, fact, register
+from lorax_fn.core.adapters import Adapter, Factors, fact, is_number, register
 from lorax_fn.core.errors import error
 from lorax_fn.core.trees import PyTree
 from lorax_fn.many.stacking import stack
 from lorax_fn.methods.dropout import dropout
 from lorax_fn.methods.lora import LoRA
-from lorax_fn.sweeps.groups import Group, Member, lacking, optimizer, padded, traced_value
+from lorax_fn.sweeps.groups import Group, Member, lacking, optimizer, padded, ranks_of, traced_value
+from lorax_fn.training.masks import trainable
 from lorax_fn.training.state import TrainState
 from lorax_fn.training.step import apply_gradients, value_and_grad
 
@@ -34,13 +36,14 @@ class Chunk:
     """Lanes that one call of a program trains; the last ones of ``slots`` may repeat to fill it up.
 
     ``parts`` are those lanes in turn that share an optimizer but for the traced entries: (the entries that
-    are not traced, how many lanes).
+    are not traced, how many lanes). With ``own`` a part is also of about one rank, and no wider.
     """
 
     group: Group
     slots: list[Member]
     real: int
     parts: list[tuple[dict[str, Any], int]]
+    own: bool = False
 
     @property
     def lanes(self) -> list[int]:
@@ -62,7 +65,7 @@ class Chunk:
         return jnp.asarray([member.lane.get("dropout", 0.0) for member in self.slots], jnp.float32)
 
 
-def chunks(group: Group, count: int, multiple: int = 1) -> list[Chunk]:
+def chunks(group: Group, count: int, multiple: int = 1, *, own: bool = False) -> list[Chunk]:
     """Cuts a group into pieces of at most ``count`` lanes, of one size; a piece is a multiple of ``multiple``."""
     total = len(group.members)
     pieces = -(-total // max(count, 1))
@@ -70,48 +73,81 @@ def chunks(group: Group, count: int, multiple: int = 1) -> list[Chunk]:
     size = -(-size // multiple) * multiple
     made = []
     for start in range(0, total, size):
-        made.append(chunk(group, group.members[start : start + size], size))
+        made.append(chunk(group, group.members[start : start + size], size, own=own))
     return made
 
 
-def chunk(group: Group, slots: Sequence[Member], size: int) -> Chunk:
-    """A chunk of these lanes of a group, filled up to ``size`` with copies of the last."""
+def chunk(group: Group, slots: Sequence[Member], size: int, *, own: bool = False) -> Chunk:
+    """A chunk of these lanes of a group, filled up to ``size`` with copies of the last.
+
+    With ``own``, lanes whose ranks round up to different widths are parts of their own.
+    """
     filled = [*slots, *[slots[-1]] * (size - len(slots))]
     which = [i for i, n in enumerate(group.sizes) for _ in range(n)]
-    part_of = {member.index: part for member, part in zip(group.members, which, strict=True)}
-    parts = [part_of[member.index] for member in filled]
-    order = sorted(set(parts), key=parts.index)
-    return Chunk(group, filled, len(slots), [(group.fixed[i], parts.count(i)) for i in order])
+    optimizer_of = {member.index: i for member, i in zip(group.members, which, strict=True)}
+    own = own and _one_scale_each(group)
+    keys = [(optimizer_of[m.index], rounded(m.lora) if own else None) for m in filled]
+    runs = [(key, len(list(same))) for key, same in itertools.groupby(keys)]
+    return Chunk(group, filled, len(slots), [(group.fixed[key[0]], count) for key, count in runs], own)
 
 
-def stacked(chunk: Chunk) -> Lora:
-    """The adapters of a chunk side by side, as wide as the widest of the group."""
-    widths: dict[str, int] = {}
+def _one_scale_each(group: Group) -> bool:
+    """Whether each adapter has one alpha and one rank: numbers, not one per stack entry."""
+    adapters: list[Any] = [x for member in group.members for x in member.lora.values() if x.owns_factors]
+    return all(is_number(x.alpha) and is_number(x.rank) for x in adapters)
+
+
+def rounded(lora: Lora) -> tuple:
+    """The widths at which a lane's factors are kept and multiplied, up to a multiple of `STEP`."""
+    return tuple((path, -(-rank // STEP)) for path, rank in ranks_of(lora))
+
+
+def parts_of(chunk: Chunk) -> list[list[Member]]:
+    at = offsets(chunk.parts)
+    return [chunk.slots[i : i + size] for i, (_, size) in zip(at, chunk.parts, strict=True)]
+
+
+def stacked(chunk: Chunk) -> list[Lora]:
+    """Each part's adapters side by side, as wide as its widest; or, without ``own``, as the group's widest."""
     examples: dict[str, Any] = {}
     for member in chunk.group.members:
         for path, x in member.lora.items():
             examples.setdefault(path, x)
-            if x.owns_factors:
-                widths[path] = max(widths.get(path, 0), x.a.shape[-1])  # pyright: ignore[reportAttributeAccessIssue]
-    loras = []
-    for member in chunk.slots:
-        lora = {path: member.lora.get(path) or lacking(x) for path, x in examples.items()}
-        loras.append({path: padded(x, widths[path]) if path in widths else x for path, x in lora.items()})
-    return stack(loras)
+    made = []
+    scalings = {x.scaling for m in chunk.group.members for x in m.lora.values() if x.owns_factors}  # pyright: ignore[reportAttributeAccessIssue]
+    for part in parts_of(chunk):
+        widths: dict[str, int] = {path: 1 for path, x in examples.items() if x.owns_factors}
+        for member in part if chunk.own else chunk.group.members:
+            for path, rank in ranks_of(member.lora):
+                widths[path] = max(widths[path], rank)
+        loras = []
+        for member in part:
+            lora = {path: member.lora.get(path) or lacking(x) for path, x in examples.items()}
+            if len(scalings) > 1 and chunk.own:
+                lora = {path: in_alpha(x) if path in widths else x for path, x in lora.items()}
+            loras.append({path: padded(x, widths[path]) if path in widths else x for path, x in lora.items()})
+        made.append(stack(loras))
+    return made
+
+
+def in_alpha(x: Any) -> Any:
+    """The same adapter with ``scaling="lora"`` and an alpha of the same scale."""
+    return dataclasses.replace(x, alpha=x.scale * x.rank, scaling="lora")
 
 
 def start(chunk: Chunk, tx: Callable, extra: PyTree) -> tuple[TrainState, ...]:
     """A train state of each part, each array with the lanes on axis 0."""
-    lora, keys = stacked(chunk), jnp.stack([member.key for member in chunk.slots])
     extra = jax.tree.map(jnp.asarray, extra)
     states = []
-    for at, (fixed, size), values in zip(offsets(chunk.parts), chunk.parts, chunk.values(), strict=True):
+    for part, lora, (fixed, size), values in zip(
+        parts_of(chunk), stacked(chunk), chunk.parts, chunk.values(), strict=True
+    ):
 
         def create(lora, key, values, fixed=fixed):
             return TrainState.create(lora=lora, tx=optimizer(tx, {**fixed, **values}), key=key, extra=extra)
 
-        part = jax.tree.map(lambda x, at=at, size=size: x[at : at + size], (lora, keys))
-        states.append(jax.vmap(create, axis_size=size)(*part, values))
+        keys = jnp.stack([member.key for member in part])
+        states.append(jax.vmap(create, axis_size=size)(lora, keys, values))
     return tuple(states)
 
 
@@ -122,6 +158,29 @@ def offsets(parts: Sequence[tuple[Any, int]]) -> list[int]:
 def joined(trees: Sequence[PyTree]) -> PyTree:
     """The parts' arrays one after the other on axis 0."""
     return trees[0] if len(trees) == 1 else jax.tree.map(lambda *xs: jnp.concatenate(xs), *trees)
+
+
+def joined_loras(loras: Sequence[Lora]) -> Lora:
+    """The parts' adapters one after the other, all as wide as the widest."""
+    made = {}
+    for path in loras[0]:
+        parts: list[Any] = [lora[path] for lora in loras]
+        if parts[0].owns_factors:
+            width = max(x.a.shape[-1] for x in parts)
+            parts = [padded(x, width, lanes=1) if x.a.shape[-1] < width else x for x in parts]
+        made[path] = joined(parts)
+    return made
+
+
+def cut(grads: Lora, at: int, size: int, like: Lora) -> Lora:
+    """The gradients of one part, as wide as its adapters."""
+
+    def own(g, x):
+        if g is None:
+            return None
+        return g[(slice(at, at + size), *(slice(n) for n in x.shape[1:]))]
+
+    return jax.tree.map(own, grads, like, is_leaf=lambda x: x is None)
 
 
 @register
@@ -142,21 +201,15 @@ Widths = dict[str, tuple[tuple[int, int], ...]]
 
 
 def own_widths(chunk: Chunk) -> Widths:
-    """Of each weight that lanes adapt at several ranks: how many neighbors are multiplied at which width."""
-    found: dict[str, list[list[int]]] = {}
-    for member in chunk.slots:
-        for path in {path for other in chunk.group.members for path in other.lora}:
-            x: Any = member.lora.get(path)
-            if x is not None and type(x) is not LoRA:
-                continue
-            rank = 1 if x is None else x.a.shape[-1]
-            runs = found.setdefault(path, [])
-            if runs and -(-runs[-1][1] // STEP) == -(-rank // STEP):
-                runs[-1] = [runs[-1][0] + 1, max(runs[-1][1], rank)]
-            else:
-                runs.append([1, rank])
-    several = {path: tuple((count, rank) for count, rank in runs) for path, runs in found.items() if len(runs) > 1}
-    return {path: runs for path, runs in several.items() if sum(n for n, _ in runs) == len(chunk.slots)}
+    """Of each `LoRA` that lanes adapt at several ranks: how many neighbors are multiplied at which width."""
+    found: dict[str, list[tuple[int, int]]] = {}
+    kinds = {path: type(x) for member in chunk.group.members for path, x in member.lora.items()}
+    for path in (path for path, kind in kinds.items() if kind is LoRA):
+        ranks = [m.lora[path].a.shape[-1] if path in m.lora else 1 for m in chunk.slots]  # pyright: ignore[reportAttributeAccessIssue]
+        for _, same in itertools.groupby(ranks, key=lambda rank: -(-rank // STEP)):
+            run = list(same)
+            found.setdefault(path, []).append((len(run), max(run)))
+    return {path: tuple(runs) for path, runs in found.items() if len(runs) > 1}
 
 
 def make_step(
@@ -192,7 +245,8 @@ def make_step(
         return optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
 
     def step(states, params, batch, values, rates, which):
-        lora, keys, steps, extra = joined([(s.lora, s.key, s.step, s.extra) for s in states])
+        lora = joined_loras([s.lora for s in states])
+        keys, steps, extra = joined([(s.key, s.step, s.extra) for s in states])
         keys = jax.vmap(jax.random.fold_in)(keys, steps)
         if seeded:
             batch = jax.tree.map(lambda x: x[which], batch)
@@ -213,8 +267,9 @@ def make_step(
                 new = apply_gradients(state, grads, optimizer(tx, {**fixed, **values}), value=loss)
                 return dataclasses.replace(new, extra=extra)
 
-            part = jax.tree.map(lambda x, at=at, size=size: x[at : at + size], (grads, metrics["loss"], extra))
-            after.append(jax.vmap(update)(state, part[0], part[1], own, part[2]))
+            loss, new = jax.tree.map(lambda x, at=at, size=size: x[at : at + size], (metrics["loss"], extra))
+            mine = cut(grads, at, size, trainable(state.lora))
+            after.append(jax.vmap(update)(state, mine, loss, own, new))
         return tuple(after), metrics
 
     return step
@@ -233,7 +288,8 @@ def check_loss(loss: Any) -> jax.Array:
 
 def whole(states: Sequence[TrainState]) -> TrainState:
     """The states of all parts as one, without optimizers' states, which may differ in structure."""
-    return joined([dataclasses.replace(state, opt_state=()) for state in states])
+    rest = joined([(s.step, s.key, s.extra) for s in states])
+    return TrainState(joined_loras([s.lora for s in states]), (), *rest)
 
 
 def own_lora(member: Member, lora: Lora, slot: int) -> Lora:

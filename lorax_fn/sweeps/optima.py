@@ -39,7 +39,13 @@ class Optimum:
 
 
 def optimum(
-    x: Sequence[float], scores: Any, *, points: int = 5, level: float = 0.95, samples: int = 1000, seed: int = 0
+    x: Sequence[float],
+    scores: Any,
+    *,
+    points: int = 5,
+    level: float = 0.95,
+    samples: int = 1000,
+    seed: int = 0,
 ) -> Optimum:
     """Fits a parabola in ``log x`` to the mean scores around the best point, and bootstraps it over seeds.
 
@@ -116,7 +122,9 @@ def _minimum(logs: np.ndarray, mean: np.ndarray, points: int) -> tuple[float, fl
     return center + at, float(height + slope * at + curve * at**2), inside
 
 
-def slope(x: Sequence[float], optima: Sequence[Optimum], *, level: float = 0.95) -> tuple[float, float, float]:
+def slope(
+    x: Sequence[float], optima: Sequence[Optimum], *, level: float = 0.95
+) -> tuple[float, float, float]:
     """The slope of ``log`` of the optimum against ``log x``, with the bootstrap's interval.
 
     0 says that the best learning rate does not depend on the rank, -1/2 that it falls as ``1/sqrt(rank)``.

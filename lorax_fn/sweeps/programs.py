@@ -27,12 +27,19 @@ UNTRACED = (
 class Programs:
     """Steps and evaluations, each compiled once for all chunks alike."""
 
-    def __init__(self, loss_fn: Callable, tx: Callable, eval_fn: Callable | None, seeded: bool, mesh: Any):
-        self.loss_fn, self.tx, self.eval_fn, self.seeded, self.mesh = loss_fn, tx, eval_fn, seeded, mesh
+    def __init__(
+        self,
+        loss_fn: Callable,
+        tx: Callable,
+        eval_fn: Callable | None,
+        extra: PyTree,
+        seeded: bool,
+        mesh: Any,
+    ):
+        self.loss_fn, self.tx, self.eval_fn, self.extra = loss_fn, tx, eval_fn, extra
+        self.seeded, self.mesh = seeded, mesh
         self.steps: dict[Any, Any] = {}
         self.evals: dict[Any, Any] = {}
-        self.extra: PyTree = None
-        self.own_widths = False
         if mesh is not None and AXIS not in mesh.axis_names:
             raise error(
                 "the mesh has no axis for the lanes.",
@@ -63,7 +70,7 @@ class Programs:
     def step(self, chunk: Chunk, states: PyTree, params: PyTree, batch: PyTree, which: Any) -> Any:
         """The compiled step for chunks of this form."""
         facts = [(hashable(fixed), size) for fixed, size in chunk.parts]
-        widths = own_widths(chunk) if self.own_widths else {}
+        widths = own_widths(chunk) if chunk.own else {}
         shapes = tuple((np.shape(x), str(x.dtype)) for x in jax.tree.leaves((states, batch)))
         base = tuple(map(id, jax.tree.leaves(params)))
         told = (hashable(facts), hashable(widths), jax.tree.structure((states, batch)), shapes, base)
@@ -137,7 +144,9 @@ class Programs:
         """The evaluation of all lanes at once; None where ``eval_fn`` can't be traced."""
 
         def evaluate(state, params):
-            return jax.vmap(lambda state, params: _named(self.eval_fn(state, params)), (0, None))(state, params)  # pyright: ignore[reportOptionalCall]
+            return jax.vmap(lambda state, params: _named(self.eval_fn(state, params)), (0, None))(
+                state, params
+            )  # pyright: ignore[reportOptionalCall]
 
         try:
             jax.eval_shape(evaluate, state, params)
@@ -179,7 +188,7 @@ def host(x: Any) -> np.ndarray:
 
 
 def cuts_padding(steps: int, mesh: Any, halving: Sequence[int]) -> bool:
-    """Whether products leave the padding out; halving and a mesh move lanes of all ranks through one program."""
+    """Whether products leave the padding out; halving and a mesh move lanes of any rank through one program."""
     return jax.default_backend() == "cpu" and steps >= MANY and mesh is None and not halving
 
 

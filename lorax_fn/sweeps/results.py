@@ -149,7 +149,9 @@ class SweepResult:
           >>> lx.sweeps.SweepResult([{"seed": 0, "rank": 4}] * 3, rows, {}, {}).means("loss")
           [{'rank': 4, 'mean': 2.0, 'stderr': 0.577..., 'n': 3}]
         """
-        names = self.entries(skip=("seed", "name")) if by is None else [by] if isinstance(by, str) else list(by)
+        names = (
+            self.entries(skip=("seed", "name")) if by is None else [by] if isinstance(by, str) else list(by)
+        )
         last = self.final()
         check_metric(last, metric)
         found: dict[tuple, list[float]] = {}
@@ -302,5 +304,7 @@ def read(path: str | os.PathLike) -> SweepResult:
             do="give the path that lx.sweep got as file=.",
         )
     ends = {row["lane"]: row["step"] for row in rows}
-    finished = len(ends) == len(head["lanes"]) and (bool(head["halving"]) or set(ends.values()) == {head["steps"]})
+    finished = len(ends) == len(head["lanes"]) and (
+        bool(head["halving"]) or set(ends.values()) == {head["steps"]}
+    )
     return SweepResult(head["lanes"], rows, {}, head, finished)
