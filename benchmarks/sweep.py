@@ -4,9 +4,10 @@
     python benchmarks/sweep.py steady         # some of them: steady, ends, memory, tpu
     python benchmarks/sweep.py --rounds 5
 
-The model is the transformer of step.py, six layers of width 384, and the lanes are its ranks 1 to 64. Separate
-runs and sweeps take turns within a round, and ratios are formed within rounds, of seconds by the clock and of
-the processor's own seconds (all threads of this process), which what else the machine does moves less.
+The model is the transformer of step.py, six layers of width 384, and the lanes are its ranks 1 to 64.
+Separate runs and sweeps take turns within a round, and ratios are formed within rounds, of seconds by the
+clock and of the processor's own seconds (all threads of this process), which what else the machine does
+moves less.
 The table for the TPU needs libtpu, its compiler, but no TPU.
 """
 

@@ -198,9 +198,7 @@ def test_products_at_own_ranks(monkeypatch):
         {"rank": {"layer_0": 24, "*": 9}, "scaling": "rslora"},
     ]
     assert_lanes_are_runs(lanes, constant, params=init(width=32), data=batches(width=32))
-    assert seen == [
-        {"layer_0/kernel": ((2, 2), (2, 24)), "layer_1/kernel": ((2, 3), (1, 20), (1, 9))}
-    ]
+    assert seen == [{"layer_0/kernel": ((2, 2), (2, 24)), "layer_1/kernel": ((2, 3), (1, 20), (1, 9))}]
 
 
 def test_a_gradient_inside_of_the_loss(monkeypatch):

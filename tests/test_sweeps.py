@@ -163,7 +163,7 @@ def products(jaxpr):
 
 
 def test_the_base_is_read_once_for_all_lanes():
-    """x @ W of all lanes is one product in which W has no axis of lanes; forward and backward are all of them."""
+    """x @ W of all lanes is one product in which W has no axis of lanes, forward and backward."""
     params, lanes = init(width=16), lx.grid(rank=[1, 2, 4])
     (one,) = groups.group(params, groups.members(params, lanes, {}, KEY), constant)
     (chunk,) = side.chunks(one, 3)

@@ -1,4 +1,4 @@
-"""One HTML page of a sweep: figures, tables that sort, what ran and on what. It needs nothing from outside."""
+"""One HTML page of a sweep: figures, tables that sort, what ran and on what. It loads nothing."""
 
 import base64
 import html
@@ -15,13 +15,13 @@ from lorax_fn.sweeps.grid import is_number
 from lorax_fn.sweeps.results import SweepResult
 
 STYLE = """
-:root { color-scheme: light dark; --ink: #1f2328; --soft: #59636e; --line: #d0d7de; --paper: #fff; --row: #f6f8fa;
-  --mark: #0969da; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6edf3; --soft: #9198a1; --line: #3d444d; --paper: #0d1117;
-  --row: #151b23; --mark: #4493f8; } }
+:root { color-scheme: light dark; --ink: #1f2328; --soft: #59636e; --line: #d0d7de; --paper: #fff;
+  --row: #f6f8fa; --mark: #0969da; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6edf3; --soft: #9198a1; --line: #3d444d;
+  --paper: #0d1117; --row: #151b23; --mark: #4493f8; } }
 * { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 72rem; padding: 2rem 1.25rem 4rem; background: var(--paper); color: var(--ink);
-  font: 16px/1.5 system-ui, sans-serif; }
+body { margin: 0 auto; max-width: 72rem; padding: 2rem 1.25rem 4rem; background: var(--paper);
+  color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
 h1 { font-size: 1.6rem; margin: 0 0 .25rem; } h2 { font-size: 1.15rem; margin: 2.5rem 0 .75rem; }
 p { margin: .25rem 0; } .soft { color: var(--soft); }
 .figures { display: flex; flex-wrap: wrap; gap: 1.5rem; } figure { margin: 0; flex: 1 1 28rem; min-width: 0; }
@@ -29,7 +29,8 @@ figure img { width: 100%; height: auto; border: 1px solid var(--line); border-ra
 figcaption { font-size: .875rem; color: var(--soft); }
 .scroll { overflow-x: auto; border: 1px solid var(--line); border-radius: 6px; max-height: 36rem; }
 table { border-collapse: collapse; width: 100%; font-size: .875rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem .75rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
+th, td { padding: .3rem .75rem; text-align: right; white-space: nowrap;
+  border-bottom: 1px solid var(--line); }
 th.text, td.text { text-align: left; }
 thead th { position: sticky; top: 0; background: var(--row); padding: 0; }
 thead button { all: unset; box-sizing: border-box; cursor: pointer; padding: .4rem .75rem; display: block;
@@ -49,7 +50,8 @@ for (const table of document.querySelectorAll('table.sorts')) {
       return text === '' ? null : Number.isNaN(number) ? text : number; };
     const rows = [...body.rows].sort((a, b) => { const x = key(a), y = key(b);
       if (x === null || y === null) return (x === null) - (y === null);
-      const order = typeof x === 'number' && typeof y === 'number' ? x - y : String(x).localeCompare(String(y));
+      const numbers = typeof x === 'number' && typeof y === 'number';
+      const order = numbers ? x - y : String(x).localeCompare(String(y));
       return up ? order : -order; });
     heads.forEach(other => other.removeAttribute('aria-sort'));
     head.setAttribute('aria-sort', up ? 'ascending' : 'descending');
@@ -101,7 +103,8 @@ def page(result: SweepResult, path: str | os.PathLike, *, title: str = "Sweep", 
     done = "" if result.finished else " It was interrupted; this is what was done."
     setting = {n: value for n, value in best.items() if n in varying}
     text = f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{html.escape(title)}</title><style>{STYLE}</style></head><body>
 <h1>{html.escape(title)}</h1>
 <p>{len(result.lanes)} lanes, {result.config.get("steps", "?")} steps each.{done}
@@ -157,7 +160,8 @@ def _table(rows: Sequence[dict], best: int | None) -> str:
         + "</tr>"
         for row in rows
     )
-    return f'<div class="scroll"><table class="sorts"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    table = f'<table class="sorts"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+    return f'<div class="scroll">{table}</div>'
 
 
 def _facts(config: dict[str, Any]) -> str:

@@ -70,7 +70,8 @@ def plot_metric(
 ) -> Any:
     """Draws the last score against one entry: means over seeds with standard errors.
 
-    Where lanes differ in more than ``x``, ``hue`` and the seed, each point is the best of what else was swept.
+    Where lanes differ in more than ``x``, ``hue`` and the seed, each point is the best of what else was
+    swept.
 
     Args:
       result: of `lorax_fn.sweep`.
@@ -295,7 +296,9 @@ def _figure(
             "pictures need matplotlib.", got="no module matplotlib", do='pip install "lorax_fn[plot]".'
         ) from None
     look = THEMES[theme]
-    settings = {name: look["ink"] for name in ("text.color", "axes.labelcolor", "xtick.color", "ytick.color")}
+    settings: dict[Any, Any] = {
+        name: look["ink"] for name in ("text.color", "axes.labelcolor", "xtick.color", "ytick.color")
+    }
     settings |= {
         "axes.edgecolor": look["faint"],
         "grid.color": look["faint"],

@@ -33,7 +33,7 @@ def from_json(row: dict) -> dict:
 
 
 def read(path: str | os.PathLike) -> tuple[dict | None, list[dict]]:
-    """The first line of a file, which says what the sweep is, and its records; a line cut short is left out."""
+    """The first line, which says what the sweep is, and the records; a line cut short is left out."""
     file = pathlib.Path(path)
     lines = file.read_text("utf-8").split("\n")[:-1] if file.is_file() else []
     if not lines:
@@ -119,7 +119,7 @@ class Folder:
 
     def save(self, name: str, tree: PyTree, lanes: Sequence[int], step: int) -> None:
         """Writes the leaves of a tree as bytes, whole or not at all."""
-        leaves = {
+        leaves: dict[str, Any] = {
             f"{i}": np.frombuffer(_numpy(x).tobytes(), np.uint8) for i, x in enumerate(jax.tree.leaves(tree))
         }
         leaves["facts"] = np.frombuffer(json.dumps({"lanes": list(lanes), "step": step}).encode(), np.uint8)

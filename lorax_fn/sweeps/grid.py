@@ -35,8 +35,8 @@ def grid(**axes: Any) -> list[dict[str, Any]]:
 
     Args:
       axes: for each name the values that it takes, a list or any other iterable; a string, a mapping or what
-        is not iterable is one value for all lanes. A value may itself be a list: ``targets=[["q", "v"], None]``
-        has two.
+        is not iterable is one value for all lanes. A value may itself be a list, as the first of
+        ``targets=[["q", "v"], None]`` is.
 
     Returns:
       One dict per lane; the last axis changes fastest.
@@ -130,7 +130,7 @@ def is_number(x: object) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """numpy scalars and arrays of one number as Python numbers."""
+    """Scalars and arrays of one number as Python numbers."""
     if isinstance(value, np.generic) or (isinstance(value, np.ndarray | jax.Array) and value.ndim == 0):
         return value.item()
     return value

@@ -1,4 +1,4 @@
-"""Which lanes share a program: the same base, weights of one kind, and an optimizer that padding leaves alone."""
+"""Which lanes share a program: on one base, of one kind, with an optimizer that padding leaves alone."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lorax_fn.core.adapters import Adapter
 from lorax_fn.core.errors import error
 from lorax_fn.core.trees import PyTree
 from lorax_fn.splitting.split import split as split_params
@@ -17,7 +16,7 @@ from lorax_fn.training.masks import train_only, trainable
 from lorax_fn.training.state import TrainState
 from lorax_fn.training.step import apply_gradients
 
-Lora = dict[str, Adapter]
+Lora = dict[str, Any]  # of adapters, whose fields are their own
 OTHER = "a weight that the lane does not adapt"
 
 
@@ -97,7 +96,7 @@ def group(params: PyTree, made: list[Member], tx: Callable) -> list[Group]:
 
 
 def _base(params: PyTree, member: Member) -> Any:
-    """None where the lane is on the given base; else what tells its own base from others (PiSSA's residual)."""
+    """None where the lane is on the given base; else what tells its own, such as PiSSA's residual, apart."""
     theirs, given = jax.tree.leaves(member.params), jax.tree.leaves(params)
     if len(theirs) == len(given) and all(x is y for x, y in zip(theirs, given, strict=True)):
         return None
@@ -200,7 +199,7 @@ def padding_is_exact(tx: Any, loras: Sequence[Lora]) -> bool:
 
 
 def padded(x: Any, width: int, lanes: int = 0) -> Any:
-    """An adapter or its gradients, with zeros behind the last rank of A ``[*s, *n, r]`` and B ``[*s, r, *m]``.
+    """An adapter or its gradients, with zeros behind the rank of A ``[*s, *n, r]`` and B ``[*s, r, *m]``.
 
     ``lanes`` is 1 where both have an axis of lanes before these.
     """
@@ -269,7 +268,7 @@ def _varies(found: Sequence[Member], name: str) -> bool:
 
 
 def _traceable(found: Sequence[Member], tx: Callable, names: Sequence[str]) -> tuple[str, ...]:
-    """Which of these numbers ``tx`` takes as traced arrays: all of them, or those that it takes one by one."""
+    """Which of these numbers ``tx`` takes as traced arrays: all, or those that it takes one by one."""
 
     def takes(some):
         def run(values):
@@ -286,7 +285,7 @@ def _traceable(found: Sequence[Member], tx: Callable, names: Sequence[str]) -> t
             return False
         return True
 
-    trained = trainable(found[0].lora)
+    trained: Any = trainable(found[0].lora)
     if not names or takes(names):
         return tuple(names)
     single = [name for name in names if takes([name])]

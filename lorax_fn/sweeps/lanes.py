@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lorax_fn.core.adapters import Adapter, Factors, fact, is_number, register
+from lorax_fn.core.adapters import Factors, fact, is_number, register
 from lorax_fn.core.errors import error
 from lorax_fn.core.trees import PyTree
 from lorax_fn.many.stacking import stack
@@ -25,7 +25,7 @@ from lorax_fn.training.masks import trainable
 from lorax_fn.training.state import TrainState
 from lorax_fn.training.step import apply_gradients, value_and_grad
 
-Lora = dict[str, Adapter]
+Lora = dict[str, Any]  # of adapters, whose fields are their own
 AXIS = "lanes"  # of the mesh
 DROPOUT = 0x5EED  # what the key of a step is folded with for dropout
 STEP = 8  # ranks that round up to the same multiple of this are multiplied together
@@ -66,7 +66,7 @@ class Chunk:
 
 
 def chunks(group: Group, count: int, multiple: int = 1, *, own: bool = False) -> list[Chunk]:
-    """Cuts a group into pieces of at most ``count`` lanes, of one size; a piece is a multiple of ``multiple``."""
+    """Cuts a group into pieces of one size, at most ``count`` lanes and a multiple of ``multiple``."""
     total = len(group.members)
     pieces = -(-total // max(count, 1))
     size = -(-total // pieces)
@@ -108,13 +108,13 @@ def parts_of(chunk: Chunk) -> list[list[Member]]:
 
 
 def stacked(chunk: Chunk) -> list[Lora]:
-    """Each part's adapters side by side, as wide as its widest; or, without ``own``, as the group's widest."""
+    """Each part's adapters side by side, as wide as its widest; without ``own``, as the group's widest."""
     examples: dict[str, Any] = {}
     for member in chunk.group.members:
         for path, x in member.lora.items():
             examples.setdefault(path, x)
     made = []
-    scalings = {x.scaling for m in chunk.group.members for x in m.lora.values() if x.owns_factors}  # pyright: ignore[reportAttributeAccessIssue]
+    scalings = {x.scaling for m in chunk.group.members for x in m.lora.values() if x.owns_factors}
     for part in parts_of(chunk):
         widths: dict[str, int] = {path: 1 for path, x in examples.items() if x.owns_factors}
         for member in part if chunk.own else chunk.group.members:
@@ -205,7 +205,7 @@ def own_widths(chunk: Chunk) -> Widths:
     found: dict[str, list[tuple[int, int]]] = {}
     kinds = {path: type(x) for member in chunk.group.members for path, x in member.lora.items()}
     for path in (path for path, kind in kinds.items() if kind is LoRA):
-        ranks = [m.lora[path].a.shape[-1] if path in m.lora else 1 for m in chunk.slots]  # pyright: ignore[reportAttributeAccessIssue]
+        ranks = [m.lora[path].a.shape[-1] if path in m.lora else 1 for m in chunk.slots]
         for _, same in itertools.groupby(ranks, key=lambda rank: -(-rank // STEP)):
             run = list(same)
             found.setdefault(path, []).append((len(run), max(run)))
@@ -231,7 +231,7 @@ def make_step(
         held = {field.name: getattr(x, field.name) for field in dataclasses.fields(x)}
         return LaneLoRA(**held, lanes=widths[path]) if widths and path in widths else x
 
-    def lane_loss(lora, key, extra, rate, batch, params):
+    def lane_loss(lora: Lora, key, extra, rate, batch, params):
         given = () if extra is None else (extra,)
         if widths:
             lora = {path: own(path, x) for path, x in lora.items()}

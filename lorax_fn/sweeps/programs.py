@@ -1,4 +1,4 @@
-"""Compiled programs of a sweep: the step and the evaluation, over a mesh where there is one, and their memory."""
+"""Compiled programs of a sweep, the step and the evaluation, over a mesh or not, and their memory."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -142,11 +142,10 @@ class Programs:
 
     def _evaluation(self, state: Any, params: PyTree) -> Any:
         """The evaluation of all lanes at once; None where ``eval_fn`` can't be traced."""
+        eval_fn: Any = self.eval_fn
 
         def evaluate(state, params):
-            return jax.vmap(lambda state, params: _named(self.eval_fn(state, params)), (0, None))(
-                state, params
-            )  # pyright: ignore[reportOptionalCall]
+            return jax.vmap(lambda state, params: _named(eval_fn(state, params)), (0, None))(state, params)
 
         try:
             jax.eval_shape(evaluate, state, params)
@@ -188,7 +187,7 @@ def host(x: Any) -> np.ndarray:
 
 
 def cuts_padding(steps: int, mesh: Any, halving: Sequence[int]) -> bool:
-    """Whether products leave the padding out; halving and a mesh move lanes of any rank through one program."""
+    """Whether products leave the padding out: a mesh and halving take lanes of any rank in any place."""
     return jax.default_backend() == "cpu" and steps >= MANY and mesh is None and not halving
 
 

@@ -268,7 +268,7 @@ def check_metric(records: Sequence[dict], name: str) -> None:
 
 def value_of(record: dict, metric: str) -> float:
     """A score; NaN where the lane diverged or has none."""
-    value = record.get(metric)
+    value: Any = record.get(metric)
     return float(value) if is_number(value) and record.get("diverged") is None else math.nan
 
 

@@ -22,7 +22,7 @@ class Source:
         self.steps, self.seeded, self.place = steps, seeded, place
 
     def batches_of(self, chunk: Chunk, done: int) -> Iterator[tuple[PyTree, Any]]:
-        """Batches from step ``done`` on, and which of their seeds each lane has: None where all see the same."""
+        """Batches from step ``done`` on, and whose seed each lane has: None where all see the same."""
         if not self.seeded:
             feed = self._feed(self.batches, done)
             while True:

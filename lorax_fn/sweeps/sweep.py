@@ -141,7 +141,7 @@ def sweep(
 
 @contextlib.contextmanager
 def _interrupt() -> Iterator[Callable[[], bool]]:
-    """Gives a function that says whether ctrl-C came, which ends the sweep after a step; a second one at once."""
+    """Gives a function that says whether ctrl-C came, which ends the sweep after a step; twice, at once."""
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
