@@ -133,6 +133,11 @@ def test_lanes_of_a_program_by_memory(monkeypatch):
     monkeypatch.setattr(module, "free_memory", lambda: used[0] - 1)
     split = run()
     assert len(used) == 3 and used[2] < used[0]
+    monkeypatch.setattr(module, "free_memory", lambda: used[0])
+    monkeypatch.setattr(programs, "free_memory", lambda: 0)  # no room to evaluate lanes together
+    np.testing.assert_allclose(
+        [r["loss"] for r in run().records], [r["loss"] for r in whole.records], rtol=1e-4
+    )
     by_lane = sorted(split.records, key=lambda r: (r["step"], r["lane"]))
     for a, b in zip(by_lane, sorted(whole.records, key=lambda r: (r["step"], r["lane"])), strict=True):
         np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-4)

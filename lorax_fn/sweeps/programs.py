@@ -141,27 +141,38 @@ class Programs:
         return [{name: float(x[i]) for name, x in scores.items()} for i in range(chunk.real)]
 
     def _evaluation(self, state: Any, params: PyTree) -> Any:
-        """The evaluation of all lanes at once; None where ``eval_fn`` can't be traced."""
+        """The evaluation of all lanes; None where ``eval_fn`` can't be traced.
+
+        Lanes are evaluated at once where the compiled program fits into memory, else one after the other.
+        """
         eval_fn: Any = self.eval_fn
 
-        def evaluate(state, params):
-            return jax.vmap(lambda state, params: _named(eval_fn(state, params)), (0, None))(state, params)
+        def one(state, params):
+            return _named(eval_fn(state, params))
 
+        def in_turn(state, params):
+            return jax.lax.map(lambda state: one(state, params), state)
+
+        together = jax.vmap(one, (0, None))
         try:
-            jax.eval_shape(evaluate, state, params)
+            jax.eval_shape(together, state, params)
         except UNTRACED:
             return None
+        compiled = self._compiled(together, state, params)
+        fits = memory_of(compiled) <= free_memory()
+        return compiled if fits else self._compiled(in_turn, state, params)
+
+    def _compiled(self, evaluate: Callable, state: Any, params: PyTree) -> Any:
         if self.mesh is not None:
-            lanes = PartitionSpec(AXIS)
             evaluate = jax.shard_map(
                 evaluate,
                 mesh=self.mesh,
-                in_specs=(lanes, PartitionSpec()),
-                out_specs=lanes,
+                in_specs=(PartitionSpec(AXIS), PartitionSpec()),
+                out_specs=PartitionSpec(AXIS),
                 axis_names={AXIS},
                 check_vma=False,  # lanes have nothing to do with each other: no value is summed over them
             )
-        return jax.jit(evaluate)
+        return jax.jit(evaluate).lower(state, params).compile()
 
 
 def _named(scores: Any) -> dict[str, Any]:
