@@ -1,4 +1,4 @@
-"""Tables, and pictures of adapters, for people to read."""
+"""Tables, and pictures of sweeps and adapters, for people to read."""
 
 from lorax_fn.report.interference import Interference as Interference
 from lorax_fn.report.interference import interference as interference
