@@ -313,7 +313,7 @@ def _dropped(x: jax.Array, density: float, key: jax.Array) -> jax.Array:
     return jnp.where(jax.random.bernoulli(key, density, x.shape), x / density, jnp.zeros_like(x))
 
 
-def _svd(x: jax.Array, rank: int, key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, int]:
+def _svd(x: jax.Array, rank: int, key: jax.Array) -> tuple[Any, Any, Any, int]:
     if min(x.shape[1:]) <= EXACT_UP_TO:
         u, size, vt = jnp.linalg.svd(x, full_matrices=False)
         return u, size, vt, rank
@@ -333,4 +333,5 @@ def _as_lora(adapters: list[Any], a: jax.Array, b: jax.Array) -> LoRA:
     dtype = jnp.result_type(*(jax.eval_shape(lambda x: x.pair().b, x).dtype for x in adapters))
     rank = a.shape[-1]
     a, b = a.reshape(*stack, *n, rank).astype(dtype), b.reshape(*stack, rank, *m).astype(dtype)
-    return LoRA(a, b, float(rank), rank, "lora", first.layout)
+    residual = any(getattr(x, "residual", False) for x in adapters)
+    return LoRA(a, b, float(rank), rank, "lora", first.layout, residual=residual)

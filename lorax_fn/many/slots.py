@@ -32,6 +32,7 @@ class Slots(Adapter):
       ranks: ``[*s, k]`` float32; floats, as `jax.grad` by a tree that holds integers raises.
       kind: ``[k]`` float32, which method and scaling each slot holds; 0 for an empty slot.
       layout: which axes of the weight are stack, inputs and outputs.
+      residual: as in `LoRA`, of all slots alike: adapters of a residual are of another base.
     """
 
     frozen: ClassVar[tuple[str, ...]] = ("scale", "alpha", "ranks", "kind")
@@ -44,6 +45,7 @@ class Slots(Adapter):
     ranks: Any
     kind: Any
     layout: Layout = fact()
+    residual: bool = fact(default=False)
 
     def axes(self) -> dict[str, tuple[int | None, ...]]:
         stack, layout = self.layout.stack, self.layout
@@ -85,6 +87,7 @@ class Form:
     rank: int
     dtype: Any
     extras: dict[str, Any]  # dtype by name
+    residual: bool
 
 
 def kept(path: str, adapter: Any) -> Any:
@@ -112,7 +115,7 @@ def kept(path: str, adapter: Any) -> Any:
 
 def form(path: str, adapters: list[Any], rank: int | None) -> Form:
     first = adapters[0]
-    facts = {f"{x.shape}, {x.layout}" for x in adapters}
+    facts = {f"{x.shape}, {x.layout}, residual={x.residual}" for x in adapters}
     if len(facts) > 1:
         raise error(
             "adapters of one bank must be of one base: the layouts or shapes of a weight differ.",
@@ -131,7 +134,7 @@ def form(path: str, adapters: list[Any], rank: int | None) -> Form:
         name: jnp.result_type(*(getattr(x, name).dtype for x in adapters if name in extras_of(type(x))))
         for name in sorted(names)
     }
-    return Form(first.shape, first.layout, width, np.dtype(dtype), extras)
+    return Form(first.shape, first.layout, width, np.dtype(dtype), extras, first.residual)
 
 
 def form_of(slots: Slots) -> Form:
@@ -140,7 +143,9 @@ def form_of(slots: Slots) -> Form:
     sizes = dict(zip((*layout.stack, *layout.inputs), (*a[:s], *a[s + 1 : -1]), strict=True))
     sizes |= dict(zip(layout.outputs, b[s + 2 :], strict=True))
     shape = tuple(sizes[i] for i in range(layout.ndim))
-    return Form(shape, layout, a[-1], slots.a.dtype, {n: x.dtype for n, x in slots.extras.items()})
+    return Form(
+        shape, layout, a[-1], slots.a.dtype, {n: x.dtype for n, x in slots.extras.items()}, slots.residual
+    )
 
 
 def padded(forms: Mapping[str, Form], lora: Mapping[str, Any]) -> dict[str, Slots]:
@@ -173,6 +178,8 @@ def padded(forms: Mapping[str, Form], lora: Mapping[str, Any]) -> dict[str, Slot
 
 
 def _misfit(form: Form, x: Any) -> tuple[str, str] | None:
+    if x.residual != form.residual:
+        return f"residual={x.residual}", f"residual={form.residual}: adapters of one base"
     if x.shape != form.shape or x.layout != form.layout:
         return f"{x.shape}, {x.layout}", f"{form.shape}, {form.layout}"
     extras = extras_of(type(x))
@@ -192,7 +199,7 @@ def _single(form: Form, adapter: Any) -> Slots:
         zero = np.zeros((*stack, 1), np.float32)
         extras = {name: np.zeros((*stack, 1, *m), dtype) for name, dtype in form.extras.items()}
         a, b = (np.zeros(shape, form.dtype) for shape in shapes.values())
-        return Slots(a, b, extras, zero, zero, zero, np.zeros((1,), np.float32), form.layout)
+        return Slots(a, b, extras, zero, zero, zero, np.zeros((1,), np.float32), form.layout, form.residual)
     s = len(stack)
 
     def number(x):
@@ -220,6 +227,7 @@ def _single(form: Form, adapter: Any) -> Slots:
         number(adapter.rank),
         np.full((1,), kind, np.float32),
         form.layout,
+        form.residual,
     )
 
 
@@ -247,7 +255,9 @@ def unpadded(slots: Slots) -> Any:
     a, b = slots.a[..., :width], slots.b[(slice(None),) * s + (slice(width),)]
     extras: dict[str, Any] = {name: jnp.asarray(slots.extras[name]) for name in extras_of(cls)}
     rank, alpha = (x[0] if len(set(x)) == 1 else x for x in (ranks, alphas))
-    return cls(jnp.asarray(a), jnp.asarray(b), alpha, rank, scaling, slots.layout, **extras)
+    return cls(
+        jnp.asarray(a), jnp.asarray(b), alpha, rank, scaling, slots.layout, residual=slots.residual, **extras
+    )
 
 
 def _too_wide(paths: list[str], got: list[int], want: list[int]) -> Exception:
