@@ -1,10 +1,10 @@
-"""What `fit` costs a step, beside a loop of four lines: with metrics, with checkpoints, with a file.
+"""The overhead of `fit` per step over a loop of four lines: with metrics, with checkpoints, with a file.
 
     python benchmarks/fit.py                    # a few minutes on a CPU
     python benchmarks/fit.py --steps 500 --layers 2
 
-The step is small on purpose: what is measured is the host's work around it. Each row is the median over
-rounds, in milliseconds a step; rounds of all kinds alternate, so that a busy machine slows them all.
+The step is small on purpose, to measure the host's work around it. Each row is the median over rounds, in
+milliseconds per step; rounds of all kinds alternate, so that a busy machine slows all of them.
 """
 
 import argparse
@@ -47,7 +47,7 @@ def make(layers: int, width: int):
 
 
 def bare(step, state, params, batch, steps):
-    """The loop that `fit` is compared with: it waits for each loss, one step late."""
+    """The loop to compare `fit` with, which waits for each loss one step late."""
     last = None
     for _ in range(steps):
         state, metrics = step(state, params, batch)

@@ -1,13 +1,13 @@
-"""One AdamW step of each method, timed side by side and told as ratios to LoRA's.
+"""One AdamW step of each method, timed side by side and reported relative to LoRA.
 
     python benchmarks/methods.py              # the table of README.md
     python benchmarks/methods.py --quick      # fewer rounds, for CI
-    python benchmarks/methods.py --check      # exit with status 1 where a target is missed
+    python benchmarks/methods.py --check      # exit with status 1 if a target is missed
 
-The model is the transformer of step.py, two blocks of width 512. Before anything is timed, two steps of each
-method are compared with the same two steps differentiated through the merged weights. Methods take turns in
-short rounds and ratios are formed within a round, of seconds by the clock and of the processor's own
-seconds (all threads of this process), which what else the machine does moves less.
+The model is the transformer of step.py, with two blocks of width 512. Before anything is timed, two steps of
+each method are compared with the same two steps differentiated through the merged weights. Methods take turns
+in short rounds. Ratios are computed within a round, of wall time and of CPU time (of all threads of this
+process), which other programs on the machine disturb less.
 """
 
 import argparse
@@ -50,7 +50,7 @@ def compiled_step(apply: Any, params: Any, state: Any, batch: dict) -> Any:
 
 
 def two_losses(program: Any, params: Any, state: Any, batch: dict) -> list[float]:
-    """Of the first step, and of the second one, which tells whether the first gradient was right."""
+    """The losses of the first step and of the second, which depends on the first gradient."""
     state, losses = copied(state), []
     for _ in range(2):
         state, metrics = program(state, params, batch)
@@ -59,11 +59,11 @@ def two_losses(program: Any, params: Any, state: Any, batch: dict) -> list[float
 
 
 def copied(state: Any) -> Any:
-    return jax.tree.map(lambda x: x.copy(), state)  # a step donates what it is given
+    return jax.tree.map(lambda x: x.copy(), state)  # as a step donates its state
 
 
 def measure(programs: dict, start: dict, batch: dict, rounds: int, warmup: int = 3) -> dict[str, np.ndarray]:
-    """``[rounds, 2]`` of each method: seconds by the clock, seconds of the processor."""
+    """``[rounds, 2]`` for each method: seconds of wall time and of CPU time."""
     states = {name: copied(state) for name, (_, state) in start.items()}
     taken: dict[str, list] = {name: [] for name in programs}
     for i in range(-warmup, rounds):
@@ -83,7 +83,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, help="timed rounds (default: 60, with --quick 12)")
     parser.add_argument("--few", action="store_true", help="only the methods that have a target")
     parser.add_argument("--quick", action="store_true", help="fewer rounds, for CI")
-    parser.add_argument("--check", action="store_true", help="exit with status 1 where a target is missed")
+    parser.add_argument("--check", action="store_true", help="exit with status 1 if a target is missed")
     args = parser.parse_args()
     rounds = args.rounds or (12 if args.quick else 60)
 

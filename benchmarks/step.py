@@ -2,13 +2,13 @@
 
     python benchmarks/step.py                 # the table of README.md
     python benchmarks/step.py --quick         # fewer rounds and compilations, for CI
-    python benchmarks/step.py --check         # exit with status 1 where a target is missed
+    python benchmarks/step.py --check         # exit with status 1 if a target is missed
 
-The model is a pre-LN transformer in plain Flax Linen: `nn.Dense` projections and explicit attention. The
-same modules serve every variant; LoRA by hand swaps `nn.Dense` for `LoRADense` below. All four start
-from the same function (B is not zero, full fine-tuning starts from the merged weights), and their losses
-are compared before anything is timed. Seconds depend on the machine and on what else it does, so the
-variants take turns within each round, and ratios are formed within rounds.
+The model is a pre-LN transformer in plain Flax Linen: `nn.Dense` projections and explicit attention. All
+variants use the same modules; LoRA by hand replaces `nn.Dense` by `LoRADense` below. All four start from the
+same function (B is not zero, and full fine-tuning starts from the merged weights), and their losses are
+compared before anything is timed. Seconds depend on the machine and its load, so the variants take turns
+within each round, and ratios are computed within rounds.
 """
 
 import argparse
@@ -52,7 +52,7 @@ class Sizes:
     alpha: float = 32.0
 
 
-# The model. It knows nothing of LoRA: `dense` makes its linear layers, and is nn.Dense.
+# The model has no code for LoRA: its linear layers are made by `dense`, which is nn.Dense.
 
 
 class Attention(nn.Module):
@@ -91,7 +91,7 @@ class Transformer(nn.Module):
 
 
 class LoRADense(nn.Module):
-    """LoRA as one writes it by hand: ``y`` of nn.Dense, bias included, and then ``y + s * ((x @ a) @ b)``."""
+    """LoRA as usually written by hand: ``y`` of nn.Dense, with bias, and then ``y + s * ((x @ a) @ b)``."""
 
     features: int
     rank: int
@@ -114,7 +114,7 @@ class LoRADense(nn.Module):
 class Variant:
     """A way to train: the loss to differentiate, what trains, and what does not."""
 
-    loss: Callable[[], Callable]  # made anew for each compilation, so that nothing of the last is reused
+    loss: Callable[[], Callable]  # created for each compilation, so that none is reused
     trainable: Any
     frozen: Any
 
@@ -132,7 +132,7 @@ class Variant:
         return jax.jit(jax.value_and_grad(self.loss()))
 
     def fresh(self) -> tuple[Any, Any]:
-        """Copies of what trains and of its optimizer's state: a step donates them."""
+        """Copies of what trains and of its optimizer state, which a step donates."""
         trainable = jax.tree.map(jnp.array, self.trainable)
         return trainable, optax.adamw(1e-4).init(trainable)
 
@@ -152,7 +152,7 @@ def make_variants(sizes: Sizes) -> tuple[dict[str, Variant], dict[str, jax.Array
     if len(lora) != 6 * sizes.layers:
         raise SystemExit(f"{len(lora)} weights adapted, not six a layer: {sorted(lora)}")
     noise = jax.random.split(keys[3], len(lora))
-    lora = {  # B = 0 would make every comparison of losses an empty one
+    lora = {  # with B = 0, comparing losses would prove nothing
         path: dataclasses.replace(adapter, b=0.02 * jax.random.normal(key, adapter.b.shape))
         for key, (path, adapter) in zip(noise, lora.items(), strict=True)
     }
@@ -203,7 +203,7 @@ def lowered(variant: Variant, batch: dict, what: str) -> Any:
 
 
 def compile_times(variants: dict[str, Variant], batch: dict, rounds: int) -> tuple[dict, dict]:
-    """Seconds to trace and to compile a step, caches cleared before each: name -> ``[rounds, 2]``."""
+    """Seconds to trace and to compile a step with cleared caches, by name: ``[rounds, 2]``."""
     seconds: dict[str, list] = {name: [] for name in variants}
     programs = {}
     for i in range(rounds + 1):  # the first round warms up the compiler itself
@@ -229,7 +229,7 @@ def in_turn(names: Any, i: int) -> list[str]:
 
 
 def check_losses(variants: dict, programs: dict, batch: dict, steps: int = 3) -> dict[str, list[float]]:
-    """All variants begin at one loss; the three that train the same factors stay together."""
+    """Checks that all variants begin with the same loss, and the three of the same factors keep it equal."""
     losses: dict[str, list[float]] = {}
     for name, variant in variants.items():
         trainable, state = variant.fresh()
@@ -246,7 +246,7 @@ def check_losses(variants: dict, programs: dict, batch: dict, steps: int = 3) ->
 def step_times(
     variants: dict, programs: dict, batch: dict, rounds: int, warmup: int
 ) -> dict[str, np.ndarray]:
-    """Seconds of a step, name -> ``[rounds]``; the variants take turns within each round."""
+    """Seconds of a step by name, ``[rounds]``; the variants take turns within each round."""
     states = {name: variant.fresh() for name, variant in variants.items()}
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for i in range(-warmup, rounds):
@@ -266,7 +266,7 @@ def costs(program: Any) -> dict[str, float]:
     return {"flops": analysis["flops"], "temp bytes": memory.temp_size_in_bytes}
 
 
-# Telling.
+# Reporting.
 
 
 def spread(ratios: np.ndarray) -> str:
@@ -298,7 +298,7 @@ def main() -> int:
         "--compiles", type=int, help="timed compilations of each (default: 7, with --quick 3)"
     )
     parser.add_argument("--quick", action="store_true", help="fewer rounds and compilations, for CI")
-    parser.add_argument("--check", action="store_true", help="exit with status 1 where a target is missed")
+    parser.add_argument("--check", action="store_true", help="exit with status 1 if a target is missed")
     args = parser.parse_args()
     rounds = args.rounds or (5 if args.quick else 25)
     compiles = args.compiles or (3 if args.quick else 7)

@@ -1,12 +1,12 @@
-"""Bytes and FLOPs of a training step on TPU chips, as the TPU's own compiler counts them: no TPU is needed.
+"""Bytes and FLOPs of a training step on TPU chips, as counted by the TPU compiler, which needs no TPU.
 
     pip install "jax[tpu]"                    # libtpu is the compiler
     python benchmarks/tpu_aot.py              # every table of README.md: more than an hour on two cores
     python benchmarks/tpu_aot.py 7b ranks     # some of them: 7b, ranks, sharding, 70b, qlora, flops
     python benchmarks/tpu_aot.py --list
 
-The model is a Llama in plain functions that know nothing of LoRA. Parameters are `jax.ShapeDtypeStruct`: the
-step is lowered and compiled for a topology of chips, and never run.
+The model is a Llama in plain functions without code for LoRA. Parameters are `jax.ShapeDtypeStruct`, and the
+step is lowered and compiled for a topology of chips, but never run.
 """
 
 import argparse
@@ -20,11 +20,11 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-# libtpu asks for none of these when it only compiles, but it would look for the machine they describe.
+# libtpu does not need these to compile, but without them it would look for the machine that they describe.
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
 os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no chip is taken, so others may compile, too
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no chip is used, so others may compile too
 if __name__ == "__main__":
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -50,7 +50,7 @@ class Llama:
     kv_heads: int
     vocab: int = 32000
     chunk: int = 256  # queries at a time, and tokens at a time in the loss
-    unroll: int = 1  # layers an iteration of the scan holds
+    unroll: int = 1  # layers per iteration of the scan
 
 
 MODELS = {
@@ -61,7 +61,7 @@ MODELS = {
 }
 
 
-# The model. Weights lie over two mesh axes: "fsdp" also cuts the batch, "tensor" also heads and tokens.
+# The model. Weights are sharded over two mesh axes: "fsdp" also shards the batch, "tensor" heads and tokens.
 
 RULES = {
     "embed/embedding": P(None, ("fsdp", "tensor")),
@@ -112,7 +112,7 @@ def pieces(x, size):
 
 
 def attend(q, k, v, chunk):
-    """Causal attention ``[B, T, heads, d]``, ``chunk`` queries at a time: no ``[T, T]`` is ever whole."""
+    """Causal attention ``[B, T, heads, d]``, ``chunk`` queries at a time, without a ``[T, T]`` array."""
     batch, length, heads, d = q.shape
 
     @jax.checkpoint
@@ -129,7 +129,7 @@ def attend(q, k, v, chunk):
 
 
 def block(c, x, w):
-    """One layer, as scan takes it."""
+    """One layer, as the body of a scan."""
     h = norm(x, w["attn_norm"])
     q, k, v = ((h @ w[n]["kernel"]).reshape(*x.shape[:2], -1, c.width // c.heads) for n in "qkv")
     x = x + attend(rotate(q), rotate(k), v, c.chunk) @ w["o"]["kernel"]
@@ -160,7 +160,7 @@ def mean_loss(c, params, tokens):
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One program: what trains how, on which chips."""
+    """One program: the model, the way to train it, and the chips."""
 
     way: str  # lora, merge (in the loss), full, qlora
     model: str = "7B"
@@ -225,7 +225,7 @@ def lowered_full(loss: Callable, tx: Any, mesh: Any, params: dict, batch: Any) -
         return run.lower(params, moments, batch)
 
 
-# The compiler's answers.
+# The compiler's results.
 
 # A layer's weight is gathered at once, not piece by piece in a loop of products: `tera_flops` counts no loop.
 PLAIN_GATHERS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
@@ -236,14 +236,14 @@ def compiled(case: Case, c: Llama) -> Any:
 
 
 def gibs(case: Case) -> list[float]:
-    """GiB a chip of a step's arguments, of what it needs besides, and of both."""
+    """GiB per chip of a step's arguments, of its temporaries, and of both."""
     memory = compiled(case, MODELS[case.model]).memory_analysis()
     arguments, temp = memory.argument_size_in_bytes / GIB, memory.temp_size_in_bytes / GIB
     return [arguments, temp, arguments + temp]
 
 
 def tera_flops(case: Case) -> list[float]:
-    """10^12 operations a chip does in a step.
+    """How many 10^12 operations one chip does in a step.
 
     XLA counts the body of a loop once, however often it runs. So two programs without loops are compiled, of
     one and of two layers, and their difference is a layer.
@@ -283,8 +283,8 @@ def row(cells: Any) -> str:
 
 
 def print_table(name: str, cases: list[Case], done: dict[tuple, list[str]]) -> None:
-    """Row by row: each takes minutes. What an earlier table measured is not compiled again."""
-    head, ask = (("TFLOP a chip",), tera_flops) if name == "flops" else (GIBS, gibs)
+    """Prints row by row, as each takes minutes. Results of earlier tables are reused."""
+    head, ask = (("TFLOP per chip",), tera_flops) if name == "flops" else (GIBS, gibs)
     head = [*FACTS, *head, "minutes"]
     print(f"\n{name}, per chip:\n\n{row(head)}\n{row('---' for _ in head)}", flush=True)
     for case in cases:

@@ -2,11 +2,11 @@
 
     python benchmarks/tracing.py              # the table of README.md
     python benchmarks/tracing.py --quick      # fewer rounds, for CI
-    python benchmarks/tracing.py --check      # exit with status 1 where a target is missed
+    python benchmarks/tracing.py --check      # exit with status 1 if a target is missed
 
 Nothing is compiled or run. The blocks are plain functions of plain dicts: RMSNorm, rotary embedding,
-grouped-query attention, SwiGLU. Each is measured as written, and with `jax.jit` around the block, where
-JAX traces the block once and both ways should stay at one copy of it.
+grouped-query attention, SwiGLU. Each is measured as written, and with `jax.jit` around the block, where JAX
+traces the block once and both ways should have one copy of it.
 """
 
 import argparse
@@ -49,7 +49,7 @@ def rotate(x):
 
 
 def block(params, x, linear):
-    """One Llama layer; ``linear(name, x)`` is its one way to use a weight."""
+    """One Llama layer, which uses weights only by ``linear(name, x)``."""
     batch, tokens, _ = x.shape
     h = norm(x, params["norm_1"])
     q = rotate(linear("q", h).reshape(batch, tokens, HEADS, HEAD))
@@ -77,7 +77,7 @@ def hand_block(params, factors, x):
 
 
 def make_losses(jitted: bool) -> dict[str, Callable]:
-    """Losses of (trainable, params, x), made anew so that no trace of an earlier one is found."""
+    """New losses of (trainable, params, x), so that no earlier trace is reused."""
     plain, by_hand = lambda p, x: plain_block(p, x), lambda p, f, x: hand_block(p, f, x)
     if jitted:
         plain, by_hand = jax.jit(plain), jax.jit(by_hand)
@@ -97,7 +97,7 @@ def make_losses(jitted: bool) -> dict[str, Callable]:
 
 
 def make_inputs(layers: int) -> tuple[dict, list, jax.Array]:
-    """What trains in either way (the same numbers), the params and a batch."""
+    """What trains in each way (with the same numbers), the params and a batch."""
     params = []
     for i, key in enumerate(jax.random.split(jax.random.key(0), layers)):
         keys = dict(zip(SHAPES, jax.random.split(key, len(SHAPES)), strict=True))
@@ -113,7 +113,7 @@ def make_inputs(layers: int) -> tuple[dict, list, jax.Array]:
 
 
 def check_equal(jitted: bool) -> None:
-    """Both ways give one gradient, on two layers."""
+    """Checks that both ways give the same gradient, on two layers."""
     trainable, params, x = make_inputs(2)
     losses = make_losses(jitted)
     grads = {name: jax.jit(jax.grad(loss))(trainable[name], params, x) for name, loss in losses.items()}
@@ -126,7 +126,7 @@ def check_equal(jitted: bool) -> None:
 
 
 def measure(layers: int, rounds: int, jitted: bool) -> tuple[dict, dict]:
-    """Seconds to trace and to lower, name -> ``[rounds, 2]``; and lines of the module."""
+    """Seconds to trace and to lower by name, ``[rounds, 2]``, and lines of the module."""
     trainable, params, x = make_inputs(layers)
     seconds: dict[str, list] = {HAND: [], ADAPT: []}
     lines = {}
@@ -149,7 +149,7 @@ def main() -> int:
     parser.add_argument("--layers", type=int, default=32, help="blocks (default: 32)")
     parser.add_argument("--rounds", type=int, help="rounds (default: 7, with --quick 3)")
     parser.add_argument("--quick", action="store_true", help="fewer rounds, for CI")
-    parser.add_argument("--check", action="store_true", help="exit with status 1 where a target is missed")
+    parser.add_argument("--check", action="store_true", help="exit with status 1 if a target is missed")
     args = parser.parse_args()
     layers, rounds = args.layers, args.rounds or (3 if args.quick else 7)
 

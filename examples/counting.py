@@ -1,6 +1,6 @@
-"""What `fit_iterator.py` and `fit_grain.py` train: a small model of sequences that count up.
+"""The task of `fit_iterator.py` and `fit_grain.py`: a small model of sequences that count up.
 
-The base has learned nothing; the adapter learns that ``n + 1`` follows ``n``. It takes a second on a CPU.
+The base is untrained; the adapter learns that ``n + 1`` follows ``n``. It takes a second on a CPU.
 """
 
 import tempfile
@@ -53,7 +53,7 @@ STEP = jax.jit(lx.make_train_step(loss_fn, TX), donate_argnums=0)
 
 
 def new_state():
-    # a step that donates consumes its state; fit does not, but a copy lets any loop begin here
+    # A donating step consumes its state. fit does not, but with a copy, any loop can start from here.
     return lx.TrainState.create(lora=jax.tree.map(jnp.copy, LORA), tx=TX, key=jax.random.key(1))
 
 
@@ -73,12 +73,12 @@ def train(batches, steps, folder=None, rows=None):
 
 
 def train_and_resume(new_batches):
-    """Trains in one run, and in two runs of which the second goes on where the first was cut off."""
+    """Trains in one run, and in two runs, of which the second continues where the first was cut off."""
     rows = []
     whole = train(new_batches(), STEPS, rows=rows)
     with tempfile.TemporaryDirectory() as folder:
         train(new_batches(), STEPS // 2, folder)
-        resumed = train(new_batches(), STEPS, folder)  # a new state, which the checkpoint fills
+        resumed = train(new_batches(), STEPS, folder)  # a new state, restored from the checkpoint
     first, last = rows[0]["loss"], rows[-1]["loss"]
     same = all(jax.tree.leaves(jax.tree.map(np.array_equal, whole.lora, resumed.lora)))
     print(f"loss {first:.2f} -> {last:.2f}; the resumed run ends with the same bits: {same}")

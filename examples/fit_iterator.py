@@ -1,10 +1,10 @@
-"""`fit` fed by a plain function of the step: the simplest source of batches that resumes for nothing.
+"""`fit` with a plain function of the step, the simplest source of batches that resumes at no cost.
 
     python examples/fit_iterator.py
 
-``batches(start)`` gives an iterator from batch number ``start`` on: a restart reads no batch twice.
-`counting.train_and_resume` calls `fit`: it cuts the run in two, as if it had been killed, and compares that
-with one that was not cut.
+``batches(start)`` returns an iterator from batch number ``start`` on, so a restart reads no batch twice.
+`counting.train_and_resume` calls `fit`. It cuts a run in two, as if it had been killed, and compares it with
+an uninterrupted run.
 """
 
 import counting
@@ -15,7 +15,7 @@ PACKED = counting.rows()
 
 
 def batches(start):
-    """Batch ``start``, ``start + 1``, ...: each is drawn by a generator of its own number."""
+    """Batch ``start``, ``start + 1``, ..., each drawn by a generator seeded with its number."""
     while True:
         chosen = np.random.default_rng(start).integers(0, len(PACKED["inputs"]), BATCH)
         yield {name: array[chosen] for name, array in PACKED.items()}

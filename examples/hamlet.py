@@ -1,4 +1,4 @@
-"""Fine-tuning on Hamlet: the texts, the loss, the loop and the evaluation that the scripts share."""
+"""What the scripts share to fine-tune on Hamlet: the texts, the loss, the loop and the evaluation."""
 
 import argparse
 from typing import Any
@@ -11,7 +11,7 @@ import optax
 import lorax_fn as lx
 
 BATCH, LENGTH = 4, 128  # one step reads 512 tokens
-HELD_OUT = 24  # rows at the play's end that are never trained on
+HELD_OUT = 24  # rows at the end of the play, which are never trained on
 HAMLET = "Hamlet, held out"
 
 

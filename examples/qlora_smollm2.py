@@ -1,4 +1,4 @@
-"""QLoRA beside LoRA: SmolLM2-135M with its linear weights in 4 or 5 bits, fine-tuned on Hamlet.
+"""Compares QLoRA with LoRA: SmolLM2-135M with its linear weights in 4 or 5 bits, fine-tuned on Hamlet.
 
 How to run, from the root of the checkout (some minutes on two CPU cores, 4 GB of memory):
 
@@ -9,15 +9,15 @@ How to run, from the root of the checkout (some minutes on two CPU cores, 4 GB o
     python examples/qlora_smollm2.py --merge nf4         # what a merge into quantized weights keeps
     python examples/qlora_smollm2.py --smoke             # the short form for CI, under 90 s
 
-It prints what each format costs in likelihood before training. Then it trains LoRA on the float weights, and
-QLoRA on each quantized base, with the same steps, batches and first adapters. The model is small, and its
-file has been through 4 bits already: `nf4` throughout costs it much; `gptq` (the same bits, chosen with
-knowledge of what the weights are used on) and `nf4+int8` (8 bits for the three kinds of weights that bear
-rounding worst) less, and blocks that are kept cost nothing. It exits with a status other than 0 where a base
-costs more than its limit.
+It prints how much likelihood each format costs before training. Then it trains LoRA on the float weights, and
+QLoRA on each quantized base, with the same steps, batches and initial adapters. The model is small, and its
+file was already quantized to 4 bits, so `nf4` for all weights costs much. `gptq` (as many bits, with codes
+chosen by the inputs of each weight) and `nf4+int8` (8 bits for the three kinds of weights that are most
+sensitive to rounding) cost less, and blocks of the file that are kept cost nothing. The script exits with a
+nonzero status if a base costs more than its limit.
 
-With `--merge` it trains QLoRA twice on each format named, with and without `lx.quantization.merge_aware`, and
-prints what is left of the gain after merges that stay quantized.
+With `--merge`, it trains QLoRA twice on each named format, with and without `lx.quantization.merge_aware`,
+and prints how much of the gain remains after merges that stay quantized.
 """
 
 import argparse
@@ -36,10 +36,10 @@ from models.llama import Llama, load_gguf
 import lorax_fn as lx
 
 FORMATS = [(name, double) for name in ("nf4", "int4", "int8") for double in (True, False)]
-CALIBRATION = 96  # rows that GPTQ sees: few of them for 1536 inputs, hence the damping
+CALIBRATION = 96  # rows for GPTQ, which are few for 1536 inputs, hence the damping
 DAMPING = 0.1
 SENSITIVE = ["attn/k/kernel", "attn/v/kernel", "mlp/down/kernel"]
-# Nats a token that a base may cost before training; and after it, compared with LoRA on float weights.
+# How many nats per token a base may cost before training; and after it, compared with LoRA on float weights.
 LIMITS = {"nf4": (0.35, 0.25), "loftq": (0.35, 0.25), "gguf": (1e-4, 1e-2)}
 LIMITS |= dict.fromkeys(("gptq", "nf4+int8"), (0.15, 0.05))
 
@@ -78,9 +78,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 class Run(NamedTuple):
-    """What one fine-tuning took and gave: bytes, and the held-out NLL before and after."""
+    """The cost and result of one fine-tuning: bytes, and the held-out NLL before and after."""
 
-    bits: float  # of a quantized weight
+    bits: float  # per quantized weight
     base: int
     adapters: int
     optimizer: int
@@ -99,7 +99,7 @@ def fine_tune(
     texts: dict,
     init: Any = "kaiming",
 ) -> Run:
-    """Splits, trains and evaluates; ``params`` are float or quantized, and nothing but ``init`` differs."""
+    """Splits, trains and evaluates float or quantized ``params``; otherwise only ``init`` differs."""
     key = jax.random.key(args.seed)
     params, lora = lx.split(params, rank=args.rank, init=init, layout=layout, key=key)
     adapted = lx.adapt(model.apply, fallback="error")  # no weight may be built
@@ -120,7 +120,7 @@ def fine_tune(
 
 
 def bits(params: Any) -> float:
-    """Bits a weight of the quantized leaves; 32 where there are none."""
+    """Bits per weight of the quantized leaves; 32 if there are none."""
     leaves = [x for x in jax.tree.leaves(params, is_leaf=is_quantized) if is_quantized(x)]
     return 8 * sum(x.nbytes for x in leaves) / sum(x.size for x in leaves) if leaves else 32.0
 
@@ -139,7 +139,7 @@ def quantized(params: Any, base: str, block: int, layout: Any) -> Any:
 
 
 def calibrated(args: argparse.Namespace, model: Any, params: Any, layout: Any, rows: np.ndarray) -> Any:
-    """All linear weights in nf4 by GPTQ, which sees some rows of the text to train on."""
+    """All linear weights in nf4 by GPTQ, on some rows of the training text."""
     picked = np.random.default_rng(args.seed).permutation(rows)[:CALIBRATION, :-1]
     batches = picked.reshape(-1, BATCH, LENGTH)
     return lx.quantization.gptq(
@@ -148,7 +148,7 @@ def calibrated(args: argparse.Namespace, model: Any, params: Any, layout: Any, r
 
 
 def print_table(title: str, rows: dict[str, list[str]]) -> None:
-    """A name and cells a row; the first row is the head."""
+    """Prints rows of a name and cells; the first row is the head."""
     widths = [max(map(len, column)) for column in zip(*rows.values(), strict=True)]
     first = max(map(len, rows))
     print(f"\n{title}")
@@ -158,7 +158,7 @@ def print_table(title: str, rows: dict[str, list[str]]) -> None:
 
 
 def compare_formats(args: argparse.Namespace, model: Any, params: Any, layout: Any, texts: dict) -> None:
-    """The NLL of each format without any training; on the dequantized weights, by one program for all."""
+    """The NLL of each format without training, by one program for all, on dequantized weights."""
     evaluate = evaluation(lambda params, lora, tokens: model.apply(params, tokens))
     table = {"format": ["bits a weight", "NLL a token"]}
 
@@ -199,7 +199,7 @@ def compare_runs(runs: dict[str, Run]) -> None:
 def compare_merges(
     args: argparse.Namespace, name: str, model: Any, params: Any, layout: Any, rows: np.ndarray, texts: dict
 ) -> None:
-    """What merges into codes keep of the gain that the unmerged adapter of ordinary training has."""
+    """How much of the gain of the unmerged adapter from ordinary training merges into codes keep."""
     stored = lx.quantize(params, name, block=args.block, layout=layout)
     apply = lx.adapt(model.apply, fallback="error")
     evaluate = evaluation(apply)
@@ -228,7 +228,7 @@ def compare_merges(
 
 
 def problems(runs: dict[str, Run]) -> list[str]:
-    """What is over its limit."""
+    """The costs that exceed their limits."""
     found = [f"{name}: the adapter does not help" for name, run in runs.items() if run.after >= run.before]
     float32 = runs["float32"]
     for name, (rise, apart) in LIMITS.items():
@@ -266,7 +266,7 @@ def main(args: argparse.Namespace) -> None:
         elif base == "gptq":
             weights = calibrated(args, model, params, layout, rows)
         else:
-            given = base in ("float32", "loftq")  # LoftQ quantizes by itself
+            given = base in ("float32", "loftq")  # LoftQ itself quantizes
             weights = params if given else quantized(params, base, args.block, layout)
         runs[base] = fine_tune(args, model, weights, layout, rows, texts, init)
     compare_runs(runs)

@@ -41,7 +41,7 @@ def test_rate_zero_is_the_identity():
 
 @pytest.mark.parametrize("rate", [1.0, -0.1, float("nan")])
 def test_rates_out_of_range_raise(rate):
-    with pytest.raises(lx.LoraError, match="share below one"):
+    with pytest.raises(lx.LoraError, match="fraction below one"):
         lx.dropout(LORA, rate, jax.random.key(0))
 
 

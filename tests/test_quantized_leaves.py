@@ -223,7 +223,7 @@ def test_loftq_is_planned_on_shapes_and_refuses_what_it_cannot(getkey):
     with pytest.raises(lx.LoraError, match="unknown format"):
         lx.inits.loftq("fp4")
     for turns in (0, True, 1.0):
-        with pytest.raises(lx.LoraError, match="takes turns"):
+        with pytest.raises(lx.LoraError, match="iterations are not a count"):
             lx.inits.loftq(iterations=turns)
     with pytest.raises(lx.LoraError, match="unknown init"):
         lx.split(params, rank=2, layout=LAYOUT, init="loftq:0")

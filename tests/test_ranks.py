@@ -118,11 +118,11 @@ def test_resize_up_keeps_the_change_and_trains_what_is_new():
 
 def test_messages():
     lora = {"w": stacked(rank=(4, 2)), "bias": lx.Full(jnp.ones(3))}
-    with pytest.raises(lx.LoraError, match="truncate takes one measure"):
+    with pytest.raises(lx.LoraError, match="truncate takes either"):
         lx.ranks.truncate(lora)
-    with pytest.raises(lx.LoraError, match="energy is a share"):
+    with pytest.raises(lx.LoraError, match="energy is not a fraction"):
         lx.ranks.truncate(lora, energy=1.5)
-    with pytest.raises(lx.LoraError, match=r"(?s)names what is not a LoRA.*path: +bias"):
+    with pytest.raises(lx.LoraError, match=r"(?s)names paths without a LoRA.*path: +bias"):
         lx.ranks.truncate(lora, {"bias": 2})
     with pytest.raises(lx.LoraError, match=r"(?s)rank is not valid.*path: +w\n.*rank=0"):
         lx.ranks.resize(lora, 0)

@@ -1,7 +1,8 @@
-"""Q4_1 and Q8_0 blocks of a GGUF file as `lorax_fn.Quantized`: bytes change places, no number changes.
+"""Q4_1 and Q8_0 blocks of a GGUF file as `lorax_fn.Quantized`: bytes are rearranged, no number changes.
 
-A block is 32 neighbors along a weight's input axis. Q4_1: float16 scale and minimum, then 16 bytes, of which
-byte ``i`` has code ``i`` in its low and code ``i + 16`` in its high half. Q8_0: float16 scale, 32 int8 codes.
+A block is 32 neighbors along a weight's input axis. Q4_1 has a float16 scale and minimum, then 16 bytes,
+where byte ``i`` has code ``i`` in its low and code ``i + 16`` in its high half. Q8_0 has a float16 scale and
+32 int8 codes.
 """
 
 import dataclasses
@@ -14,7 +15,7 @@ import numpy as np
 import lorax_fn as lx
 
 BLOCK = 32
-KINDS = {"Q4_1": "q4_1", "Q8_0": "q8_0"}  # GGUF's names and the library's
+KINDS = {"Q4_1": "q4_1", "Q8_0": "q8_0"}  # GGUF's names and this library's
 
 
 @jax.tree_util.register_dataclass

@@ -1,7 +1,8 @@
 """A Llama in Flax Linen, and the reader that fills it from a GGUF file.
 
-Plain Linen: nothing here knows of LoRA. The layers are scanned, so each kernel is one array
-``[layers, in, out]`` and the program holds one layer, however deep the model is.
+The model is plain Linen without any code for LoRA; only the reader uses lorax_fn, for quantized blocks. The
+layers are scanned, so each kernel is one array ``[layers, in, out]``, and the program has one layer however
+deep the model is.
 
 Shapes: `B` batch, `T` tokens, `D` width, `H` query heads, `K` key/value heads, `d` head width.
 """
@@ -114,7 +115,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: attention and MLP, each behind RMSNorm and added to the stream."""
+    """One layer: attention and MLP, each applied after RMSNorm and added to the residual stream."""
 
     config: LlamaConfig
 
@@ -127,7 +128,7 @@ class Block(nn.Module):
 
 
 class Llama(nn.Module):
-    """Tokens to logits: ``model.apply(params, tokens [B, T] int32) -> [B, T, vocab]``.
+    """Maps tokens to logits: ``model.apply(params, tokens [B, T] int32) -> [B, T, vocab]``.
 
     Touvron et al., "LLaMA" (https://arxiv.org/abs/2302.13971), with the embedding table tied to the head.
     """
@@ -138,7 +139,7 @@ class Llama(nn.Module):
     def __call__(self, tokens: jax.Array) -> jax.Array:
         c = self.config
         embed = nn.Embed(c.vocab, c.width, name="embed")
-        # Inside a scan the compiler cannot share work between passes, so remat needs no barrier against it.
+        # Inside a scan the compiler cannot share work between passes, so remat needs no barrier here.
         block = nn.remat(Block, prevent_cse=False) if c.remat else Block
         layers = nn.scan(
             block,
@@ -155,7 +156,7 @@ class Llama(nn.Module):
 STACKED = lx.Layout(stack=(0,), inputs=(1,), outputs=(2,))
 TABLE = lx.Layout(inputs=(1,), outputs=(0,))  # of the tied embedding, as the head contracts it
 
-# The GGUF names of one block's tensors, and where they go under ``params/layers``.
+# The GGUF names of one block's tensors, and their places under ``params/layers``.
 _BLOCK = {
     "attn_norm": ("attn_norm", "scale"),
     "attn_q": ("attn", "q", "kernel"),
@@ -170,7 +171,7 @@ _BLOCK = {
 
 
 def permute_heads(w: np.ndarray, heads: int) -> np.ndarray:
-    """Halves to neighbors: what llama.cpp's converter does to the rows of q and k.
+    """Moves halves to neighbors, as llama.cpp's converter does with the rows of q and k.
 
     Its RoPE turns the pairs ``(x[2i], x[2i + 1])``, that of Hugging Face ``(x[i], x[i + d/2])``.
 
@@ -229,7 +230,7 @@ def load_gguf(path: str | Path, keep_blocks: bool = False) -> tuple[LlamaConfig,
     stored = {tensor.name: tensor for tensor in reader.tensors}
 
     def take(name: str) -> Any:
-        """Float32 or `gguf_blocks.Parts`; GGUF keeps a linear weight as ``[out, in]``."""
+        """Float32 or `gguf_blocks.Parts`; GGUF stores linear weights as ``[out, in]``."""
         tensor = stored.pop(f"{name}.weight")
         kind = tensor.tensor_type.name
         if keep_blocks and kind in gguf_blocks.KINDS:
@@ -240,7 +241,7 @@ def load_gguf(path: str | Path, keep_blocks: bool = False) -> tuple[LlamaConfig,
         def turned(rows: np.ndarray) -> np.ndarray:
             if name in ("attn_q", "attn_k"):
                 rows = unpermute_heads(rows, config.heads if name == "attn_q" else config.kv_heads)
-            return rows.T  # Linen's [in, out]; a norm's vector stays as it is
+            return rows.T  # Linen's [in, out]; the vector of a norm stays as it is
 
         return jax.tree.map(turned, take(f"blk.{layer}.{name}"))
 

@@ -71,7 +71,8 @@ def over_arrays(fn: Callable) -> Callable:
 
 def checked_at_once(at_once: Any) -> int | None:
     if at_once is not None and (isinstance(at_once, bool) or not isinstance(at_once, int) or at_once < 1):
-        raise error("at_once= is not valid.", got=repr(at_once), want="an int above 0, or None", do="4.")
+        want = "an int above 0, or None"
+        raise error("at_once= is not valid.", got=repr(at_once), want=want, do="at_once=4.")
     return at_once
 
 

@@ -62,7 +62,8 @@ def eva(
       Array([0., 0., 1.], dtype=float32)
     """
     if iterations is not None and iterations < 1:
-        raise error("iterations= is not valid.", got=iterations, want="an int above 0, or None", do="2.")
+        want = "an int above 0, or None"
+        raise error("iterations= is not valid.", got=iterations, want=want, do="iterations=2.")
     return Eva(fn, batches, iterations, checked_at_once(at_once))
 
 

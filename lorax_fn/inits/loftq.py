@@ -51,7 +51,12 @@ def loftq(format: str = "nf4", *, block: int = 64, double: bool = True, iteratio
     """
     check_options(format, block)
     if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
-        raise error("LoftQ takes turns.", got=f"iterations={iterations!r}", want="an int from 1", do="5.")
+        raise error(
+            "LoftQ's iterations are not a count.",
+            got=f"iterations={iterations!r}",
+            want="an int of 1 or more",
+            do="lx.inits.loftq(iterations=5).",
+        )
     return LoftQ(format, int(block), bool(double), iterations)
 
 

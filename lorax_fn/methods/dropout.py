@@ -44,7 +44,10 @@ def dropout(lora: dict[str, Adapter], rate: float | jax.Array, key: jax.Array) -
     number = isinstance(rate, float | int)
     if np.ndim(rate) != 0 or (not is_tracer(rate) and not 0.0 <= float(rate) < 1.0):
         raise error(
-            "a dropout rate is a share below one.", got=rate, want="0 <= rate < 1", do="rate=0.1 is common."
+            "a dropout rate is not a fraction below one.",
+            got=rate,
+            want="0 <= rate < 1",
+            do="lx.dropout(lora, 0.1, key).",
         )
     if number and rate == 0.0:
         return lora

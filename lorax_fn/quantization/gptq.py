@@ -85,7 +85,8 @@ def gptq(
       True
     """
     if isinstance(damping, bool) or not isinstance(damping, int | float) or not 0 < damping < np.inf:
-        raise error("damping= is not valid.", got=repr(damping), want="a finite number above 0", do="0.01.")
+        want = "a finite number above 0"
+        raise error("damping= is not valid.", got=repr(damping), want=want, do="damping=0.01.")
     at_once = checked_at_once(at_once)
     leaves, layouts = chosen(params, format, block, targets, layout)
     unseen = [p for p, w in leaves.items() if not is_concrete(w)]

@@ -51,15 +51,18 @@ def truncate(
     check_unstacked(lora)
     if (rank is None) == (energy is None):
         raise error(
-            "truncate takes one measure.",
+            "truncate takes either rank= or energy=.",
             got=f"rank={rank!r}, energy={energy!r}",
-            want="either rank= or energy=",
+            want="one of the two",
             do="rank=8, or energy=0.99.",
         )
     if energy is not None:
         if not 0.0 < energy <= 1.0:
             raise error(
-                "energy is a share.", got=f"energy={energy!r}", want="0 < energy <= 1", do="energy=0.99."
+                "energy is not a fraction.",
+                got=f"energy={energy!r}",
+                want="0 < energy <= 1",
+                do="energy=0.99.",
             )
         _check_served(lora, list(lora))
         ranks = {path: _rank_of_energy(x, energy) for path, x in lora.items() if x.owns_factors}
@@ -153,7 +156,7 @@ def _asked_ranks(lora: Mapping[str, Adapter], rank: Any) -> dict[str, int]:
     unknown = [path for path in asked if path not in able]
     if unknown:
         raise error(
-            "rank= names what is not a LoRA.",
+            "rank= names paths without a LoRA.",
             path=unknown,
             want=sorted(able),
             do="name paths of lora: {path: rank}.",

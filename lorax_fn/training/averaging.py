@@ -131,7 +131,7 @@ def micro_batches(batch: PyTree, count: int) -> PyTree:
             path=[path for path, _ in wrong],
             got=[f"shape {shape}" for _, shape in wrong],
             want=f"axis 0 a multiple of accumulate={count}",
-            do="change the batch size or accumulate; keep what is not a batch out of it.",
+            do="change the batch size or accumulate; remove leaves that have no batch axis.",
         )
 
     def split(x):
