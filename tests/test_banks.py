@@ -378,3 +378,14 @@ def test_cost_of_a_mixed_batch_is_that_of_one_adapter():
     grown = many.memory_analysis().temp_size_in_bytes - one.memory_analysis().temp_size_in_bytes
     assert grown < picked / 2
     assert many.as_text().count("f32[512,64]{1,0} dot(") == 8
+
+
+def test_an_adapter_of_a_residual_base_is_not_mixed_in():
+    original = {"kernel": jax.random.normal(jax.random.key(0), (8, 6))}
+    plain = lx.split(original, rank=2)[1]
+    params, lora = lx.split(original, rank=2, init="pissa")
+    bank = lx.bank([plain], capacity=2, rank=4)
+    with pytest.raises(lx.LoraError, match=r"(?s)another base.*to_plain"):
+        bank.set(1, lora)
+    bank = bank.set(1, lx.ranks.to_plain(original, params, lora))
+    np.testing.assert_allclose(lx.delta(bank.get(1))["kernel"], 0.0, atol=1e-5)

@@ -159,8 +159,8 @@ def test_shapes_alone_can_be_combined():
     assert lx.combine([(1.0, shapes), (2.0, shapes)], "svd", rank=3)["layers"].a.shape == (2, 6, 3)
 
 
-def test_a_thousand_large_weights_take_seconds():
-    """The work grows with the rank, not with the weight: one weight of 4096^2 as one of many."""
+def test_svd_needs_no_array_of_a_large_weight():
+    """Its memory grows with the rank, not with the weight, here of 4096^2."""
     layout = lx.Layout((), (0,), (1,))
     a, b = jnp.ones((4096, 4)), jnp.ones((4, 4096))
     lora = {"w": lx.LoRA(a, b, 1.0, 4, "lora", layout)}

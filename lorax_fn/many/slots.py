@@ -164,6 +164,15 @@ def padded(forms: Mapping[str, Form], lora: Mapping[str, Any]) -> dict[str, Slot
     wide = [path for path, x in lora.items() if x.a.shape[-1] > forms[path].rank]
     if wide:
         raise _too_wide(wide, [lora[p].a.shape[-1] for p in wide], [forms[p].rank for p in wide])
+    bases = [path for path, x in lora.items() if x.residual != forms[path].residual]
+    if bases:
+        raise error(
+            "an adapter belongs to another base than those of the bank.",
+            path=bases,
+            got=[f"residual={lora[path].residual}" for path in bases],
+            want=[f"residual={forms[path].residual}: adapters of one base" for path in bases],
+            do="make adapters of the original weights of it: lx.ranks.to_plain(original, params, lora).",
+        )
     wrong = {path: _misfit(forms[path], x) for path, x in lora.items()}
     wrong = {path: found for path, found in wrong.items() if found is not None}
     if wrong:
@@ -178,8 +187,6 @@ def padded(forms: Mapping[str, Form], lora: Mapping[str, Any]) -> dict[str, Slot
 
 
 def _misfit(form: Form, x: Any) -> tuple[str, str] | None:
-    if x.residual != form.residual:
-        return f"residual={x.residual}", f"residual={form.residual}: adapters of one base"
     if x.shape != form.shape or x.layout != form.layout:
         return f"{x.shape}, {x.layout}", f"{form.shape}, {form.layout}"
     extras = extras_of(type(x))
