@@ -41,7 +41,8 @@ NAMESPACES = (
 def public_names(module):
     return {
         name: value
-        for name, value in vars(module).items()
+        for name in dir(module)
+        for value in [getattr(module, name)]
         if not name.startswith("_")
         and not inspect.ismodule(value)
         and getattr(value, "__module__", "").startswith("lorax_fn")
