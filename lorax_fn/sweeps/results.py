@@ -221,7 +221,8 @@ class SweepResult:
         Example:
           >>> import lorax_fn as lx
           >>> frame = lx.sweeps.SweepResult([{}], [{"lane": 0, "step": 1, "loss": 2.0}], {}, {}).to_pandas()
-          ... # doctest: +SKIP
+          >>> float(frame["loss"].iloc[0])
+          2.0
         """
         try:
             import pandas
