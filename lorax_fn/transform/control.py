@@ -16,6 +16,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from lorax_fn.transform import jaxpr as jx
+from lorax_fn.transform.choices import cond
 from lorax_fn.transform.contractions import Refused, scale_absorbed
 from lorax_fn.transform.factored import Factored, Part, folded, is_factored
 from lorax_fn.transform.picks import chosen
@@ -122,31 +123,6 @@ def checkpoint(walk, eqn, values):
         return jax.checkpoint(inner, **options)(*args)
 
     return _leaving(walk.in_one_piece(eqn, run, *walk.entering(values)), values)
-
-
-def cond(walk, eqn, values):
-    def run(walk, which, *args):
-        traced: dict[int, Any] = {}
-
-        def branch(i, closed):
-            jaxpr, consts = jx.opened(closed)
-
-            def taken(*args):
-                traced[i] = walk.inner()
-                return traced[i].dense(eqn, traced[i].evaluate(jaxpr, consts, args))
-
-            return taken
-
-        branches = [branch(i, closed) for i, closed in enumerate(eqn.params["branches"])]
-        results = lax.switch(which, branches, *args)
-        most: dict[str, int] = {}  # draws after it are numbered as if the branch with most of them had run
-        for inner in traced.values():
-            most.update((path, max(n, most.get(path, 0))) for path, n in inner.notes.draws.items())
-        walk.count(most)
-        return results
-
-    which, *operands = values
-    return walk.in_one_piece(eqn, run, which, *walk.entering(operands))
 
 
 LOOP = np.uint32(

@@ -114,6 +114,29 @@ def before_bias(jaxpr: Any) -> set[Any]:
     return found
 
 
+def varies(jaxpr: Any, var: Any) -> list[int]:
+    """The axes along which an array may differ from entry to entry, as far as the equations before it tell.
+
+    A mask is written for one side of a weight and then broadcast to its shape: ``[n] -> [n, 1] -> [n, m]``
+    varies along axis 0 alone.
+    """
+    makers = {out: eqn for eqn in jaxpr.eqns for out in eqn.outvars}
+
+    def axes(atom: Any) -> set[int]:
+        every = {i for i, size in enumerate(atom.aval.shape) if not surely(lambda: size == 1)}
+        eqn = None if is_literal(atom) else makers.get(atom)
+        if eqn is None or not every:
+            return every
+        if eqn.primitive is prims.broadcast_in_dim_p:
+            place = eqn.params["broadcast_dimensions"]
+            return {int(place[i]) for i in axes(eqn.invars[0])}
+        if eqn.primitive.name in ("not", "convert_element_type", "copy"):
+            return axes(eqn.invars[0])
+        return every
+
+    return sorted(axes(var))
+
+
 def handed_on(jaxpr: Any) -> list[int | None]:
     """For each result the position of the input that it is, through inner calls and loops too; else None."""
     place: dict[Any, int | None] = {var: i for i, var in enumerate(jaxpr.invars)}

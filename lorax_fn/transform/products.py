@@ -230,18 +230,39 @@ def _side_by_side(walk, eqn, values):
     if not weights:
         return [Factored(base, {}, 1.0, 0.0, paths)]
     kinds = {tuple((w.has("a", i), w.has("b", i)) for i in range(w.ndim)) for w in weights}
-    if len(kinds) > 1 or any(set(w.parts) - {"a", "b", "scale"} or w.lookup for w in weights):
+    if len(kinds) > 1 or any(set(w.parts) - {"a", "b", "scale", "column"} or w.lookup for w in weights):
         return NotImplemented
     # All weights have each axis in the same factors, so it is told of the joined one: in both factors (or in
     # neither, which joins as a stack), in a alone, or in b alone.
     in_a, in_b = next(iter(kinds))[axis]
+    parts = {}
+    if any("column" in w.parts for w in weights):
+        if in_a and not in_b:
+            return NotImplemented  # columns of two weights would differ along inputs
+        parts["column"] = _columns(values, weights, axis)
     dtype = jnp.result_type(*(w.parts[name].array.dtype for w in weights for name in "ab"))
     factors = [
         _plain_factors(v, axis, in_a == in_b, dtype) if is_factored(v) and v.parts else None for v in values
     ]
     join = _stacked if in_a == in_b else _blocks
     a, b = join(factors, [v.shape[axis] for v in values], axis, "a" if in_a else "b")
-    return [Factored(base, {"a": a, "b": b}, 1.0, 0.0, paths, tap=weights[0].tap)]
+    return [Factored(base, {"a": a, "b": b, **parts}, 1.0, 0.0, paths, tap=weights[0].tap)]
+
+
+def _columns(values: list, weights: list[Factored], axis: int) -> Part:
+    """The columns of DoRA along the joined axis; those of other values are ones."""
+    known = [w.parts["column"] for w in weights if "column" in w.parts]
+    axes = tuple(sorted({axis, *(i for part in known for i in part.axes)}))
+    dtype = jnp.result_type(*(part.array.dtype for part in known))
+    arrays = []
+    for v in values:
+        shape = [v.shape[i] for i in axes]
+        if is_factored(v) and "column" in v.parts:
+            part = v.parts["column"]
+            arrays.append(jnp.broadcast_to(align(part.array.astype(dtype), part.axes, axes), shape))
+        else:
+            arrays.append(jnp.ones(shape, dtype))
+    return Part(lax.concatenate(arrays, axes.index(axis)), axes)
 
 
 def _expanded(value: Any, axis: int) -> Any:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from lorax_fn.core.errors import error
 from lorax_fn.core.trees import is_tracer
 from lorax_fn.transform import jaxpr as jx
+from lorax_fn.transform.choices import select
 from lorax_fn.transform.contractions import build
 from lorax_fn.transform.control import CONTROL, signature
 from lorax_fn.transform.edits import EDITS
@@ -106,7 +107,7 @@ class Walk:
             with jx.equation_context(eqn):
                 if any(map(is_factored, values)):
                     values = [v.added() if isinstance(v, Sum) else _nonempty(v) for v in values]
-                    results = self._apply(eqn, values, env)
+                    results = self._apply(eqn, values, env, jaxpr)
                 elif any(isinstance(value, Sum) for value in values):
                     results = _bias_first(eqn, values)
                 else:
@@ -120,15 +121,17 @@ class Walk:
                 del env[var]
         return [v.val if jx.is_literal(v) else env[v] for v in jaxpr.outvars]
 
-    def _apply(self, eqn: Any, values: list, env: dict) -> Sequence[Any]:
+    def _apply(self, eqn: Any, values: list, env: dict, jaxpr: Any) -> Sequence[Any]:
         name = eqn.primitive.name
         if not any(map(is_factored, values)):  # weights of no entries
             return jx.bind(eqn, values)
         if name in CONTROL:
             return CONTROL[name](dataclasses.replace(self, around=(*self.around, eqn)), eqn, values)
-        rule = RULES.get(name)
         given = values if name in KEEP_MANY else [chosen(v) for v in values]
-        results = NotImplemented if rule is None else rule(self, eqn, given)
+        if name == "select_n":  # its rule has to know along which axes the mask varies
+            results = select(self, eqn, given, jx.varies(jaxpr, eqn.invars[0]))
+        else:
+            results = RULES[name](self, eqn, given) if name in RULES else NotImplemented
         if results is NotImplemented:
             values = self.dense(eqn, values)
             for var, value in zip(eqn.invars, values, strict=True):
