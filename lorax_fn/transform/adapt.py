@@ -43,8 +43,9 @@ def adapt(fn: Callable, *, argnum: int = 0, fallback: str = "warn") -> Callable:
       argnum: position of the parameters in ``fn``; the result takes the adapters right after it.
       fallback: what happens where an operation has no rule and the whole weight must be built: ``"warn"``
         (once a weight and operation), ``"error"`` or ``"allow"``. Values are right in every case. Without a
-        rule are functions of a weight's entries (``sin(w)``), reshapes that mix its inputs and outputs, and a
-        weight given to a ``custom_vjp``, changed by a loop, or returned by a branch, ``shard_map`` or ``fn``.
+        rule are functions of a weight's entries (``sin(w)``), reshapes and masks that mix its inputs and
+        outputs, and a weight given to a ``custom_vjp``, changed by a loop, or returned by ``shard_map``, by
+        ``fn``, or by branches of which one transposes it.
 
     Returns:
       ``fn2`` with ``fn``'s signature and ``lora`` inserted after argument ``argnum``;
