@@ -1,4 +1,4 @@
-"""DoRA weights side by side, masked and chosen: the column goes along, values and gradients are the merged ones."""
+"""DoRA weights side by side, masked and chosen: the column goes along, as in the merged weights."""
 
 import jax
 import jax.numpy as jnp

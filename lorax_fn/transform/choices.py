@@ -21,8 +21,8 @@ from lorax_fn.transform.stored import is_unbuilt
 class Form:
     """What weights must have in common for one of them to be chosen: the same factors, in the same order.
 
-    ``axes`` holds the axes of ``a`` and of ``b``, each in the weight's order and with the rank last, and those
-    of the columns, or None where no weight has one.
+    ``axes`` holds the axes of ``a`` and of ``b``, in the weight's order and with the rank last, and those of
+    the columns where a weight has one.
     """
 
     shape: tuple[int, ...]
@@ -34,13 +34,16 @@ class Form:
 
 
 def form_of(weights: Sequence[Factored], along: Sequence[int] = ()) -> Form | None:
-    """The form of weights of one shape whose factors get the axes ``along`` too; None where they have none."""
+    """The form of weights of one shape, with the axes ``along`` in every factor; None if they have none."""
     if any(set(w.parts) - {"a", "b", "scale", "column"} or is_unbuilt(w.base) or w.lookup for w in weights):
         return None
+    # A stored weight has no factors, and a tapped weight can't be chosen beside one that is not.
     if not all(w.parts for w in weights) or len({w.tap for w in weights}) > 1:
         return None
     axes = {}
     for name in ("a", "b", "column"):
+        # Each factor has to run along the same axes in all weights; their order may differ, and is the
+        # weight's own from here on.
         kinds = {frozenset({*w.parts[name].axes, *along} - {RANK}) for w in weights if name in w.parts}
         if len(kinds) > 1:
             return None  # what is an input of one weight is an output of another
@@ -54,7 +57,8 @@ def form_of(weights: Sequence[Factored], along: Sequence[int] = ()) -> Form | No
 
 
 def in_form(value: Any, form: Form, rank: int) -> dict[str, Any]:
-    """The factors of a weight, padded with zeros to ``rank``; those of an array are zeros, its column ones."""
+    """The factors of a weight, with zeros up to ``rank``. An array has factors of zeros, a column of ones."""
+    # For W [s, n, m]: a [s, n, r], b [s, m, r], column [s, m], each along its own axes of the form.
     sizes = {RANK: rank, **dict(enumerate(form.shape))}
     arrays = {}
     parts: dict[str, Part] = {}
@@ -63,11 +67,13 @@ def in_form(value: Any, form: Form, rank: int) -> dict[str, Any]:
         parts |= {"column": value.parts["column"]} if "column" in value.parts else {}
     for name, axes in form.axes.items():
         shape = [sizes[i] for i in axes]
+        # An array has no change, and a weight without a column is multiplied by one.
         if name not in parts:
             arrays[name] = jnp.full(shape, 1 if name == "column" else 0, form.dtype)
             continue
         array = align(parts[name].array.astype(form.dtype), parts[name].axes, axes)
         if name != "column":
+            # Zeros in the rank add nothing: ranks 4 and 8 are both 8 then.
             more = rank - array.shape[-1]
             array = jnp.pad(array, [*[(0, 0)] * (array.ndim - 1), (0, more)]) if more else array
         arrays[name] = jnp.broadcast_to(array, shape)
@@ -90,10 +96,15 @@ def select(walk, eqn, values, varies: Sequence[int]):
     weights = [case for case in cases if is_factored(case)]
     if is_factored(which):
         return NotImplemented
+    # A mask along a stack axis, or one number for all of W (no axis at all), leaves it to each entry whose
+    # factors it takes.
     alike = all(w.has("a", i) == w.has("b", i) for w in weights for i in varies)
     form = form_of(weights, varies if alike else ())
+    # A column has to vary with the mask too, and it can't along inputs: the product that follows would not
+    # know how to take it.
     if form is None or not set(varies) <= set(form.axes.get("column", varies)):
         return NotImplemented
+    # Along a mixture of inputs and outputs neither factor can be masked: m[n, m] * (a b) is of full rank.
     side = next((name for name in "ba" if set(varies) <= set(form.axes[name])), None)
     if side is None:
         return NotImplemented
@@ -112,9 +123,12 @@ def select(walk, eqn, values, varies: Sequence[int]):
             mask = jnp.broadcast_to(align(mask, varies, axes), arrays[0].shape)
         return lax.select_n(mask, *arrays)
 
+    # a [n, r] of each case becomes a select of all, [s, n, r] where s is the mask's axis; ranks stay as they
+    # are.
     if alike:
         every = [in_form(case, form, max(form.ranks)) for case in cases]
         return [_weight(form, base, {name: chosen(name, [e[name] for e in every]) for name in form.axes})]
+    # where(m, a1 b1, a2 b2) = (m a1) b1 + ((1 - m) a2) b2 = [m a1, (1 - m) a2] [b1; b2], m along the inputs.
     ranks = iter(form.ranks)
     every = [in_form(case, form, next(ranks) if is_factored(case) else 1) for case in cases]
     arrays = {"column": chosen("column", [e["column"] for e in every])} if "column" in form.axes else {}
@@ -122,6 +136,8 @@ def select(walk, eqn, values, varies: Sequence[int]):
         pieces = []
         for k, case in enumerate(cases):
             if is_factored(case):
+                # In the k-th piece case k has its factor and all other cases zeros; a factor that is not
+                # masked is taken whole.
                 mine, zero = every[k][name], jnp.zeros_like(every[k][name])
                 others = [mine if j == k else zero for j in range(len(cases))]
                 pieces.append(chosen(name, others) if name == side else mine)
@@ -139,6 +155,7 @@ def cond(walk, eqn, values):
         def branch(i, closed):
             jaxpr, consts = jx.opened(closed)
 
+            # Each branch counts draws and reports in a walk of its own, as only one of them runs.
             def taken(*args):
                 traced[i] = walk.inner()
                 results = traced[i].evaluate(jaxpr, consts, args)
@@ -177,12 +194,14 @@ def _forms(walk, eqn, args) -> list[Form | None]:
     weights = [is_factored(arg) for arg in args]
     if not any(any(_returned(jaxpr, weights)) for jaxpr, _ in branches):
         return [None] * len(eqn.outvars)
+    # `waiting` keeps what this trace reports to itself: the trace that counts says it again.
     results = []
     for jaxpr, consts in branches:
         types = jax.eval_shape(lambda *args, j=jaxpr, c=consts: walk.waiting().evaluate(j, c, args), *args)
         results.append(types)
     found = []
     for several in zip(*results, strict=True):
+        # An array beside weights takes their form, with factors of zeros; arrays in all branches need none.
         some = [result for result in several if is_factored(result)]
         found.append(form_of(some) if some else None)
     return found
@@ -199,6 +218,7 @@ def _returned(jaxpr: Any, weights: Sequence[bool]) -> list[bool]:
         name = eqn.primitive.name
         if not any(inside):
             continue
+        # Too many are no harm: what a rule then builds is an array in the trace for types, too.
         if name in _VIEWS:
             views.update(eqn.outvars)
         elif name in (jx.NAMES["jit"], jx.NAMES["remat"]):
