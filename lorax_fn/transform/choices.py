@@ -13,6 +13,7 @@ from lorax_fn.transform import jaxpr as jx
 from lorax_fn.transform.contractions import absorbed, align
 from lorax_fn.transform.edits import EDITS
 from lorax_fn.transform.factored import RANK, Factored, Part, is_factored
+from lorax_fn.transform.picks import chosen as one_adapter
 from lorax_fn.transform.rules import MOVES
 from lorax_fn.transform.stored import is_unbuilt
 
@@ -158,7 +159,7 @@ def cond(walk, eqn, values):
             # Each branch counts draws and reports in a walk of its own, as only one of them runs.
             def taken(*args):
                 traced[i] = walk.inner()
-                results = traced[i].evaluate(jaxpr, consts, args)
+                results = [one_adapter(r) for r in traced[i].evaluate(jaxpr, consts, args)]
                 return [
                     traced[i].dense(eqn, [result])[0] if form is None else _settled(result, form)
                     for result, form in zip(results, forms, strict=True)
@@ -197,8 +198,11 @@ def _forms(walk, eqn, args) -> list[Form | None]:
     # `waiting` keeps what this trace reports to itself: the trace that counts says it again.
     results = []
     for jaxpr, consts in branches:
-        types = jax.eval_shape(lambda *args, j=jaxpr, c=consts: walk.waiting().evaluate(j, c, args), *args)
-        results.append(types)
+
+        def of(*args, jaxpr=jaxpr, consts=consts):
+            return [one_adapter(result) for result in walk.waiting().evaluate(jaxpr, consts, args)]
+
+        results.append(jax.eval_shape(of, *args))
     found = []
     for several in zip(*results, strict=True):
         # An array beside weights takes their form, with factors of zeros; arrays in all branches need none.

@@ -59,7 +59,6 @@ def jit(walk, eqn, values):
 
     key = ("jit", id(closed), eqn.params["name"], *map(tuple, asked))
     fn, notes = walk.once(key, closed, make)
-    # One weight may come in twice (as in tied embeddings): both operands get the name of the first.
     names: dict[tuple[str, ...], str] = {}
     for i, value in enumerate(values):
         if is_factored(value):
@@ -273,7 +272,6 @@ def unstack(w: Factored) -> tuple[Any, Any]:
         where = part.axes.index(0)
         return part.array if where == 0 else jnp.moveaxis(part.array, where, 0)
 
-    # A stored base has arrays of its own to scan, such as codes [L, ...] and block scales [L, ...].
     whole, piece_of = scanned(w.base)  # pyright: ignore[reportGeneralTypeIssues]
     leaves = (whole, {name: leading(part) for name, part in w.parts.items() if moves[name]})
 
