@@ -63,6 +63,7 @@ IO, OI = lx.Layout((), (0,), (1,)), lx.Layout((), (1,), (0,))
 SIO = lx.Layout((0,), (1,), (2,))
 X, XS, IDS = (2, 3, 8), (3, 8), np.array([[0, 1, 7], [5, 7, 7]])
 OUT_OF_BOUNDS = np.array([[0, 99], [5, -3]])
+MASK = np.array([True, False, True, True, False, True, False, True])
 HWIO = lx.Layout((), (0, 1, 2), (3,))
 NHWC = ("NHWC", "HWIO", "NHWC")
 
@@ -220,6 +221,24 @@ VIEWS = [
     Case("written into rows", lambda p, x: x @ lax.dynamic_update_slice_in_dim(
         jnp.ones((8, 6), x.dtype), p["w"], 2, 0), (5, 6), IO, X),
     Case("reverse", lambda p, x: x @ p["w"][::-1, ::-1], (8, 6), IO, X),
+    Case("inputs masked", lambda p, x: x @ jnp.where(MASK[:, None], p["w"], 0), (8, 6), IO, X),
+    Case("outputs masked", lambda p, x: x @ jnp.where(MASK[:6], p["w"], jnp.ones((8, 6), x.dtype)), (8, 6),
+         IO, X),
+    Case("a mask picks of two", lambda p, x: x @ jnp.where(~MASK[:, None], p["w"], 2 * p["w"][::-1]), (8, 6),
+         IO, X),
+    Case("layers masked", lambda p, x: _over_layers({"w": jnp.where(
+        MASK[:3, None, None], p["w"], -p["w"][::-1])}, x), (3, 8, 8), SIO, X),
+    Case("a number picks of two", lambda p, x: x @ jnp.where(x[0, 0, 0] > 0, p["w"], p["w"][::-1]), (8, 6),
+         IO, X),
+    Case("a number picks per example", lambda p, x: jax.vmap(lambda x: x @ jnp.where(
+        x[0, 0] > 0, p["w"], 2 * p["w"][::-1]))(x), (8, 6), IO, X),
+    Case("branches return it", lambda p, x: x @ lax.cond(
+        x[0, 0, 0] > 0, lambda w: w * 2, lambda w: w[::-1], p["w"]), (8, 6), IO, X),
+    Case("a branch returns an array", lambda p, x: x @ lax.cond(
+        x[0, 0, 0] > 0, lambda w: w[:, :4], lambda w: jnp.ones((8, 4), w.dtype), p["w"]), (8, 6), IO, X),
+    Case("branches return layers", lambda p, x: x @ lax.switch(
+        jnp.argmax(x[0, 0, :3]), [lambda w: w[0], lambda w: jax.jit(jnp.negative)(w[2]), lambda w: w[1]],
+        p["w"]), (3, 8, 5), SIO, X),
 ]  # fmt: skip
 
 

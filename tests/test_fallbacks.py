@@ -41,7 +41,16 @@ FALLBACKS = {
     "custom_vjp": (owned_product, "custom_vjp_call", True),
     "returned": (lambda w, x: w, "return", False),
     "loop changes it": (lambda w, x: lax.fori_loop(0, 2, lambda i, w: w * 0.5, w), "scan", True),
-    "branches return it": (lambda w, x: lax.cond(x[0, 0] > 0, lambda w: w, lambda w: 2 * w, w), "cond", True),
+    "one branch turns it": (
+        lambda w, x: x[:, :6] @ lax.cond(x[0, 0] > 0, lambda w: w[:6], lambda w: w[:6].T, w),
+        "cond",
+        True,
+    ),
+    "a mask entry by entry": (
+        lambda w, x: x @ jnp.where(jnp.arange(48.0).reshape(8, 6) % 3 > 0, w, 0),
+        "select_n",
+        True,
+    ),
     "shard_map returns it": (lambda w, x: x @ doubled_in_shards(w), "shard_map", True),
     "relu, a custom_jvp that JAX jits": (lambda w, x: x @ jax.nn.relu(w), "max", True),
 }
@@ -70,7 +79,9 @@ def test_warns_once_with_path_shape_primitive_and_line(name):
     np.testing.assert_allclose(got, fn(ADAPTER.weight(W), X), rtol=2e-5, atol=2e-5)
     assert len(messages) == 1, messages
     assert "path:    layer/w\n" in messages[0]
-    assert re.search(r"shape:   \((8, 6|6, 8|4, 6)\)\n", messages[0])  # as it is there: transposed, a shard
+    assert re.search(
+        r"shape:   \((8, 6|6, 8|4, 6|6, 6)\)\n", messages[0]
+    )  # as it is there: transposed, a shard
     assert f"primitive {primitive!r}" in messages[0]
     assert not has_line or re.search(r"name stack .*test_fallbacks\.py:\d+", messages[0])
     assert caught(run, PARAMS, LORA, X)[1] == []  # once a weight and primitive, not once a call
@@ -94,6 +105,34 @@ def test_allow_is_silent_and_gradients_are_right(name):
     grad = jax.grad(lambda a: jnp.sum(jnp.tanh(run(PARAMS, {"layer/w": a}, X))))(ADAPTER)
     want = jax.grad(lambda a: jnp.sum(jnp.tanh(fn(a.weight(W), X))))(ADAPTER)
     np.testing.assert_allclose(grad.b, want.b, rtol=1e-3, atol=1e-4 * np.abs(want.b).max())
+
+
+def test_what_the_report_says_to_do_works():
+    """Both ways out that ``do:`` names are written so that they can be pasted."""
+
+    def fn(p, x):
+        return x @ p["in"]["kernel"] + x @ jnp.sin(p["out"]["kernel"])
+
+    params = {"in": {"kernel": W}, "out": {"kernel": W}}
+    base, lora = lx.split(params, rank=2)
+    with pytest.raises(lx.LoraError) as raised:
+        lx.adapt(fn, fallback="error")(base, lora, X)
+    want = "leave the weight out: lx.split(..., exclude=['out/kernel']); or accept the cost: "
+    assert f"do:      {want}" + 'lx.adapt(fn, fallback="allow").' in str(raised.value)
+    base, lora = lx.split(params, rank=2, exclude=["out/kernel"])
+    lx.adapt(fn, fallback="error")(base, lora, X)
+
+
+@pytest.mark.parametrize("inner", [jax.jit, jax.checkpoint, lambda f: jax.jit(jax.checkpoint(f))])
+def test_a_report_under_grad_names_the_path(inner):
+    """Inside a jit weights go by position; what is reported in a gradient has the caller's names."""
+    run = lx.adapt(lambda p, x: inner(lambda w, x: jnp.tanh(x @ jnp.sin(w)))(p["layer"]["w"], x))
+    _, messages = caught(jax.grad(lambda lora: run(PARAMS, lora, X).sum()), LORA)
+    assert len(messages) == 1 and "path:    layer/w\n" in messages[0]
+    with pytest.raises(lx.LoraError, match="path:    layer/w\n"):
+        strict = lx.adapt(jax.grad(lambda p, x: inner(lambda w: jnp.sin(w).sum() * x.sum())(p["layer"]["w"])),
+                          fallback="error")  # fmt: skip
+        strict(PARAMS, LORA, X)
 
 
 def test_8_a_slice_is_no_fallback_but_its_sine_is():

@@ -8,10 +8,11 @@ from random_programs import make
 
 import lorax_fn as lx
 
-TOGETHER = 20  # programs that are compiled as one: most of the time is compilation
+TOGETHER = 25  # programs that are compiled as one: most of the time is compilation
+FIRST, *MORE = range(0, 100, TOGETHER)  # all hundred take more than a minute, so most of them are slow tests
 
 
-@pytest.mark.parametrize("first", range(0, 100, TOGETHER))
+@pytest.mark.parametrize("first", [FIRST, *(pytest.param(first, marks=pytest.mark.slow) for first in MORE)])
 def test_random_programs(first):
     programs = {str(seed): make(seed) for seed in range(first, first + TOGETHER)}
     params = {name: params for name, (_, params, _) in programs.items()}

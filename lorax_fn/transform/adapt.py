@@ -43,8 +43,9 @@ def adapt(fn: Callable, *, argnum: int = 0, fallback: str = "warn") -> Callable:
       argnum: position of the parameters in ``fn``; the result takes the adapters right after it.
       fallback: what happens where an operation has no rule and the whole weight must be built: ``"warn"``
         (once a weight and operation), ``"error"`` or ``"allow"``. Values are right in every case. Without a
-        rule are functions of a weight's entries (``sin(w)``), reshapes that mix its inputs and outputs, and a
-        weight given to a ``custom_vjp``, changed by a loop, or returned by a branch, ``shard_map`` or ``fn``.
+        rule are functions of a weight's entries (``sin(w)``), reshapes and masks that mix its inputs and
+        outputs, and a weight given to a ``custom_vjp``, changed by a loop, or returned by ``shard_map``, by
+        ``fn``, or by branches of which one transposes it.
 
     Returns:
       ``fn2`` with ``fn``'s signature and ``lora`` inserted after argument ``argnum``;
@@ -116,19 +117,25 @@ class Adapted:
                 do="pass {} where nothing is adapted: fn2(params, {}, ...) is fn(params, ...).",
             )
         check_fits(dict(named), lora)
+        # Each adapted leaf becomes base and factors; methods that have no factors (rows, whole weights) give
+        # their own array.
         leaves = [wrap(path, leaf, lora.get(path)) for path, leaf in named]
         adapted = [old for leaf, (_, old) in zip(leaves, named, strict=True) if leaf is not old]
         if not adapted:
             return fn(*args, **kwargs)
+        # Nothing is factored: the function itself runs on the adapted arrays, with no trace at all.
         if not any(is_factored(leaf) for leaf in leaves):
             given = jax.tree_util.tree_unflatten(treedef, leaves)
             watched = Watched(given)
             results = fn(*args[:argnum], given, *args[argnum + 1 :], **kwargs)
             write_back(watched.changes(), params, adapted)
             return results
+        # The program is traced on W's types alone. The adapters are not in it: another adapter traces nothing
+        # anew.
         trace = self._traces.of((*args[:argnum], Leaves(leaves, treedef), *args[argnum + 1 :]), kwargs)
         walk = self._walk.call()
         flat = walk.evaluate(trace.jaxpr, trace.consts, trace.values)
+        # What NNX layers write back into Variables as they had it is no change of theirs.
         given = [
             value if slot is None else named[slot][1]
             for value, slot in zip(trace.values, trace.slots, strict=True)

@@ -36,6 +36,8 @@ def contract(
     with two token axes are not. Names of ``out`` that neither operand has are broadcast by the caller.
     ``y`` is the small factor, where there is one.
     """
+    # A name that one operand has alone, and the result has not, is summed before the product: it would be a
+    # free axis of the product otherwise, larger than it has to be.
     x, xs = _sum_unshared(x, list(xs), ys, out)
     y, ys = _sum_unshared(y, list(ys), xs, out)
     wanted = [name for name in out if name in xs or name in ys]
@@ -47,6 +49,8 @@ def contract(
     # Each name has one of four roles: a batch axis is in both and in the result, a summed one in both alone,
     # and each operand has free axes of its own. dot_general returns [*batch, *x_free, *y_free].
     batch = [name for name in wanted if name in xs and name in ys]
+    # The order of summed axes is free. That of the larger operand saves its transpose; the small factor is
+    # turned instead.
     large = ys if jx.surely(lambda: x.size < y.size) else xs
     summed = [name for name in large if name in xs and name in ys and name not in batch]
     x_free = [name for name in xs if name not in ys]
@@ -55,8 +59,11 @@ def contract(
     if not explicit_mesh(x, y):
         merged = _merged_pair(x, xs, y, ys, batch, summed, x_free, y_free)
     if merged is None:
+        # No reshape is free: one dot_general with all its axes, which XLA lays out as it likes.
         result = _dot(x, xs, y, ys, batch, summed, x_free + y_free, dtype, precision)
     else:
+        # Both are [*batch, free, sum] now in some order, and the product is [*batch, x, y]; the last reshape
+        # gives the free axes back their own sizes.
         sizes = {**dict(zip(ys, y.shape, strict=True)), **dict(zip(xs, x.shape, strict=True))}
         (x, xs), (y, ys) = merged
         x, y = (_with_flat_gradient(x, y), y) if swapped else (x, _with_flat_gradient(y, x))
@@ -76,6 +83,7 @@ def _same(x: Any) -> Any:
 
 @_same.defjvp
 def _same_but_turned(primals, tangents):
+    # The tangent is [n, r]; it is computed as [r, n] up to the barrier, and turned back after it.
     turned = lax.optimization_barrier(lax.transpose(tangents[0], (1, 0)))
     return _same(*primals), lax.transpose(turned, (1, 0))
 
@@ -114,6 +122,8 @@ def _merged(x: Any, xs: list, batch: list, summed: list, free: list, side: str, 
 
     None where that would move data, unless ``move`` allows a transpose (right for the small factor only).
     """
+    # One axis for all that is summed and one for all that is free: [B, T, n] -> [B * T, n] where B and T are
+    # free and neighbors.
     groups = {"sum": summed, side: free}
     orders = [batch + summed + free, batch + free + summed]
     if xs not in orders:
@@ -122,6 +132,7 @@ def _merged(x: Any, xs: list, batch: list, summed: list, free: list, side: str, 
         x = lax.transpose(x, [xs.index(name) for name in orders[1]])
         xs = orders[1]
     sizes = dict(zip(xs, x.shape, strict=True))
+    # A group of no axes gets none: a vector has no free axis, and an outer product no summed one.
     order = [group for group in (("sum", side) if xs == orders[0] else (side, "sum")) if groups[group]]
     shape = [sizes[n] for n in batch] + [math.prod(sizes[n] for n in groups[group]) for group in order]
     return lax.reshape(x, shape), batch + order
@@ -133,6 +144,7 @@ def _dot(x, xs, y, ys, batch, summed, free, dtype, precision):
         ([xs.index(n) for n in batch], [ys.index(n) for n in batch]),
     )
     extra = {}
+    # With Explicit mesh axes JAX asks how the result is sharded: as the operands' axes are that it keeps.
     if explicit_mesh(x, y):
         specs = {**axis_specs(y, ys), **axis_specs(x, xs)}
         extra["out_sharding"] = result_sharding([specs[n] for n in batch + free], x, y)
@@ -158,11 +170,14 @@ def low_rank_product(
     a, b = w.parts["a"], w.parts["b"]
     contracted = set(xs) - set(out)
     shrinks_by = {"a": 1, "b": 1}
+    # W [n, m] contracted over n shrinks x by n in a; contracted over m, as in x @ W.T, by m in b.
     for name in contracted:
         for part, other in (("a", "b"), ("b", "a")):
             if w.has(part, name) and not w.has(other, name):
                 shrinks_by[part] *= w.shape[name]
     first, second = (a, b) if shrinks_by["a"] >= shrinks_by["b"] else (b, a)
+    # Dropout acts on the inputs of A, as in the paper: a product that meets B first (x @ W.T) has no such
+    # inputs.
     if "key" in w.parts:
         if first is not a:
             raise Refused("dropout reached a use of the weight that does not contract A's inputs.", w.paths)
@@ -186,6 +201,8 @@ def _two_products(x, first, second, stacked, scale, axes, dtype, precision, tap,
 
 def _product(x, first, second, stacked, *, scale, axes, dtype, precision, tap):
     xs, first_axes, second_axes, stacked_axes, out = axes
+    # The low-rank half computes in the dtype of the activations, as the base product does: float32 factors of
+    # a bfloat16 model are cast here, and their gradients are float32 again.
     compute = x.dtype if jnp.issubdtype(x.dtype, jnp.floating) else dtype
     x, xs, out, split = _tokens_merged(x, xs, {*first_axes, *second_axes, *stacked_axes}, out)
     # h is [tokens, r], with stack axes in it: of x's axes those that the result or the second factor needs,
@@ -200,6 +217,7 @@ def _product(x, first, second, stacked, *, scale, axes, dtype, precision, tap):
         missing = [n for n in stacked_axes if n not in h_axes]
         h, h_axes = lax.expand_dims(h, range(len(missing))), [*missing, *h_axes]
         h = h * align(stacked.astype(compute), stacked_axes, h_axes)
+    # h is the smallest array around, [tokens, r]: a scale costs least here.
     if scale != 1.0:
         h = h * scale
     return split(contract(h, h_axes, second, second_axes, out, dtype=dtype, precision=precision))
@@ -241,6 +259,8 @@ def dropped(w: Factored, x: Any, xs: Sequence[Any], keys: Part) -> tuple[Any, li
     """Drops entries of ``x``: one mask per stack entry, drawn from the entry's key."""
     stack = [n for n in keys.axes if n in w.parts["a"].axes]
     xs = list(xs)
+    # For a stack W [s, n, m] and x [B, n] without s, each entry draws its own mask, so that x becomes [s, B,
+    # n].
     missing = [n for n in stack if n not in xs]
     x = jnp.broadcast_to(x, (*[w.shape[n] for n in missing], *x.shape))
     xs = missing + xs
@@ -251,6 +271,7 @@ def dropped(w: Factored, x: Any, xs: Sequence[Any], keys: Part) -> tuple[Any, li
 @partial(jax.jit, static_argnames=("xs", "names", "stack"))
 def _dropped(x, keys, rate, xs, names, stack):
     """``x * keep / (1 - rate)``, jitted: all uses alike share one trace and one lowered function."""
+    # The rate may be traced. Shares are float32 whatever x is: bfloat16 would round 0.9 to 0.8984.
     keep_share = jnp.float32(1.0) - jnp.asarray(rate, jnp.float32)
     rest = [n for n in xs if n not in stack]
     shape = tuple(x.shape[xs.index(n)] for n in rest)
@@ -260,6 +281,7 @@ def _dropped(x, keys, rate, xs, names, stack):
 
     # A batch of keys, even of one, is compiled to a larger program than one key.
     keep = draw(keys) if keys.ndim == 0 else jax.vmap(draw)(keys.reshape(-1))
+    # [*stack, *rest] in the order of the axes of x; stack axes that have no key of their own share a mask.
     keep = align(keep.reshape(*keys.shape, *shape), [*names, *rest], xs)
     return jnp.where(keep, x * (1.0 / keep_share).astype(x.dtype), jnp.zeros((), x.dtype))
 
@@ -271,6 +293,8 @@ def absorbed(w: Factored, dtype: Any) -> tuple[Part, Part]:
     """
     a, b = (Part(w.parts[name].array.astype(dtype), w.parts[name].axes) for name in "ab")
     scale = w.parts.get("scale")
+    # The scale is [*stack], [*stack, r] or a number: b [*stack, r, *outputs] has all these axes unless it is
+    # shared.
     if scale is not None:
         by = scale.array.astype(dtype)
         if set(scale.axes) <= set(b.axes):
@@ -278,6 +302,7 @@ def absorbed(w: Factored, dtype: Any) -> tuple[Part, Part]:
         else:
             axes = (*(n for n in scale.axes if n not in a.axes), *a.axes)
             a = Part(align(a.array, a.axes, axes) * align(by, scale.axes, axes), axes)
+    # The static scale goes into a, as one of both has to take it.
     if w.scale != 1.0:
         a = Part(a.array * w.scale, a.axes)
     return a, b
@@ -306,6 +331,8 @@ def stack_into_rank(w: Factored, axis: int, side: str) -> Factored | None:
     size, rank = w.shape[axis], mine.array.shape[mine.axes.index(RANK)]
     my_rest = [i for i in mine.axes if i not in (axis, RANK)]
     others = [i for i in other.axes if i not in (axis, RANK)]
+    # What it takes: my factor grows to [s, n, s * r], the other one to [s * r, m]; more than W itself would
+    # be no gain over building W.
     entries = size * math.prod(w.shape[i] for i in my_rest) + math.prod(w.shape[i] for i in others)
     if not jx.surely(lambda: entries * size * rank <= math.prod(w.shape)):
         return None
@@ -346,9 +373,12 @@ def build(w: Factored) -> Any:
         raise Refused(f"dropout drops inputs of a product, and {what} none.", w.paths)
     if not w.parts:
         return built(w.base)
+    # A bfloat16 weight is built in float32 and rounded once, as a merge does it. Looked-up rows are
+    # activations, and compute in their own dtype.
     w = chosen(w)
     compute = w.dtype if w.lookup or w.dtype.itemsize >= 4 else jnp.dtype(jnp.float32)
     a, b = absorbed(w, compute)
+    # Axes that neither factor has are broadcast by the last align: the change is the same along them.
     out = [i for i in range(w.ndim) if i in a.axes or i in b.axes]
     precision = None if w.lookup else lax.Precision.HIGHEST
     change = contract(a.array, a.axes, b.array, b.axes, out, dtype=compute, precision=precision)

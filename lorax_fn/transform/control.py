@@ -16,6 +16,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from lorax_fn.transform import jaxpr as jx
+from lorax_fn.transform.choices import cond
 from lorax_fn.transform.contractions import Refused, scale_absorbed
 from lorax_fn.transform.factored import Factored, Part, folded, is_factored
 from lorax_fn.transform.picks import chosen
@@ -24,6 +25,8 @@ from lorax_fn.transform.stored import Later, along_axes, is_unbuilt, local, rest
 
 def signature(values: Any) -> Hashable:
     """What a trace of a function of these values depends on, but for their dtypes and numbers."""
+    # The tree holds what is static in a weight: axes of its parts, scale, rate and path. Dtypes are left to
+    # jit's own cache.
     leaves, treedef = jax.tree_util.tree_flatten(values)
     return treedef, tuple(np.shape(leaf) for leaf in leaves)
 
@@ -40,6 +43,8 @@ def jit(walk, eqn, values):
     asked = jx.jit_shardings(eqn, "in"), jx.jit_shardings(eqn, "out")
 
     def make():
+        # The walk of this function waits: its reports and draws are told once per call of `fn`, with the
+        # names of the weights that this call brought.
         jaxpr, consts = jx.opened(closed)
         notes: dict[Hashable, Any] = {}
 
@@ -94,6 +99,7 @@ def _constrained(value: Any, sharding: Any) -> Any:
     if sharding is None:
         return value
     if is_factored(value):
+        # A sharding of W says nothing of its blocks of codes and scales.
         if is_unbuilt(value.base):  # its codes stay where they are
             return value
         return dataclasses.replace(value, base=lax.with_sharding_constraint(value.base, sharding))
@@ -114,6 +120,7 @@ def checkpoint(walk, eqn, values):
         return walk.evaluate(jaxpr, consts, values)
     options = {"prevent_cse": eqn.params["prevent_cse"], "policy": eqn.params["policy"]}
 
+    # Nothing of W + a b is a residual: the checkpoint saves base and factors as it would save W alone.
     def run(walk, *args):
         def inner(*args):
             walk.notes.draws.clear()  # should JAX trace this twice, then the second trace counts
@@ -122,31 +129,6 @@ def checkpoint(walk, eqn, values):
         return jax.checkpoint(inner, **options)(*args)
 
     return _leaving(walk.in_one_piece(eqn, run, *walk.entering(values)), values)
-
-
-def cond(walk, eqn, values):
-    def run(walk, which, *args):
-        traced: dict[int, Any] = {}
-
-        def branch(i, closed):
-            jaxpr, consts = jx.opened(closed)
-
-            def taken(*args):
-                traced[i] = walk.inner()
-                return traced[i].dense(eqn, traced[i].evaluate(jaxpr, consts, args))
-
-            return taken
-
-        branches = [branch(i, closed) for i, closed in enumerate(eqn.params["branches"])]
-        results = lax.switch(which, branches, *args)
-        most: dict[str, int] = {}  # draws after it are numbered as if the branch with most of them had run
-        for inner in traced.values():
-            most.update((path, max(n, most.get(path, 0))) for path, n in inner.notes.draws.items())
-        walk.count(most)
-        return results
-
-    which, *operands = values
-    return walk.in_one_piece(eqn, run, which, *walk.entering(operands))
 
 
 LOOP = np.uint32(
@@ -172,6 +154,8 @@ def while_loop(walk, eqn, values):
 
     def run(walk, cond_consts, body_consts, init):
         carry = _Carry(walk, eqn, body_jaxpr, m, len(init))
+        # Weights among the carried values that the body hands on unchanged stay outside the loop's state:
+        # they are closed over, factored.
         constant, moving = carry.parted(init)
         # A counter only where dropout has to tell the iterations apart.
         counter = jnp.uint32(0) if _any_dropped((*body_consts, *constant)) else None
@@ -185,6 +169,8 @@ def while_loop(walk, eqn, values):
             counter, moving = state
             args = [*looped, *carry.joined(stepped, moving)]
             if counter is not None:
+                # Each iteration folds its number into the keys: the mask of the same weight differs from one
+                # iteration to the next.
                 args, counter = _at(args, counter), counter + jnp.uint32(1)
             results = walk.inner().evaluate(body_jaxpr, body_fixed, args)
             return counter, carry.parted(carry.settled(results))[1]
@@ -192,6 +178,8 @@ def while_loop(walk, eqn, values):
         return carry.joined(constant, lax.while_loop(cond, body, (counter, moving))[1])
 
     values = walk.looping(values)
+    # A weight that the body changes is built before the loop: its factors would have to change shape from one
+    # iteration to the next.
     init = _Carry(walk, eqn, body_jaxpr, m, len(values) - n - m).settled(values[n + m :])
     return walk.in_one_piece(eqn, run, values[:n], values[n : n + m], init)
 
@@ -201,6 +189,8 @@ class _Carry:
 
     def __init__(self, walk, eqn, body, consts: int, count: int):
         self.walk, self.eqn = walk, eqn
+        # Operands are the body's constants, then what it carries: result k is the carried operand k of an
+        # unchanged value.
         self.invariant = [i == consts + k for k, i in enumerate(jx.handed_on(body)[:count])]
 
     def settled(self, values):
@@ -250,6 +240,8 @@ def scan(walk, eqn, values):
             ys = [v if _stays_factored(v) else walk.dense(eqn, [v])[0] for v in results[m:]]
             return carry.parted(carry.settled(results[:m]))[1], ys
 
+        # Factors are scanned beside their base, so that the gradient of each iteration is one slice of a's
+        # and b's, stacked by the scan itself.
         moving, ys = lax.scan(body, moving, (counter, [leaf for leaf, _ in pieces]), **options)
         ys = [_restacked(y, options["length"]) if is_factored(y) else y for y in ys]
         return [*carry.joined(constant, moving), *ys]
@@ -265,6 +257,8 @@ def _stays_factored(value: Any) -> bool:
 
 def _restacked(w: Factored, length: int) -> Factored:
     """A weight that every iteration handed out: all its arrays got a leading axis, which is a stack axis."""
+    # [n, m] from each of L iterations is [L, n, m] now, and a part [n, r] is [L, n, r]: axis 0 is the new one
+    # in all of them.
     base = restacked(w.base, length)
     return w.with_parts(base, lambda part: Part(part.array, (0, *part.renamed(lambda i: i + 1).axes)))
 
@@ -285,6 +279,7 @@ def unstack(w: Factored) -> tuple[Any, Any]:
         piece, arrays = slices
         parts = {}
         for name, part in w.parts.items():
+            # Axis 0 is gone in an iteration, and the others move up by one.
             axes = tuple(axis - 1 if axis > 0 else axis for axis in part.axes if axis != 0)
             parts[name] = Part(arrays[name] if moves[name] else part.array, axes)
         return dataclasses.replace(w, base=piece_of(piece), parts=parts)
@@ -300,6 +295,8 @@ def shard_map(walk, eqn, values):
         if not is_factored(value):
             return spec
         # A spec may be shorter than the weight has axes; each part takes the entries of its own axes.
+        # For W [n, m] by P(None, 'model'): a [n, r] is whole on every device, b [r, m] is split along its
+        # columns.
         entries = (*spec, *(None,) * (value.ndim - len(spec)))
         return value.with_parts(
             along_axes(value.base, entries) if is_unbuilt(value.base) else spec,
@@ -359,6 +356,8 @@ def custom_jvp(walk, eqn, values):
         # Tangents come as the primals do: a weight's is a weight, with a tangent of each of its arrays.
         pairs = [(primals[i], tangents[i]) for i in floats]
         bases = [v.base if is_factored(v) else v for v in (*primals, *(t for _, t in pairs))]
+        # The user's rule is traced on the bases alone, as it can't know of factors, and the walk then runs it
+        # on weights.
         rule_jaxpr, rule_consts = jx.opened(jax.make_jaxpr(rule)(*bases))
 
         def walked(given):
@@ -379,6 +378,8 @@ def _with_factors(tangent: Any, primal: Any, **factors: Any) -> Any:
     """A tangent with some of its factors; the others are the primal's."""
     if not is_factored(tangent):
         return tangent
+    # For dbase + da b the tangent brings its own a and base and takes the primal's b; for 0 + a db the other
+    # way round.
     parts = {**primal.parts, **{name: weight.parts[name] for name, weight in factors.items()}}
     return dataclasses.replace(tangent, parts=parts)
 

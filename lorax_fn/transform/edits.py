@@ -33,9 +33,12 @@ def _reduce_sum(walk, eqn, values):
     many = [i for i in gone if w.shape[i] != 1]
     if not many:
         return [without_axes(w, one(eqn, w.base), gone)]
+    # A column multiplies before the sum, and dropout needs the inputs that a sum would take away.
     if not _plain(w) or w.lookup:
         return NotImplemented
     for axis in many:
+        # sum_s a[s] b[s] has all a[s] side by side: a [n, s * r], b [s * r, m], and then a sum over the s of
+        # a's that are zero elsewhere.
         if w.has("a", axis) and w.has("b", axis):
             w = stack_into_rank(w, axis, "a")
         if w is None:
@@ -47,6 +50,7 @@ def _reduce_sum(walk, eqn, values):
         if not names:  # the change is the same in each entry
             times *= w.shape[axis]
         for name in names:
+            # sum_n a[n, r] b[r, m] = (sum_n a[n, r]) b[r, m]: the part [n, r] becomes [r].
             part = parts[name]
             at = part.axes.index(axis)
             parts[name] = Part(lax.reduce_sum(part.array, [at]), part.axes[:at] + part.axes[at + 1 :])
@@ -63,6 +67,7 @@ def _add(walk, eqn, values):
     whole = all(w.has("a", i) or w.has("b", i) for w in weights for i in range(w.ndim) if w.shape[i] != 1)
     if not whole or any(not _plain(w) or w.lookup for w in weights):
         return NotImplemented
+    # (W + a b) + C = (W + C) + a b: what is added joins the base.
     base = jx.bind(eqn, [v.base if is_factored(v) else v for v in values])[0]
     second = values[1]
     if is_factored(second) and eqn.primitive is prims.sub_p:
@@ -70,6 +75,7 @@ def _add(walk, eqn, values):
     if len(weights) == 1:
         return [dataclasses.replace(second if is_factored(second) else values[0], base=base)]
     first = values[0]
+    # a1 b1 + a2 b2 = [a1 a2] [b1; b2], where an axis is an input of both weights or an output of both.
     if any(first.has(name, i) != second.has(name, i) for name in "ab" for i in range(first.ndim)):
         return NotImplemented
     dtype = jnp.result_type(*(w.parts[name].array.dtype for w in weights for name in "ab"))
@@ -87,6 +93,7 @@ def _pad(walk, eqn, values):
     w, fill = values
     if is_factored(fill) or not is_factored(w) or "key" in w.parts:
         return NotImplemented
+    # W [n, m] padded to [n, m + 2]: b [r, m] gets two columns of zeros, a [n, r] stays.
     edges = eqn.params["padding_config"]
     padded = [i for i, edge in enumerate(edges) if tuple(edge) != (0, 0, 0)]
     # What is added has no low-rank change: a factor that runs along the padded axis gets zeros there. A
@@ -116,6 +123,7 @@ def _dynamic_update_slice(walk, eqn, values):
     if is_factored(into) and is_factored(new):
         return NotImplemented
     w = into if is_factored(into) else new
+    # The axes along which only a part is written; along all others `new` is as long as `into`.
     cut = [i for i in range(w.ndim) if jnp.shape(new)[i] != jnp.shape(into)[i]]
     if not _plain(w):
         return NotImplemented
@@ -126,6 +134,8 @@ def _dynamic_update_slice(walk, eqn, values):
             return NotImplemented
 
         def placed(part: Part) -> Part:
+            # For a weight [k, m] written into rows of an array [n, m]: a [k, r] is written into zeros [n, r],
+            # b [r, m] stays.
             whole = [
                 into.shape[i] if i in cut else n for i, n in zip(part.axes, part.array.shape, strict=True)
             ]
@@ -134,6 +144,8 @@ def _dynamic_update_slice(walk, eqn, values):
             return Part(lax.dynamic_update_slice(zeros, part.array, at), part.axes) if part.axes else part
 
         return [w.with_parts(base, placed)]
+    # For rows [k, m] written into W [n, m]: those rows of a become zero, and W's own rows are replaced in the
+    # base.
     for name in "ab":  # zeros over whole rows of one factor
         part = w.parts[name]
         if set(cut) <= set(part.axes):

@@ -81,6 +81,7 @@ class Factored:
         return dataclasses.replace(self, base=base, parts=parts, **facts)
 
     def with_part(self, base: Any, name: str, part: Part) -> "Factored":
+        # `parts` may be shared with the weight before the operation, so that a new dict is made.
         return dataclasses.replace(self, base=base, parts={**self.parts, name: part})
 
 
@@ -102,6 +103,7 @@ def folded(keys: Part, number: Any) -> Part:
     """Each key of a part folded with a number."""
     if not keys.axes:
         return Part(jax.random.fold_in(keys.array, number), ())
+    # One key per stack entry: the keys are folded each by itself, in their own order.
     flat = jax.vmap(lambda key: jax.random.fold_in(key, number))(keys.array.reshape(-1))
     return Part(flat.reshape(keys.array.shape), keys.axes)
 
@@ -113,6 +115,8 @@ def is_factored(x: object) -> bool:
 def factor(path: str, base: Any, factors: Factors) -> Factored:
     """Puts an adapter's factors beside its base weight."""
     layout, stack = factors.layout, factors.layout.stack
+    # a [*stack, *inputs, r] and b [*stack, r, *outputs], each axis told by the axis of W that it runs along.
+    # VeRA shares a [n, r] along a stack: it takes the last names alone.
     parts = {
         "a": Part(factors.a, (*stack, *layout.inputs, RANK)[-factors.a.ndim :]),
         "b": Part(factors.b, (*stack, RANK, *layout.outputs)),
@@ -132,8 +136,10 @@ def factor(path: str, base: Any, factors: Factors) -> Factored:
         scale = 1.0
     if not isinstance(scale, numbers.Real):
         parts["scale"], scale = Part(jnp.asarray(scale), (*stack, RANK)[: np.ndim(scale)]), 1.0
+    # DoRA's column [*stack, *outputs] multiplies W + s a b as a whole.
     if factors.column is not None:
         parts["column"] = Part(factors.column, (*stack, *layout.outputs))
+    # Dropout: a key per stack entry, and a rate that is static unless it is an array.
     if factors.key is not None:
         parts["key"] = Part(factors.key, stack)
         if not isinstance(rate, numbers.Real):

@@ -39,6 +39,8 @@ def is_dropped(var: Any) -> bool:
 
 def bind(eqn: Any, values: Sequence[Any]) -> list[Any]:
     """Runs one equation as it is; always a list of results."""
+    # A weight that was built under vmap may have its batch axis last, which JAX's batching of ragged products
+    # does not take.
     if eqn.primitive.name == "ragged_dot_general":
         values = [vmapped_first(value) for value in values]
     results = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))
@@ -84,6 +86,8 @@ def order(jaxpr: Any) -> list[tuple[Any, list[Any]]]:
 
     Left out is every equation without effects whose results nobody reads.
     """
+    # Backwards from the results: an equation runs if it has effects or somebody needs a result of it, and a
+    # variable dies at its last reader.
     needed = {v for v in jaxpr.outvars if not is_literal(v)}
     steps = []
     for eqn in reversed(jaxpr.eqns):
@@ -108,10 +112,35 @@ def before_bias(jaxpr: Any) -> set[Any]:
     for var, (eqn, *more) in readers.items():
         if eqn.primitive is prims.add_p and not more and var not in jaxpr.outvars:
             (other,) = [v for v in eqn.invars if v is not var]
+            # A bias is smaller than what it is added to, or was broadcast to its shape.
             smaller = not is_literal(other) and surely(lambda a=other, b=var: a.aval.size < b.aval.size)
             if smaller or (not is_literal(other) and other in broadcast):
                 found.add(var)
     return found
+
+
+def varies(jaxpr: Any, var: Any) -> list[int]:
+    """The axes along which an array may differ from entry to entry, as far as the equations before it tell.
+
+    A mask is written for one side of a weight and then broadcast to its shape: ``[n] -> [n, 1] -> [n, m]``
+    varies along axis 0 alone.
+    """
+    # From the mask back to what made it, through operations that add no axis along which it varies.
+    makers = {out: eqn for eqn in jaxpr.eqns for out in eqn.outvars}
+
+    def axes(atom: Any) -> set[int]:
+        every = {i for i, size in enumerate(atom.aval.shape) if not surely(lambda n=size: n == 1)}
+        eqn = None if is_literal(atom) else makers.get(atom)
+        if eqn is None or not every:
+            return every
+        if eqn.primitive is prims.broadcast_in_dim_p:
+            place = eqn.params["broadcast_dimensions"]
+            return {int(place[i]) for i in axes(eqn.invars[0])}
+        if eqn.primitive.name in ("not", "convert_element_type", "copy"):
+            return axes(eqn.invars[0])
+        return every
+
+    return sorted(axes(var))
 
 
 def handed_on(jaxpr: Any) -> list[int | None]:
@@ -120,6 +149,7 @@ def handed_on(jaxpr: Any) -> list[int | None]:
     for eqn in jaxpr.eqns:
         name = eqn.primitive.name
         if name in (NAMES["jit"], NAMES["remat"], NAMES["scan"]):
+            # An inner function hands its operand on if its own result is that operand.
             inner = handed_on(opened(eqn.params["jaxpr"])[0])
             if name == NAMES["scan"]:  # handed on if every iteration does so: what is carried, and slices
                 n, m = scan_counts(eqn)

@@ -9,6 +9,7 @@ import jax
 def explicit_mesh(*arrays: Any) -> bool:
     """Whether any operand's type carries explicit mesh axes: then a reshape may not merge them blindly."""
     for array in arrays:
+        # Not every type has a sharding, and that of an array outside of a mesh is empty.
         mesh = getattr(getattr(jax.typeof(array), "sharding", None), "mesh", None)
         if mesh is not None and not mesh.empty and not mesh.are_all_axes_auto:
             return True
@@ -16,6 +17,7 @@ def explicit_mesh(*arrays: Any) -> bool:
 
 
 def axis_specs(x: Any, names: Sequence) -> dict:
+    # A spec may be shorter than its array has axes: the rest is not sharded.
     spec = tuple(jax.typeof(x).sharding.spec)
     return dict(zip(names, spec + (None,) * (len(names) - len(spec)), strict=True))
 

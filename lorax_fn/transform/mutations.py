@@ -16,6 +16,7 @@ from lorax_fn.transform import jaxpr as jx
 
 def variables(tree: Any) -> list[Any]:
     """The NNX Variables of a tree, in order; none can be there where NNX is not loaded."""
+    # Flax is not imported for those who don't use it.
     nnx = sys.modules.get("flax.nnx")
     if nnx is None:
         return []
@@ -52,6 +53,7 @@ class Watched:
                 "    model = nnx.merge(graphdef, params, rest)\n"
                 "    return model(x), nnx.split(model, nnx.Param, ...)[2]",
             )
+        # Identity and not equality: arrays under a trace can't be compared, and a write makes a new one.
         values = ((v.get_raw_value(), old) for v, old in self.before)
         return {i: new for i, (new, old) in enumerate(values) if new is not old}
 
@@ -88,6 +90,7 @@ def write_back(changes: Mapping[int, Any], tree: Any, adapted: Sequence[Any] = (
     changes = {i: value for i, value in changes.items() if value is not None}
     own = variables(tree) if changes else []
     for i in changes:
+        # The Variable holds W. A new value for it could only be W + a b, and a b would then be added twice.
         if any(own[i].get_raw_value() is array for array in adapted):
             raise error(
                 "the function writes to a Variable that has an adapter.",

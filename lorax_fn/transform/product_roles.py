@@ -6,6 +6,7 @@ from typing import Any
 
 def _dot(eqn: Any, position: int):
     (sums, batches), avals = eqn.params["dimension_numbers"], [v.aval for v in eqn.invars]
+    # 2 FLOPs, a product and a sum, for each entry of the result and each contracted one.
     contracted = math.prod(avals[0].shape[i] for i in sums[0])
     return (batches[position], sums[position]), 2 * contracted * math.prod(eqn.outvars[0].aval.shape)
 
@@ -13,6 +14,7 @@ def _dot(eqn: Any, position: int):
 def _conv(eqn: Any, position: int):
     if position != 1:
         return None, 0
+    # A kernel contracts its window and its own input channels, which are those of one group.
     out_axis, in_axis, *window = eqn.params["dimension_numbers"].rhs_spec
     kernel = eqn.invars[1].aval.shape
     flops = 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(kernel[i] for i in (in_axis, *window))
@@ -24,6 +26,8 @@ def _ragged(eqn: Any, position: int):
         return None, 0
     dims = eqn.params["ragged_dot_dimension_numbers"]
     (sums, batches), groups = dims.dot_dimension_numbers, dims.rhs_group_dimensions
+    # Rows are split among groups, so that each row meets one expert's kernel: FLOPs are those of one dense
+    # layer.
     contracted = math.prod(eqn.invars[1].aval.shape[i] for i in sums[1])
     return ((*batches[1], *groups), sums[1]), 2 * contracted * math.prod(eqn.outvars[0].aval.shape)
 

@@ -34,6 +34,7 @@ def _dot_general(walk, eqn, values):
             lhs, rhs = (build(lhs), rhs) if lhs.lookup else (lhs, build(rhs))
         else:
             return NotImplemented
+    # From here on w is the weight and x the data, whichever side of the product they are on.
     w, x = (lhs, rhs) if is_factored(lhs) else (rhs, lhs)
     # int: vmap writes numpy integers into equations, and those compare elementwise with other names.
     (lhs_sum, rhs_sum), (lhs_batch, rhs_batch) = jax.tree.map(int, eqn.params["dimension_numbers"])
@@ -44,9 +45,11 @@ def _dot_general(walk, eqn, values):
     # by ("x", i); so x [B, T, n] @ W [n, m] is xs = (x0, x1, 0) and out = (x0, x1, 1).
     shared = dict(zip((*x_batch, *x_sum), (*w_batch, *w_sum), strict=True))  # axis of x -> axis of w
     xs = [shared.get(i, ("x", i)) for i in range(x.ndim)]
+    # dot_general returns batch axes first, then what is free on its left, then what is free on its right.
     x_free = [name for i, name in enumerate(xs) if i not in shared]
     w_free = [i for i in range(w.ndim) if i not in (*w_batch, *w_sum)]
     out = [*w_batch, *(w_free + x_free if w_first else x_free + w_free)]
+    # A stored weight without an adapter: the product alone, which unpacks it.
     if not w.parts:
         return product(eqn, (w.base, x) if w_first else (x, w.base))
     column = w.parts.get("column")
@@ -58,6 +61,8 @@ def _dot_general(walk, eqn, values):
             x = x * align(column.array.astype(x.dtype), column.axes, xs)
         else:
             return NotImplemented
+    # The frozen half is the program's own product, with its precision and output dtype; it is never fused
+    # with the change, so that a gradient by lora needs no W-sized array.
     base = product(eqn, (w.base, x) if w_first else (x, w.base))[0]
     if after is not None and set(after.axes) <= set(w.parts["b"].axes):
         # Its gradient then needs base alone; of column * (base + change) XLA keeps all three arrays.
@@ -78,6 +83,7 @@ def _placed_like(base: Any, change: Any) -> Any:
     if not explicit_mesh(base):
         return change
     asked = jax.typeof(base).sharding
+    # An axis along which the change is broadcast has size 1 there and can't be sharded.
     spec = [entry if change.shape[i] == base.shape[i] else None for i, entry in enumerate(asked.spec)]
     return jax.sharding.reshard(change, jax.NamedSharding(asked.mesh, jax.P(*spec)))
 
@@ -85,6 +91,7 @@ def _placed_like(base: Any, change: Any) -> Any:
 def _column_in_b(w: Factored, column: Part) -> Factored:
     """``a @ (column * b)``: what ``column * (a @ b)`` is, on the small factor."""
     b = w.parts["b"]
+    # Columns are float32 where b may be bfloat16: the product is taken in the wider of both, as a merge does.
     wide = jnp.promote_types(b.array.dtype, column.array.dtype)
     scaled = b.array.astype(wide) * align(column.array.astype(wide), column.axes, b.axes)
     return w.with_part(w.base, "b", Part(scaled, b.axes))
@@ -114,7 +121,10 @@ def _convolution(walk, eqn, values):
         window_first = False
     else:
         return NotImplemented
+    # The frozen half is the program's own convolution.
     base = product(eqn, [x, w.base])[0]
+    # Dropout drops entries of x ahead of A. With the window in B, A is a 1x1 whose inputs the window sees
+    # several times, and one mask for each would not be dropout of W's inputs.
     if "key" in w.parts:
         if spatial != "a" or not window_first:
             raise Refused("dropout of a convolution drops inputs ahead of the window only.", w.paths)
@@ -145,6 +155,8 @@ def _convolution(walk, eqn, values):
         # in -> r within each group by the same 1x1, and the window makes the outputs of those.
         point = lax.broadcast_in_dim(point, (point.shape[0], groups, point.shape[1]), (0, 2))
         h = _within_groups(x, at_x, point, groups, dtype, params["precision"]) * w.scale
+        # in -> r first: [N, H, W, g * c] -> [N, H, W, g * r]; then the window, with the strides and groups of
+        # the program.
         change = jx.bind(eqn, [h, kernel])[0]
     total = base + change
     column = w.parts.get("column")
@@ -159,6 +171,8 @@ def _convolution(walk, eqn, values):
 
 def _within_groups(x: Any, feature: int, point: Any, groups: int, dtype: Any, precision: Any) -> Any:
     """``point`` ``[c, g, d]`` applied to the channel axis of ``x``, g * c channels in, g * d out."""
+    # [N, H, W, g * c] -> [N, H, W, g, c], so that one dot product with [c, g, d] serves every group at once,
+    # with g as its batch axis.
     split = lax.reshape(x, (*x.shape[:feature], groups, x.shape[feature] // groups, *x.shape[feature + 1 :]))
     rest = [("x", i) for i in range(x.ndim)]
     names = [*rest[:feature], "group", "in", *rest[feature + 1 :]]
@@ -178,12 +192,16 @@ def _ragged_dot(walk, eqn, values):
     plain = x.ndim == 2 and tuple(dims.lhs_ragged_dimensions) == (1 - x_sum,) and not batch[0] and not offset
     if is_factored(x) or not plain or len(dims.rhs_group_dimensions) != 1 or w.ndim != 3:
         return NotImplemented
+    # Three axes, one of experts and one contracted: the third holds the outputs.
     (expert,) = dims.rhs_group_dimensions
     out_axis = 3 - expert - w_sum
+    # x meets the factor that has the contracted axis first: [rows, n] -> [rows, r] -> [rows, m].
     first = "a" if w.has("a", w_sum) else "b"
     second = "b" if first == "a" else "a"
     if "key" in w.parts:
         raise Refused("dropout of a ragged product is not defined.", w.paths)
+    # A scale per expert has to go into a factor per expert: a grouped product has no place for it between
+    # both.
     fa, fb = absorbed(w, x.dtype)
     factors = {"a": fa, "b": fb}
     column = w.parts.get("column")
@@ -212,6 +230,8 @@ def _ragged_dot(walk, eqn, values):
 
 def _grouped(rows: Any, part: Part, axes: list[int], sizes: Any, **options: Any) -> Any:
     """``rows`` times a factor: that of the row's expert, or the one that all share."""
+    # A factor in the order that ragged_dot wants, [experts, in, out]; the shared one has size 1 along
+    # experts.
     whole = align(part.array, part.axes, axes)
     if axes[0] in part.axes:
         return lax.ragged_dot(jx.vmapped_first(rows), jx.vmapped_first(whole), sizes, **options)
@@ -222,6 +242,8 @@ def _grouped(rows: Any, part: Part, axes: list[int], sizes: Any, **options: Any)
 def _side_by_side(walk, eqn, values):
     stack = eqn.primitive.name == "stack"
     axis = eqn.params["axis"] if stack else eqn.params["dimension"]
+    # The bases are joined by the program's own operation; what follows joins the factors so that the sum
+    # stays W + a b in every entry.
     base = moved(eqn, [v.base if is_factored(v) else v for v in values])[0]
     if stack:
         values = [_expanded(v, axis) for v in values]
@@ -229,25 +251,49 @@ def _side_by_side(walk, eqn, values):
     weights = [v for v in values if is_factored(v) and v.parts]
     if not weights:
         return [Factored(base, {}, 1.0, 0.0, paths)]
+    # A kind says of each axis whether a has it and whether b has it. Weights of two kinds, as [n, m] beside a
+    # transposed [m, n], have no factors in common.
     kinds = {tuple((w.has("a", i), w.has("b", i)) for i in range(w.ndim)) for w in weights}
-    if len(kinds) > 1 or any(set(w.parts) - {"a", "b", "scale"} or w.lookup for w in weights):
+    if len(kinds) > 1 or any(set(w.parts) - {"a", "b", "scale", "column"} or w.lookup for w in weights):
         return NotImplemented
     # All weights have each axis in the same factors, so it is told of the joined one: in both factors (or in
     # neither, which joins as a stack), in a alone, or in b alone.
     in_a, in_b = next(iter(kinds))[axis]
+    parts = {}
+    if any("column" in w.parts for w in weights):
+        if in_a and not in_b:
+            return NotImplemented  # columns of two weights would differ along inputs
+        parts["column"] = _columns(values, weights, axis)
     dtype = jnp.result_type(*(w.parts[name].array.dtype for w in weights for name in "ab"))
     factors = [
         _plain_factors(v, axis, in_a == in_b, dtype) if is_factored(v) and v.parts else None for v in values
     ]
     join = _stacked if in_a == in_b else _blocks
     a, b = join(factors, [v.shape[axis] for v in values], axis, "a" if in_a else "b")
-    return [Factored(base, {"a": a, "b": b}, 1.0, 0.0, paths, tap=weights[0].tap)]
+    return [Factored(base, {"a": a, "b": b, **parts}, 1.0, 0.0, paths, tap=weights[0].tap)]
+
+
+def _columns(values: list, weights: list[Factored], axis: int) -> Part:
+    """The columns of DoRA along the joined axis; those of other values are ones."""
+    known = [w.parts["column"] for w in weights if "column" in w.parts]
+    axes = tuple(sorted({axis, *(i for part in known for i in part.axes)}))
+    dtype = jnp.result_type(*(part.array.dtype for part in known))
+    arrays = []
+    for v in values:
+        shape = [v.shape[i] for i in axes]
+        if is_factored(v) and "column" in v.parts:
+            part = v.parts["column"]
+            arrays.append(jnp.broadcast_to(align(part.array.astype(dtype), part.axes, axes), shape))
+        else:
+            arrays.append(jnp.ones(shape, dtype))
+    return Part(lax.concatenate(arrays, axes.index(axis)), axes)
 
 
 def _expanded(value: Any, axis: int) -> Any:
     """A new axis of size 1; in a weight no part runs along it."""
     if not is_factored(value):
         return lax.expand_dims(value, [axis])
+    # `stack` is a concatenation along a new axis, of size 1 in each operand.
     shape = (*value.shape[:axis], 1, *value.shape[axis:])
     base = jax.ShapeDtypeStruct(shape, value.dtype)  # the bases are joined already
     return value.with_parts(base, lambda part: part.renamed(lambda i: i + 1 if i >= axis else i))
@@ -257,6 +303,8 @@ def _plain_factors(w: Factored, axis: int, stacks: bool, dtype: Any) -> dict[str
     """``a`` and ``b``: axes in order, the rank last, the scale in ``b``; both have ``axis`` if it stacks."""
     parts = {}
     for name, part in zip("ab", absorbed(w, dtype), strict=True):
+        # a [*stack, *inputs, r] and b [*stack, *outputs, r]: the rank is last in both, so that ranks are
+        # joined alike.
         axes = [i for i in range(w.ndim) if i in part.axes or (stacks and i == axis)] + [RANK]
         array = align(part.array, part.axes, axes)
         shape = [w.shape[axis] if i == axis else n for i, n in zip(axes, array.shape, strict=True)]
@@ -271,9 +319,11 @@ def _stacked(factors: list, sizes: list[int], axis: int, side: str) -> list[Part
     rank = max(f["a"].array.shape[-1] for f in known)
     joined = []
     for name in "ab":
+        # The first weight tells the order of axes and the sizes along all but the joined one.
         like = known[0][name]
         where, arrays = like.axes.index(axis), []
         for f, size in zip(factors, sizes, strict=True):
+            # An array among the weights has no change: its entries get factors of zeros.
             if f is None:
                 shape = [size if i == where else n for i, n in enumerate(like.array.shape[:-1])]
                 arrays.append(jnp.zeros((*shape, rank), like.array.dtype))
@@ -288,6 +338,8 @@ def _blocks(factors: list, sizes: list[int], axis: int, side: str) -> list[Part]
     known = [(sum(sizes[:i]), f) for i, f in enumerate(factors) if f is not None]
     joined = []
     for name in "ab":
+        # For [n, m1 + m2] of ranks r1 and r2: a is [n, r1 + r2], and b [r1 + r2, m1 + m2] with b1 and b2 in
+        # its blocks.
         axes, arrays = known[0][1][name].axes, []
         for start, f in known:
             array = f[name].array
@@ -300,5 +352,6 @@ def _blocks(factors: list, sizes: list[int], axis: int, side: str) -> list[Part]
 
 def _padded(array: Any, axis: int, before: int, total: int) -> Any:
     edges = [(0, 0, 0)] * array.ndim
+    # Zeros before and after, so that the axis has `total` entries in the end.
     edges[axis] = (before, total - before - array.shape[axis], 0)
     return lax.pad(array, jnp.zeros((), array.dtype), edges)

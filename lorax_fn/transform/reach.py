@@ -21,6 +21,7 @@ def reached(jaxpr: Any, wanted: Sequence[bool] | None = None) -> list[bool]:
     """
     wanted = [True] * len(jaxpr.outvars) if wanted is None else wanted
     live = {v for v, want in zip(jaxpr.outvars, wanted, strict=True) if want and not jx.is_literal(v)}
+    # Backwards: the operands of an equation are live if one of its results is.
     for eqn in reversed(jaxpr.eqns):
         results = [v in live for v in eqn.outvars]
         if any(results) and eqn.primitive.name != "stop_gradient":

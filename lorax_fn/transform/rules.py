@@ -42,6 +42,7 @@ MOVES = Rules()
 
 
 def one(eqn: Any, *values: Any) -> Any:
+    # Most operations have one result; the table of stored weights decides whether it runs now or is put off.
     return moved(eqn, values)[0]
 
 
@@ -51,12 +52,15 @@ def one(eqn: Any, *values: Any) -> Any:
 @MOVES.of(prims.copy_p, prims.sharding_constraint_p, prims.name_p, "reshard")
 def _same(walk, eqn, values):
     (w,) = values
+    # No part changes: every axis stays where it is, so that the factors of W are those of the result.
     return [dataclasses.replace(w, base=one(eqn, w.base))]
 
 
 @MOVES.of(prims.stop_gradient_p, prims.device_put_p, "pvary", "pcast")
 def _everywhere(walk, eqn, values):
     (w,) = values
+    # What these do (stop a gradient, move to a device) they have to do to the factors too: a factor left out
+    # would still train.
     return [w.with_parts(one(eqn, w.base), lambda part: Part(one(eqn, part.array), part.axes))]
 
 
@@ -64,6 +68,8 @@ def _everywhere(walk, eqn, values):
 def _convert(walk, eqn, values):
     if not jnp.issubdtype(eqn.params["new_dtype"], jnp.floating):
         return NotImplemented
+    # A weight cast to bfloat16 keeps its factors in their own dtype: the product casts them, once, to that of
+    # x.
     return _same(walk, eqn, values)
 
 
@@ -79,6 +85,7 @@ def _barrier(walk, eqn, values):
 @MOVES.of(prims.neg_p)
 def _negative(walk, eqn, values):
     (w,) = values
+    # -(W + s a b) = (-W) + (-s) a b: the sign goes into the static scale, and no factor is touched.
     return [dataclasses.replace(w, base=one(eqn, w.base), scale=-w.scale)]
 
 
@@ -89,6 +96,7 @@ def _scaled(walk, eqn, values):
     if is_factored(by) or (w is right and eqn.primitive is prims.div_p):
         return NotImplemented
     bases = [v.base if v is w else v for v in values]
+    # A stored weight without an adapter has no factors to scale: its base alone goes through the operation.
     if not w.parts:
         return [dataclasses.replace(w, base=one(eqn, *bases))]
     # ``by`` has the weight's rank of axes, most of them of size 1: [1, m] scales columns, [1, 1] everything.
@@ -96,6 +104,7 @@ def _scaled(walk, eqn, values):
     # The axes along which it varies have to be axes of one factor, and not of the other one alone: what
     # varies along inputs goes into a, along outputs into b, along a stack or nowhere into either.
     varies = [i for i, size in enumerate(jnp.shape(by)) if size != 1]
+    # The factor b is tried first: VeRA's a is shared along a stack, and would be copied for each entry.
     for name, other in (("b", "a"), ("a", "b")):
         part = w.parts[name]
         if not any(w.has(other, i) and not w.has(name, i) for i in varies):
@@ -120,6 +129,8 @@ def _scaled(walk, eqn, values):
 @MOVES.of(prims.transpose_p)
 def _transpose(walk, eqn, values):
     (w,) = values
+    # The permutation says which old axis each new one is; parts want the inverse, old axis -> new axis. For W
+    # [n, m] -> [m, n], a (0, r) becomes (1, r).
     place = {old: new for new, old in enumerate(eqn.params["permutation"])}
     return [w.with_parts(one(eqn, w.base), lambda part: part.renamed(place.__getitem__))]
 
@@ -138,6 +149,7 @@ def _squeeze(walk, eqn, values):
 
 def without_axes(w: Factored, base: Any, gone: Sequence[int]) -> Factored:
     """The weight on a base that has lost axes, along which its parts have one entry or do not run."""
+    # For [1, n, m] -> [n, m] the places are {1: 0, 2: 1}; axis 0 has none, as no part runs along it any more.
     place = {old: new for new, old in enumerate(i for i in range(w.ndim) if i not in gone)}
     return w.with_parts(base, lambda part: _without(part, gone).renamed(place.__getitem__))
 
@@ -157,6 +169,8 @@ def _reshape(walk, eqn, values):
     w: Any = values[0]
     if len(values) > 1 or eqn.params.get("dimensions") is not None:
         return NotImplemented
+    # A group is all in one part or none of it is: [n, h * k] -> [n, h, k] splits an output of b, while [n, m]
+    # -> [n * m] would have to mix an axis of a with one of b.
     groups = reshape_groups(w.shape, eqn.params["new_sizes"])
     for old, _ in groups:
         if not _moves_together(w, old):  # a stack axis may merge with inputs or outputs, at a higher rank
@@ -174,6 +188,7 @@ def reshape_groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[in
     groups = []
     while olds or news:
         left, right = [olds.pop(0)], [news.pop(0)]
+        # Whichever side holds fewer elements takes its next axis, until both hold the same.
         while (a := math.prod(old[i] for i in left)) != (b := math.prod(new[i] for i in right)):
             (left if a < b else right).append((olds if a < b else news).pop(0))
         groups.append((left, right))
@@ -190,6 +205,8 @@ def _stack_with(w: Factored, axes: Sequence[int]) -> Factored | None:
     w = chosen(w)
     if not w.parts or set(w.parts) - {"a", "b", "scale"} or is_unbuilt(w.base):
         return None
+    # With W [s, n, m] -> [s * n, m], a [s, n, r] and b [s, r, m]: n is an input, so that s becomes one too, a
+    # [s, n, s * r] and b [s * r, m].
     changed: Factored | None = scale_absorbed(w)
     stack = [i for i in axes if changed.has("a", i) and changed.has("b", i)]
     rest = [i for i in axes if i not in stack]
@@ -224,6 +241,7 @@ def _regrouped(part: Part, groups: list, old: Sequence[int], new: Sequence[int])
 def _sliced(part: Part, start: Sequence[int], limit: Sequence[int], strides: Sequence[int]) -> Part:
     if not part.axes:
         return part
+    # A part is cut along its own axes by the numbers of the weight's; the rank is always kept whole.
     where = [(0, n, 1) if axis < 0 else (start[axis], limit[axis], strides[axis])
              for axis, n in zip(part.axes, part.array.shape, strict=True)]  # fmt: skip
     return Part(lax.slice(part.array, *zip(*where, strict=True)), part.axes)
@@ -244,6 +262,8 @@ def looked_up(w: Factored, cut: Factored) -> Factored:
         part = w.parts[name]
         return math.prod(n for n, axis in zip(part.array.shape, part.axes, strict=True) if axis >= 0)
 
+    # For W[3] of [n, m] the part a goes from [n, r] to [1, r]: that is a row of a table, n entries became
+    # one.
     row = any(entries(cut, name) == 1 < entries(w, name) for name in "ab" if name in w.parts)
     return dataclasses.replace(cut, lookup=w.lookup or row)
 
@@ -253,6 +273,8 @@ def _split(walk, eqn, values):
     (w,) = values
     axis, results, start = eqn.params["axis"], [], 0
     for size, base in zip(eqn.params["sizes"], moved(eqn, [w.base]), strict=True):
+        # Each piece is a slice of the weight along one axis, so that each part is sliced or, without that
+        # axis, shared.
         begin = [start if i == axis else 0 for i in range(w.ndim)]
         end = [start + int(size) if i == axis else n for i, n in enumerate(w.shape)]
         piece = w.with_parts(base, lambda part, b=begin, e=end: _sliced(part, b, e, (1,) * w.ndim))
@@ -267,6 +289,7 @@ def _unstack(walk, eqn, values):
     axis = eqn.params["axis"]
 
     def entry(part: Part, i: int) -> Part:
+        # Entry i is a slice of size 1 whose axis is then removed; the axes behind it move up by one.
         begin = [i if j == axis else 0 for j in range(w.ndim)]
         end = [i + 1 if j == axis else n for j, n in enumerate(w.shape)]
         part = _without(_sliced(part, begin, end, (1,) * w.ndim), [axis])
@@ -283,6 +306,8 @@ def _dynamic_slice(walk, eqn, values):
 
     def sliced(part: Part) -> Part:
         zero = jnp.zeros((), starts[0].dtype) if starts else 0
+        # JAX clamps a start by the size of what it slices, and a part has the weight's own size along each
+        # axis, so that both are clamped alike.
         begin = [zero if axis < 0 else starts[axis] for axis in part.axes]
         size = [n if axis < 0 else sizes[axis] for axis, n in zip(part.axes, part.array.shape, strict=True)]
         return Part(lax.dynamic_slice(part.array, begin, size), part.axes) if part.axes else part
@@ -296,6 +321,8 @@ def _tile(walk, eqn, values):
     reps = eqn.params["reps"]
 
     def tiled(part: Part) -> Part:
+        # [n, m] tiled by (1, 2) is [n, 2 m]: b [r, m] becomes [r, 2 m], and a, which has no such axis, serves
+        # both copies.
         return Part(jnp.tile(part.array, [1 if axis < 0 else reps[axis] for axis in part.axes]), part.axes)
 
     return [w.with_parts(one(eqn, w.base), tiled)]
@@ -361,6 +388,8 @@ def _gather(walk, eqn, values):
         return Part(rows, axes)
 
     cut = [axis for axis in dims.start_index_map if sizes[axis] < w.shape[axis]]
+    # Rows of a stack (expert i's weight) are weights still, whatever number of them; rows of inputs or
+    # outputs are an activation.
     stacked = all(w.has("a", axis) and w.has("b", axis) for axis in cut)
     base = one(eqn, w.base, indices) if stacked else lookup(eqn, [w.base, indices])[0]
     return [w.with_parts(base, gathered, lookup=w.lookup or not stacked)]

@@ -22,6 +22,9 @@ class Step:
 
     def __init__(self, eqn: Any, which: int):
         self.eqn, self.which = eqn, which
+        # Parameters of an equation may be unhashable (arrays, jaxprs); their text tells two of them apart.
+        # Two layers that do the same to their weights then have one tree structure, so that one trace serves
+        # both.
         self.key = (eqn.primitive.name, repr(eqn.params), which)
 
     def __eq__(self, other: object) -> bool:
@@ -52,6 +55,7 @@ def is_unbuilt(x: object) -> bool:
 
 def built(x: Any) -> Any:
     """The array that a stored weight, with all that was put off, stands for; arrays as they are."""
+    # The operations that were put off run now, on the unpacked array, from the innermost outwards.
     if isinstance(x, Later):
         return jx.bind(x.step.eqn, [built(operand) for operand in x.operands])[x.step.which]
     return dense(x)
@@ -66,6 +70,8 @@ def moved(eqn: Any, values: Sequence[Any]) -> list[Any]:
     """An operation that moves, cuts or casts a base: run on arrays, put off for stored weights."""
     if not any(map(is_unbuilt, values)):
         return jx.bind(eqn, values)
+    # Slices, stacks and the like along stack axes can be taken of the codes themselves: entry i of [L, n, m]
+    # is a stored weight [n, m]. Anything else is put off.
     shortcut = STACKS.get(eqn.primitive.name)
     result = None if shortcut is None or not is_unbuilt(values[0]) else shortcut(eqn, *values)
     return result or [
@@ -82,6 +88,8 @@ def product(eqn: Any, values: Sequence[Any]) -> list[Any]:
     """
     if not any(map(is_unbuilt, values)):
         return jx.bind(eqn, values)
+    # With W stored, x @ W is x @ unpack(codes), and its gradient by x needs W again: unpack(codes) anew,
+    # since keeping it would cost what quantization saved.
     return _unpacked_twice(*_apart(eqn, values))
 
 
@@ -93,17 +101,21 @@ def lookup(eqn: Any, values: Sequence[Any]) -> list[Any]:
     """
     if not any(map(is_unbuilt, values)):
         return jx.bind(eqn, values)
+    # Indices are integers, so that this has no derivative by its other operands and needs no second
+    # unpacking.
     run, packed, others = _apart(eqn, values)
     return run(*lax.optimization_barrier((packed, others)))
 
 
 def _apart(eqn: Any, values: Sequence[Any]) -> tuple[Callable, list, list]:
     """``run(packed, others)``, which unpacks the stored operands and runs the operation; and these two."""
+    # `values` may be weights with operations put off, each a tree with stored leaves and arrays among them.
     leaves, treedef = jax.tree_util.tree_flatten(list(values), is_leaf=is_stored)
     packed = [x if is_stored(x) else None for x in leaves]
     others = [None if is_stored(x) else x for x in leaves]
 
     def run(packed: list, others: list) -> list[Any]:
+        # Each position holds its leaf in one of both lists and None in the other.
         both = [o if p is None else p for p, o in zip(packed, others, strict=True)]
         return jx.bind(eqn, [built(v) for v in jax.tree_util.tree_unflatten(treedef, both)])
 
@@ -115,6 +127,8 @@ def _unpacked_twice(run: Callable, packed: list, others: list) -> list[Any]:
     def forward(packed, others):
         return run(*lax.optimization_barrier((packed, others)))
 
+    # Packed operands have no tangent (codes are integers); others do. The checkpoint makes JAX keep the codes
+    # for backward and run `turned` then, with its own unpacking.
     @forward.defjvp
     def _(primals, tangents):
         def turned(packed, others, changes):
@@ -128,6 +142,8 @@ def _unpacked_twice(run: Callable, packed: list, others: list) -> list[Any]:
 # Stack entries of a stored weight are stored weights.
 
 ELEMENTWISE = {
+    # Operations entry by entry: of their result a slice is the result of a slice, so that a loop can take
+    # slices.
     p.name
     for p in (prims.convert_element_type_p, prims.copy_p, prims.neg_p, prims.name_p, prims.mul_p, prims.div_p)
 }
@@ -137,10 +153,13 @@ def scanned(base: Any) -> tuple[Any, Callable[[Any], Any]] | None:
     """What a loop over axis 0 scans, and how an iteration makes its slice of that; None where it can't."""
     if not is_unbuilt(base):
         return base, lambda piece: piece
+    # The leading axis has to be a stack axis of the stored arrays: blocks that reach across it have no entry
+    # of their own.
     if is_stored(base):
         return None if base.entry(0) is None else (base, lambda piece: piece.entry(0))
     if base.step.eqn.primitive.name not in ELEMENTWISE:
         return None
+    # A number among the operands, as of W * 0.5, has no axes and is the same in each iteration.
     known = [scanned(x) if np.shape(x) else (None, lambda _, x=x: x) for x in base.operands]
     if any(pair is None for pair in known):
         return None
@@ -160,6 +179,7 @@ def _through(base: Any, change: Callable[[Any], Any]) -> Any:
     """``change`` of the stored weight under casts and the like; None where there is more on it."""
     if not isinstance(base, Later):
         return change(base)
+    # With a second operand (W * scale) the change would have to be made to that one as well.
     operand, *more = base.operands
     if more or base.step.eqn.primitive.name not in ELEMENTWISE:
         return None
@@ -179,6 +199,8 @@ def _cut_stack(
         return cut(array, [shape[i] if i in axes else n for i, n in enumerate(array.shape)])
 
     def change(stored: Any) -> Any:
+        # Along inputs or outputs a block of codes would be cut in two: then the slice is put off until the
+        # product.
         if any(stored.entry(axis) is None for axis in axes):
             return None
         return dataclasses.replace(jax.tree.map(each, stored), shape=tuple(shape))

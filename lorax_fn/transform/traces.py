@@ -51,6 +51,8 @@ class Traces:
         where = next(i for i, leaf in enumerate(leaves) if isinstance(leaf, Leaves))
         params = leaves[where]
         slots = [None] * where + list(range(len(params.leaves))) + [None] * (len(leaves) - where - 1)
+        # The parameters' leaves stand in the middle of the arguments'; `slots` says which of all values is
+        # which of them.
         leaves[where : where + 1] = params.leaves
         # Floats among the parameters are facts about the model, as the rate of an Equinox dropout layer.
         floats = [
@@ -70,6 +72,7 @@ class Traces:
 
     def _traced(self, shape: tuple, leaves: list, slots: list, dynamic: list[bool]) -> Trace:
         static = [None if d else leaf for leaf, d in zip(leaves, dynamic, strict=True)]
+        # jit keeps its own traces by type; here one jitted function is kept for each set of static values.
         jitted = self._jitted((*shape, tuple(dynamic)), static)
         values: list[Any] = [leaf for leaf, d in zip(leaves, dynamic, strict=True) if d]
         values = [jnp.asarray(v) if isinstance(v, float | complex) else v for v in values]
@@ -101,6 +104,8 @@ class Traces:
 
         def flat(*values):
             rest = iter(values)
+            # Traced values and static ones go back to their places, in the order in which they were
+            # flattened.
             leaves = [next(rest) if d else leaf for leaf, d in zip(static, dynamic, strict=True)]
             params = jax.tree_util.tree_unflatten(params_treedef, leaves[where : where + count])
             leaves[where : where + count] = [params]

@@ -120,10 +120,12 @@ def usage(fn: Callable, params: PyTree, *args: Any, argnum: int = 0, **kwargs: A
     leaves = [leaf for _, leaf in named]
     trace = Traces(fn).of((*args[:argnum], Leaves(leaves, treedef), *args[argnum:]), kwargs)
     found: dict[str, list[Use]] = {path: [] for path, leaf in named if is_array(leaf)}
+    # Every parameter begins as a view of itself: its axis i holds axis i.
     refs = []
     for slot in trace.slots:
         path, leaf = ("", None) if slot is None else named[slot]
         refs.append([] if leaf is None else [Ref(path, tuple((i,) for i in range(len(leaf.shape))))])
+    # The reader follows views through the program and notes at each use what became of their axes.
     reader = Reader(found)
     given = [v if slot is None else named[slot][1] for v, slot in zip(trace.values, trace.slots, strict=True)]
     kept = unchanged(trace, given, ((*args[:argnum], params, *args[argnum:]), kwargs))
@@ -132,15 +134,18 @@ def usage(fn: Callable, params: PyTree, *args: Any, argnum: int = 0, **kwargs: A
     counts = reached(trace.jaxpr, [i not in kept for i in range(len(results))])
     alive = {named[i][0] for i, on in zip(trace.slots, counts, strict=True) if on and i is not None}
     leaf_of = dict(named)
+    # Only now are all uses known, which tell a table's rows from a stack of biases.
     found = {path: _with_lookups(uses, leaf_of[path]) for path, uses in found.items()}
     layouts = {path: _layout(uses, leaf_of[path]) for path, uses in found.items()}
     layouts |= _experts(layouts, reader.meetings)
+    # Whether `adapt` keeps them factored is asked of the rules themselves, not repeated here.
     unserved = _unserved(trace, named, layouts, kept)
     result = []
     for path, leaf in named:
         if not is_array(leaf):
             continue
         uses, layout = found[path], layouts[path]
+        # What makes another weight of it is no use of its own, unless nothing came of that.
         counted = [use for use in uses if not use.on_the_way or layout is None]
         if layout is not None:
             source = [f"{report.primitive}: {report.where}{report.line}" for report in unserved.get(path, [])]
@@ -172,6 +177,7 @@ def _with_lookups(uses: list[Use], leaf: Any) -> list[Use]:
     whole = [use.layout for use in uses if use.layout is not None]
     if _layout(uses, leaf) is None:
         return uses
+    # A row is one of a table if a product uses the table whole and not as a stack along that axis.
     return [
         dataclasses.replace(use, op="gather", layout=use.row)
         if use.row and any(not set(use.row.inputs) & set(layout.stack) for layout in whole)
@@ -186,6 +192,7 @@ def _layout(uses: list[Use], leaf: Any) -> Layout | None:
         return None
     for use in uses:
         if use.layout is not None:
+            # An axis in two roles, or in none, leaves no layout that a low-rank factor could follow.
             axes = sorted((*use.layout.stack, *use.layout.inputs, *use.layout.outputs))
             return use.layout if axes == list(range(len(leaf.shape))) else None
     return None
@@ -215,6 +222,7 @@ def _as_stack(layout: Layout, axis: int) -> Layout | None:
     """The layout with ``axis`` as a stack axis; None where it does not lead, or leads nothing."""
     if axis in layout.stack:
         return layout
+    # Experts lead in torch and in JAX. An axis elsewhere, such as heads, is no stack of weights.
     if axis != min((*layout.inputs, *layout.outputs)):
         return None
     inputs, outputs = (tuple(i for i in axes if i != axis) for axes in (layout.inputs, layout.outputs))
@@ -232,6 +240,7 @@ def _unserved(
     values = [
         value if slot is None else leaves[slot] for value, slot in zip(trace.values, trace.slots, strict=True)
     ]
+    # No array is computed: rank-1 factors of types alone go through the rules, and reports are collected.
     walk = Walk("allow").waiting()
 
     def run(consts, values):

@@ -338,9 +338,13 @@ def _call(name: str):
 
 
 def _cond(reader: Reader, eqn: Any, views: list, times: int, fixed: list):
+    """What branches return as a view of a parameter is one still; of looked-up rows the use ends here."""
+    handed: list[list[Ref]] = [[] for _ in eqn.outvars]
     for closed in eqn.params["branches"]:
-        reader.leave("cond", reader.line(eqn), reader.read(jx.opened(closed)[0], views[1:], times), times)
-    return [[]] * len(eqn.outvars)
+        for place, refs in zip(handed, reader.read(jx.opened(closed)[0], views[1:], times), strict=True):
+            reader.leave("cond", reader.line(eqn), [[ref for ref in refs if ref.looked_up]], times)
+            place += [ref for ref in refs if not (ref.looked_up or ref.result or ref in place)]
+    return handed
 
 
 def _carry(reader: Reader, eqn: Any, body: Any, first: int, views: list, times: int) -> list:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from lorax_fn.core.errors import error
 from lorax_fn.core.trees import is_tracer
 from lorax_fn.transform import jaxpr as jx
+from lorax_fn.transform.choices import select
 from lorax_fn.transform.contractions import build
 from lorax_fn.transform.control import CONTROL, signature
 from lorax_fn.transform.edits import EDITS
@@ -99,14 +100,18 @@ class Walk:
         return dataclasses.replace(self, notes=Notes(), around=(), quiet=True)
 
     def evaluate(self, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
+        # What a variable holds is an array, a `Factored` weight, or for a moment a `Sum` that waits for its
+        # bias.
         env = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True))
         biased = self.once(("bias", id(jaxpr)), jaxpr, lambda: jx.before_bias(jaxpr))
         for eqn, dying in self.once(("order", id(jaxpr)), jaxpr, lambda: jx.order(jaxpr)):
             values = [v.val if jx.is_literal(v) else env[v] for v in eqn.invars]
             with jx.equation_context(eqn):
+                # Equations without a weight run as they are: that is most of a model, and costs one bind
+                # each.
                 if any(map(is_factored, values)):
                     values = [v.added() if isinstance(v, Sum) else _nonempty(v) for v in values]
-                    results = self._apply(eqn, values, env)
+                    results = self._apply(eqn, values, env, jaxpr)
                 elif any(isinstance(value, Sum) for value in values):
                     results = _bias_first(eqn, values)
                 else:
@@ -116,19 +121,24 @@ class Walk:
                     for v, r in zip(eqn.outvars, results, strict=True)
                 ]
             env.update((v, r) for v, r in zip(eqn.outvars, results, strict=True) if not jx.is_dropped(v))
+            # Values that nobody reads again are let go at once, as eager JAX does: a walk of a large model
+            # holds no more than the model itself.
             for var in dying:
                 del env[var]
         return [v.val if jx.is_literal(v) else env[v] for v in jaxpr.outvars]
 
-    def _apply(self, eqn: Any, values: list, env: dict) -> Sequence[Any]:
+    def _apply(self, eqn: Any, values: list, env: dict, jaxpr: Any) -> Sequence[Any]:
         name = eqn.primitive.name
         if not any(map(is_factored, values)):  # weights of no entries
             return jx.bind(eqn, values)
+        # Control flow gets a walk that knows where it is, for the source line of a report from inside.
         if name in CONTROL:
             return CONTROL[name](dataclasses.replace(self, around=(*self.around, eqn)), eqn, values)
-        rule = RULES.get(name)
         given = values if name in KEEP_MANY else [chosen(v) for v in values]
-        results = NotImplemented if rule is None else rule(self, eqn, given)
+        if name == "select_n":  # its rule has to know along which axes the mask varies
+            results = select(self, eqn, given, jx.varies(jaxpr, eqn.invars[0]))
+        else:
+            results = RULES[name](self, eqn, given) if name in RULES else NotImplemented
         if results is NotImplemented:
             values = self.dense(eqn, values)
             for var, value in zip(eqn.invars, values, strict=True):
@@ -152,12 +162,15 @@ class Walk:
     def _built(self, value: Any, primitive: str, where: str, line: str) -> Any:
         if not is_factored(value):
             return value
+        # Rows that were looked up are an activation: building them is what the program does, and no loss.
         if not value.lookup:
             report = Report(" + ".join(value.paths), value.shape, primitive, where, line, bool(value.parts))
             self.report(report)
         return build(value)
 
     def report(self, report: Report) -> None:
+        # Functions that JAX itself jits, such as jax.nn.relu, have no line of the user's: that of the call
+        # around them is meant.
         if not report.line:
             report = dataclasses.replace(report, line=jx.source_line(*reversed(self.around)))
         if self.quiet:
@@ -167,6 +180,7 @@ class Walk:
             return
         if self.fallback == "error":
             raise _problem(report)
+        # One warning per weight and primitive, and not one per call.
         with self.memory.lock:
             new = (report.path, report.primitive) not in self.memory.told
             self.memory.told.add((report.path, report.primitive))
@@ -181,6 +195,8 @@ class Walk:
         The first draw of a weight takes its key as it is, the next ones that key folded with their number.
         So nothing else that the program does matters, nor whether a jit or a checkpoint is around it.
         """
+        # Weights that were joined have no key: dropout of those is refused where they are joined, so that
+        # there is one path.
         (path,) = w.paths
         count = self.notes.draws.get(path, 0)
         self.notes.draws[path] = count + 1
@@ -192,6 +208,8 @@ class Walk:
         def entered(w: Any) -> Any:
             if not _draws(w) or not (count := self.notes.draws.get(w.paths[0], 0)):
                 return w
+            # Inside, draws are counted from zero. What came before is an array, so that layers with another
+            # count share the trace of one inner jit.
             before = w.parts["draws"].array if "draws" in w.parts else jnp.uint32(0)
             return w.with_part(w.base, "draws", Part(before + jnp.uint32(count), ()))
 
@@ -199,6 +217,8 @@ class Walk:
 
     def looping(self, values: Sequence[Any]) -> list[Any]:
         """Operands of a loop, which is one draw of each of them; inside, iterations fold its key."""
+        # A loop draws once for each weight: its key is advanced here, and iterations fold their number into
+        # that.
         looped = [
             _with_keys(w, _keys_after(w, self.notes.draws.get(w.paths[0], 0))) if _draws(w) else w
             for w in values
@@ -229,6 +249,7 @@ class Walk:
         Two threads may both make it; the first one's stays. ``alive`` is kept, as else its id could become
         another object's.
         """
+        # Making may take long (a trace) or come back here, so that the lock is not held meanwhile.
         with self.memory.lock:
             known = self.memory.known.get(key)
         if known is None:
@@ -244,6 +265,7 @@ class Walk:
 
         ``run`` may depend on the equation and on the structure and shapes of the values, which are the key.
         """
+        # Under a trace the loop becomes part of what is traced.
         if any(map(is_tracer, jax.tree_util.tree_leaves(values))):
             walk = self.inner()
             results = run(walk, *values)
