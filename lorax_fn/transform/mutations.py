@@ -50,7 +50,7 @@ class Watched:
                 want=f"the {len(self.before)} from before it",
                 do="graphdef, params, rest = nnx.split(model, nnx.Param, ...), and adapt "
                 "fn(params, rest, x):\n"
-                "    model = nnx.merge(graphdef, params, rest)\n"
+                "    model = nnx.merge(graphdef, params, rest, copy=True)\n"
                 "    return model(x), nnx.split(model, nnx.Param, ...)[2]",
             )
         # Identity and not equality: arrays under a trace can't be compared, and a write makes a new one.
