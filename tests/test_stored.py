@@ -24,6 +24,15 @@ BUILT = {
     "two of them added",
     "rows overwritten",
     "written into rows",
+    "inputs masked",
+    "outputs masked",
+    "a mask picks of two",
+    "layers masked",
+    "a number picks of two",
+    "a number picks per example",
+    "branches return it",
+    "a branch returns an array",
+    "branches return layers",
 }
 CASES = [c for c in RULE_CASES if c.layout.inputs and c.layout.outputs]
 OPTIONS = {"int8": {"block": 2, "double": False}, "nf4": {"block": 4, "double": True}}
