@@ -37,7 +37,11 @@ def name_of(page):
 WITHOUT_BLOCKS = ("api.md", "costs.md", "peers.md", "releasing.md")
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name_of)
+# Each page is a process of its own: those of docs/ run with -m slow, as CI does.
+RUN = [pytest.param(page, marks=() if page == PAGES[0] else pytest.mark.slow) for page in PAGES]
+
+
+@pytest.mark.parametrize("page", RUN, ids=name_of)
 def test_blocks_run_top_to_bottom(page, tmp_path):
     blocks = python_blocks(page.read_text())
     assert blocks.strip() or page.name in WITHOUT_BLOCKS

@@ -14,6 +14,7 @@ from sweep_setup import KEY, STEPS, adam, assert_lanes_are_runs, batches, consta
 import lorax_fn as lx
 from lorax_fn.sweeps import programs
 
+pytestmark = pytest.mark.slow
 LANES = lx.grid(rank=[1, 4], lr=[1e-3, 3e-2])
 
 
