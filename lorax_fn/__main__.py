@@ -155,8 +155,7 @@ def combine(
     _free(out)
     weighted = [_weighted(text) for text in adapters]
     loras = [(weight, anything.read(path)) for weight, path in _progress(weighted, "reading", as_json)]
-    paths = dict.fromkeys(path for _, lora in loras for path in lora)
-    made = {path: _sum(path, [(w, lora[path]) for w, lora in loras if path in lora]) for path in paths}
+    made = lx.combine(loras)
     lx.peft.save(out, made)
     _done({"out": str(out), "adapters": len(made), "of": [f"{w:g}:{p}" for w, p in weighted]}, as_json)
 
@@ -210,25 +209,6 @@ def _weighted(text: str) -> tuple[float, str]:
         return (float(weight), path) if colon else (1.0, text)
     except ValueError:
         return 1.0, text
-
-
-def _sum(path: str, parts: list[tuple[float, Any]]) -> Any:
-    """``sum w dW`` as one LoRA of scale 1: factors side by side."""
-    wrong = [type(x).__name__ for _, x in parts if not (isinstance(x, LowRank) and x.adds) or x.layout.stack]
-    if wrong:
-        raise lx.LoraError(f"{path}: only changes that are added can be combined, not {', '.join(wrong)}")
-    columns, rows = [], []
-    for weight, x in parts:
-        a, b, scale = factor_entries(x)
-        columns.append(np.asarray(a[0]))
-        rows.append(np.asarray(b[0]) * np.asarray(scale[0])[:, None] * np.float32(weight))
-    layout, shape = parts[0][1].layout, parts[0][1].shape
-    _, n, m = layout.shapes(shape)
-    a, b = np.concatenate(columns, 1), np.concatenate(rows)
-    rank = a.shape[1]
-    return lx.LoRA(
-        jnp.asarray(a.reshape(*n, rank)), jnp.asarray(b.reshape(rank, *m)), float(rank), rank, "lora", layout
-    )
 
 
 def _free(out: pathlib.Path) -> None:
