@@ -121,18 +121,29 @@ def over_devices(part: Part, before: PyTree, weighs: jax.Array | None, axis_name
     return jax.tree.map(mean, grads), jax.tree.map(kept, extra, before), jax.tree.map(mean, metrics)
 
 
-def micro_batches(batch: PyTree, count: int) -> PyTree:
-    """``[B, ...]`` leaves as ``[count, B / count, ...]``."""
+def check_divisible(batch: PyTree, count: int, problem: str, *, want: str, do: str) -> None:
+    """Raises where axis 0 of a leaf can't be split into ``count`` equal parts."""
     named = [(path, np.shape(leaf)) for path, leaf in named_leaves(batch, "batch")]
     wrong = [(path, shape) for path, shape in named if not shape or shape[0] % count]
     if wrong:
         raise error(
-            "the batch can't be split.",
+            problem,
             path=[path for path, _ in wrong],
             got=[f"shape {shape}" for _, shape in wrong],
-            want=f"axis 0 a multiple of accumulate={count}",
-            do="change the batch size or accumulate; remove leaves that have no batch axis.",
+            want=want,
+            do=f"{do}; remove leaves that have no batch axis.",
         )
+
+
+def micro_batches(batch: PyTree, count: int) -> PyTree:
+    """``[B, ...]`` leaves as ``[count, B / count, ...]``."""
+    check_divisible(
+        batch,
+        count,
+        "the batch can't be split.",
+        want=f"axis 0 a multiple of accumulate={count}",
+        do="change the batch size or accumulate",
+    )
 
     def split(x):
         # Micro-batch i has examples i, i + count, ...: axis 0 keeps its sharding (explicit mesh axes allow no

@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from lorax_fn.core.errors import error
 from lorax_fn.core.trees import PyTree, named_leaves
+from lorax_fn.training.averaging import check_divisible
 from lorax_fn.training.state import TrainState, check_alive
 from lorax_fn.training.step import check_arrays_only, make_train_step
 
@@ -96,19 +97,13 @@ def shard(batch: PyTree, devices: Sequence[Any] | None = None) -> PyTree:
     """
     devices = list(jax.local_devices() if devices is None else devices)
     count = len(devices)
-    wrong = [
-        (path, np.shape(x))
-        for path, x in named_leaves(batch, "batch")
-        if not np.ndim(x) or np.shape(x)[0] % count
-    ]
-    if wrong:
-        raise error(
-            "the batch can't be dealt out to the devices.",
-            path=[path for path, _ in wrong],
-            got=[f"shape {shape}" for _, shape in wrong],
-            want=f"axis 0 a multiple of {count}, the number of devices",
-            do="change the batch size; remove leaves that have no batch axis.",
-        )
+    check_divisible(
+        batch,
+        count,
+        "the batch can't be dealt out to the devices.",
+        want=f"axis 0 a multiple of {count}, the number of devices",
+        do="change the batch size",
+    )
 
     def deal(x):
         x = x if isinstance(x, jax.Array) else np.asarray(x)
