@@ -1,7 +1,7 @@
-"""A sweep on disk: records as JSON lines, and beside them what is needed to go on after a kill.
+"""A sweep on disk: records as JSON lines, and beside them the states from which it resumes after a kill.
 
-Records are written before the state that follows them, so what a kill leaves is records of later steps than
-the state's; these are cut off when the sweep goes on, and come out again the same.
+The records of a step are written before its state, so a kill may leave records of later steps than the saved
+state. These are cut off when the sweep resumes, and are then written again with the same values.
 """
 
 import json
@@ -21,7 +21,7 @@ FORMAT = 1
 
 
 def as_json(value: Any) -> Any:
-    """NaN and infinity as strings: strict JSON has no numbers for them."""
+    """Turns NaN and infinity into strings, because strict JSON has no numbers for them."""
     if isinstance(value, dict):
         return {name: as_json(part) for name, part in value.items()}
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
@@ -33,7 +33,7 @@ def from_json(row: dict) -> dict:
 
 
 def read(path: str | os.PathLike) -> tuple[dict | None, list[dict]]:
-    """The first line, which says what the sweep is, and the records; a line cut short is left out."""
+    """Returns the first line, which describes the sweep, and the records. An incomplete line is left out."""
     file = pathlib.Path(path)
     lines = file.read_text("utf-8").split("\n")[:-1] if file.is_file() else []
     if not lines:
@@ -51,7 +51,7 @@ def read(path: str | os.PathLike) -> tuple[dict | None, list[dict]]:
 
 
 class Folder:
-    """The file of a sweep and the folder of states beside it, ``<file>.state``."""
+    """The file of a sweep, and the folder of its saved states, ``<file>.state``."""
 
     def __init__(self, file: str | os.PathLike, head: dict[str, Any]):
         self.file = pathlib.Path(file)
@@ -97,7 +97,7 @@ class Folder:
             out.write("".join(json.dumps(as_json(row)) + "\n" for row in rows))
 
     def plan(self, plan: Any) -> Any:
-        """The plan of the first run, which every later one keeps; ``plan`` itself where this is the first."""
+        """The plan of the first run, which all later runs keep; ``plan`` itself if this is the first run."""
         path = self.states / "plan.json"
         if path.is_file():
             return json.loads(path.read_text("utf-8"))
@@ -108,7 +108,7 @@ class Folder:
         return plan
 
     def reached(self) -> dict[int, int]:
-        """How many steps each lane has behind it, by the states that there are."""
+        """How many steps each lane has completed, according to the saved states."""
         steps: dict[int, int] = {}
         for path in self.states.glob("[!.]*.npz"):
             with np.load(path) as held:
@@ -129,7 +129,7 @@ class Folder:
         os.replace(stage, self.states / f"{name}.npz")
 
     def load(self, name: str, like: PyTree) -> PyTree | None:
-        """The tree that was saved, with the shapes and dtypes of ``like``; None where there is none."""
+        """The tree that was saved, with the shapes and dtypes of ``like``; None if there is none."""
         path = self.states / f"{name}.npz"
         if not path.is_file():
             return None

@@ -1,4 +1,4 @@
-"""Lanes: the configurations of a sweep, one dict each, and what can be asked of them."""
+"""Lanes: the configurations of a sweep, one dict each, and the checks of their entries."""
 
 import itertools
 import numbers
@@ -10,7 +10,7 @@ import numpy as np
 
 from lorax_fn.core.errors import error
 
-# What `split` is called with, for each lane of its own.
+# Entries of a lane that are passed to `split`.
 SPLIT = (
     "rank",
     "alpha",
@@ -24,9 +24,9 @@ SPLIT = (
     "layout",
     "dtype",
 )
-# What the sweep reads besides; every other entry of a lane is for `tx` alone.
+# Entries that the sweep itself reads. Every other entry of a lane is for `tx` alone.
 OWN = ("seed", "dropout", "name")
-# Names that a record has besides the entries of its lane.
+# Names that a record uses in addition to the entries of its lane.
 TAKEN = ("lane", "step", "train_loss", "diverged")
 
 
@@ -34,9 +34,9 @@ def grid(**axes: Any) -> list[dict[str, Any]]:
     """Builds all combinations of the values of some axes: the lanes of a `sweep`.
 
     Args:
-      axes: for each name the values that it takes, a list or any other iterable; a string, a mapping or what
-        is not iterable is one value for all lanes. A value may itself be a list, as the first of
-        ``targets=[["q", "v"], None]`` is.
+      axes: the values of each name, a list or any other iterable. A string, a mapping or anything that is not
+        iterable is a single value for all lanes. A value may itself be a list, such as the first one of
+        ``targets=[["q", "v"], None]``.
 
     Returns:
       One dict per lane; the last axis changes fastest.
@@ -70,7 +70,7 @@ def _values(axis: Any) -> list:
 
 
 def check_lanes(lanes: Any, split: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The lanes as a list of dicts of their own, or a `LoraError`."""
+    """Returns the lanes as a list of new dicts, or raises a `LoraError`."""
     listed = list(lanes) if isinstance(lanes, Iterable) and not isinstance(lanes, str | Mapping) else []
     if not listed or not all(isinstance(lane, Mapping) for lane in listed):
         raise error(
@@ -83,17 +83,17 @@ def check_lanes(lanes: Any, split: Mapping[str, Any]) -> list[dict[str, Any]]:
     clash = sorted({name for lane in lanes for name in lane if name in TAKEN})
     if clash:
         raise error(
-            "lanes use names that records need for themselves.",
+            "lanes have entries with names that are reserved for records.",
             got=clash,
-            do="call these entries something else, and read them so in tx(lane).",
+            do="rename these entries, in the lanes and in tx(lane).",
         )
     wrong = sorted(set(split) - set(SPLIT))
     if wrong:
         raise error(
-            "split= takes arguments of lx.split.",
+            "split= has entries that are not arguments of lx.split.",
             got=wrong,
             want=f"some of {', '.join(SPLIT)}",
-            do="key= of the sweep is where the keys of all lanes come from."
+            do="pass key= to lx.sweep itself: the keys of all lanes come from it."
             if "key" in wrong
             else "split={}",
         )
@@ -105,7 +105,7 @@ def check_lanes(lanes: Any, split: Mapping[str, Any]) -> list[dict[str, Any]]:
     bad = bad or {i: lane["seed"] for i, lane in enumerate(lanes) if lane.get("seed", 0) < 0}
     if bad:
         raise error(
-            "a seed is not a count.",
+            "a seed is not a nonnegative int.",
             got=[f"lane {i}: seed={seed!r}" for i, seed in bad.items()],
             want="an int of 0 or more",
             do="seed=range(3).",
@@ -117,7 +117,7 @@ def check_lanes(lanes: Any, split: Mapping[str, Any]) -> list[dict[str, Any]]:
     }
     if rates:
         raise error(
-            "a dropout rate is a share below one.",
+            "a dropout rate is not a fraction below one.",
             got=[f"lane {i}: dropout={rate!r}" for i, rate in rates.items()],
             want="0 <= dropout < 1",
             do="dropout=[0.0, 0.1].",
@@ -130,14 +130,14 @@ def is_number(x: object) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """Scalars and arrays of one number as Python numbers."""
+    """Converts NumPy scalars and 0-d arrays to Python numbers."""
     if isinstance(value, np.generic) or (isinstance(value, np.ndarray | jax.Array) and value.ndim == 0):
         return value.item()
     return value
 
 
 def label(value: Any) -> Any:
-    """An entry of a lane as JSON and tables show it: a number, a string or None."""
+    """The form in which JSON and tables show an entry of a lane: a number, a string or None."""
     if value is None or isinstance(value, str | bool) or is_number(value):
         return value
     if isinstance(value, Sequence) and not isinstance(value, str):
@@ -148,7 +148,7 @@ def label(value: Any) -> Any:
 
 
 class Reader(dict):
-    """A lane as `tx` gets it, which remembers the entries that were read."""
+    """A lane as it is passed to `tx`. It remembers which entries were read."""
 
     def __init__(self, lane: Mapping[str, Any]):
         super().__init__(lane)
@@ -157,7 +157,7 @@ class Reader(dict):
     def __getitem__(self, name: str) -> Any:
         if name not in self:
             raise error(
-                "tx asks a lane for an entry that it does not have.",
+                "tx reads an entry that this lane does not have.",
                 got=f"lane[{name!r}]; the lane has {sorted(super().keys())}",
                 do=f"add it to the grid: lx.grid({name}=[...]), or lane.get({name!r}, default).",
             )

@@ -1,4 +1,4 @@
-"""Which lanes share a program: on one base, of one kind, with an optimizer that padding leaves alone."""
+"""Decides which lanes share a program: same base, same kind, an optimizer that padding does not affect."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -16,13 +16,13 @@ from lorax_fn.training.masks import train_only, trainable
 from lorax_fn.training.state import TrainState
 from lorax_fn.training.step import apply_gradients
 
-Lora = dict[str, Any]  # of adapters, whose fields are their own
+Lora = dict[str, Any]  # adapters by path; not `Adapter`, because the fields differ by method
 OTHER = "a weight that the lane does not adapt"
 
 
 @dataclasses.dataclass(frozen=True)
 class Member:
-    """One lane, split: where it starts."""
+    """One lane after `split`: its base, its initial adapters and its key."""
 
     index: int
     lane: dict[str, Any]
@@ -33,9 +33,10 @@ class Member:
 
 @dataclasses.dataclass
 class Group:
-    """Lanes of one program, in its order; ``sizes[i]`` of them in turn share the optimizer ``fixed[i]``.
+    """The lanes of one program, in order: a run of ``sizes[i]`` lanes shares the optimizer of ``fixed[i]``.
 
-    ``traced`` names the entries of a lane that `tx` gets as traced numbers, ``fixed`` holds the others.
+    ``traced`` names the entries that `tx` gets as traced numbers; ``fixed`` holds the entries that it gets as
+    they are.
     """
 
     params: PyTree
@@ -48,7 +49,7 @@ class Group:
 def members(params: PyTree, lanes: Sequence[dict], split: Mapping[str, Any], key: jax.Array) -> list[Member]:
     """Each lane's params and adapters: those of ``split(params, key=fold_in(key, seed))``.
 
-    Lanes that ask `split` for the same get the same arrays.
+    Lanes with the same seed and arguments of `split` share the same arrays.
     """
     done: dict[Any, tuple[PyTree, Lora]] = {}
     made = []
@@ -64,7 +65,7 @@ def members(params: PyTree, lanes: Sequence[dict], split: Mapping[str, Any], key
 
 
 def hashable(value: Any) -> Any:
-    """What tells one value from another; objects that are not plain data are told apart by identity."""
+    """A hashable stand-in for a value. Objects that are not plain data are distinguished by identity."""
     if value is None or isinstance(value, str | bool) or is_number(value):
         return value
     if isinstance(value, Mapping):
@@ -75,7 +76,7 @@ def hashable(value: Any) -> Any:
 
 
 def group(params: PyTree, made: list[Member], tx: Callable) -> list[Group]:
-    """Puts lanes that can share a program together."""
+    """Groups the lanes that can share a program."""
     sets: list[tuple[Any, dict, list[Member]]] = []
     for member in made:
         base = _base(params, member)
@@ -96,7 +97,7 @@ def group(params: PyTree, made: list[Member], tx: Callable) -> list[Group]:
 
 
 def _base(params: PyTree, member: Member) -> Any:
-    """None where the lane is on the given base; else what tells its own, such as PiSSA's residual, apart."""
+    """None if the lane uses the given base; otherwise the ids of its own, such as PiSSA's residuals."""
     theirs, given = jax.tree.leaves(member.params), jax.tree.leaves(params)
     if len(theirs) == len(given) and all(x is y for x, y in zip(theirs, given, strict=True)):
         return None
@@ -104,7 +105,7 @@ def _base(params: PyTree, member: Member) -> Any:
 
 
 def _kind(member: Member) -> dict[str, tuple[Any, bool]]:
-    """Of each path, what adapters side by side must share, and whether a lane may lack it."""
+    """For each path: what adapters must have in common to share a program, and whether it may be missing."""
     kinds = {}
     for path, x in member.lora.items():
         told: dict[str, Any] = {}
@@ -137,7 +138,7 @@ def ranks_of(lora: Lora) -> tuple:
 
 
 def _by_rank(found: list[Member], tx: Callable) -> list[list[Member]]:
-    """All of them together, or one list for each rank where the optimizer looks at whole matrices."""
+    """All members in one list, or one list per rank if the optimizer looks at whole matrices."""
     kinds: dict[Any, list[Member]] = {}
     for member in found:
         kinds.setdefault(ranks_of(member.lora), []).append(member)
@@ -149,10 +150,11 @@ def _by_rank(found: list[Member], tx: Callable) -> list[list[Member]]:
 
 
 def padding_is_exact(tx: Any, loras: Sequence[Lora]) -> bool:
-    """Whether two updates of padded factors are those of the factors alone, with pads that stay zero.
+    """Whether two updates of padded factors equal those of the unpadded ones, and leave the padding zero.
 
-    True of every elementwise optimizer and of norms over the whole tree. Muon, Adafactor and noise look at
-    the shape of a matrix. It is tried on random gradients of the largest weight.
+    This holds for every elementwise optimizer and for norms over the whole tree. It does not hold for Muon,
+    Adafactor and noise, which depend on the shape of a matrix. The optimizer is tried on random gradients of
+    the largest weight.
     """
     factors = {path: x for lora in loras for path, x in lora.items() if x.owns_factors}
     path = max(factors, key=lambda path: factors[path].a.size + factors[path].b.size)
@@ -199,9 +201,9 @@ def padding_is_exact(tx: Any, loras: Sequence[Lora]) -> bool:
 
 
 def padded(x: Any, width: int, lanes: int = 0) -> Any:
-    """An adapter or its gradients, with zeros behind the rank of A ``[*s, *n, r]`` and B ``[*s, r, *m]``.
+    """An adapter or its gradients, A ``[*s, *n, r]`` and B ``[*s, r, *m]``, zero-padded to rank ``width``.
 
-    ``lanes`` is 1 where both have an axis of lanes before these.
+    ``lanes`` is 1 if both have a leading axis of lanes.
     """
     s = len(x.layout.stack) + lanes
 
@@ -216,19 +218,19 @@ def padded(x: Any, width: int, lanes: int = 0) -> Any:
 
 
 def numbered(x: Any) -> Any:
-    """An adapter with one alpha and one rank, whatever its stack has."""
+    """An adapter with a single alpha and rank, even if each entry of its stack has its own."""
     return dataclasses.replace(x, alpha=1.0, rank=x.a.shape[-1])
 
 
 def lacking(x: Any) -> Any:
-    """What stands for an adapter in a lane that does not adapt its weight: zeros of rank 1, at scale zero."""
+    """The placeholder for a weight that a lane does not adapt: zero factors of rank 1, with scale zero."""
     s = len(x.layout.stack)
     a, b = x.a[..., :1], jax.lax.slice_in_dim(x.b, 0, 1, axis=s)
     return dataclasses.replace(x, a=jnp.zeros_like(a), b=jnp.zeros_like(b), alpha=0.0, rank=1, scaling="lora")
 
 
 def _ordered(found: list[Member], tx: Callable) -> Group:
-    """Lanes with one optimizer side by side, and in them lanes of one rank."""
+    """The group of these lanes. Lanes with the same optimizer are neighbors, sorted by rank."""
     read = _read(found, tx)
     varying = [name for name in sorted(read) if _varies(found, name)]
     traced = _traceable(found, tx, varying)
@@ -253,7 +255,7 @@ def _ordered(found: list[Member], tx: Callable) -> Group:
 
 
 def _read(found: Sequence[Member], tx: Callable) -> set[str]:
-    """The entries of a lane that ``tx`` asks for."""
+    """The entries of the lanes that ``tx`` reads."""
     names: set[str] = set()
     for member in found:
         reader = Reader(member.lane)
@@ -268,7 +270,7 @@ def _varies(found: Sequence[Member], name: str) -> bool:
 
 
 def _traceable(found: Sequence[Member], tx: Callable, names: Sequence[str]) -> tuple[str, ...]:
-    """Which of these numbers ``tx`` takes as traced arrays: all, or those that it takes one by one."""
+    """Which of these entries ``tx`` accepts as traced arrays: all, or those that it accepts one by one."""
 
     def takes(some):
         def run(values):
@@ -279,9 +281,7 @@ def _traceable(found: Sequence[Member], tx: Callable, names: Sequence[str]) -> t
         values = {name: traced_value([found[0].lane[name]])[0] for name in some}
         try:
             jax.eval_shape(run, values)
-        except (
-            Exception
-        ):  # whatever Python code of tx makes of a tracer: the lane is then taken by its number
+        except Exception:  # tx may fail on a tracer in any way; such an entry stays a Python number
             return False
         return True
 
@@ -293,13 +293,13 @@ def _traceable(found: Sequence[Member], tx: Callable, names: Sequence[str]) -> t
 
 
 def traced_value(values: Sequence[Any]) -> jax.Array:
-    """Numbers of the lanes of a part as one array."""
+    """One number per lane as an array, int32 if all of them are ints, otherwise float32."""
     whole = all(isinstance(x, int) for x in values)
     return jnp.asarray(values, jnp.int32 if whole else jnp.float32)
 
 
 def optimizer(tx: Callable, lane: Mapping[str, Any]) -> Any:
-    """``tx(lane)``, under JAX's standard promotion, as its update is."""
+    """``tx(lane)`` under JAX's standard dtype promotion, under which its updates run too."""
     with jax.numpy_dtype_promotion("standard"):
         return tx(lane)
 
@@ -309,7 +309,7 @@ def _check_read(made: Sequence[Member], tx: Callable) -> None:
     idle = sorted({name for member in made for name in member.lane} - known)
     if idle:
         raise error(
-            "nothing reads these entries of the lanes.",
+            "the lanes have entries that nothing reads.",
             got=idle,
             want=f"entries that tx(lane) reads, or some of {', '.join((*SPLIT, *OWN))}",
             do=f"read them, tx=lambda lane: optax.adamw(lane[{idle[0]!r}]), or leave them out.",

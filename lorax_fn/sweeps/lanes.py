@@ -25,18 +25,19 @@ from lorax_fn.training.masks import trainable
 from lorax_fn.training.state import TrainState
 from lorax_fn.training.step import apply_gradients, value_and_grad
 
-Lora = dict[str, Any]  # of adapters, whose fields are their own
-AXIS = "lanes"  # of the mesh
-DROPOUT = 0x5EED  # what the key of a step is folded with for dropout
+Lora = dict[str, Any]  # adapters by path; not `Adapter`, because the fields differ by method
+AXIS = "lanes"  # the mesh axis over which lanes are spread
+DROPOUT = 0x5EED  # folded into the key of a step to derive the key of dropout
 STEP = 8  # ranks that round up to the same multiple of this are multiplied together
 
 
 @dataclasses.dataclass
 class Chunk:
-    """Lanes that one call of a program trains; the last ones of ``slots`` may repeat to fill it up.
+    """Lanes that one call of a program trains: ``real`` of them, then copies of the last to fill ``slots``.
 
-    ``parts`` are those lanes in turn that share an optimizer but for the traced entries: (the entries that
-    are not traced, how many lanes). With ``own`` a part is also of about one rank, and no wider.
+    ``parts`` are runs of lanes whose optimizers differ only in traced entries, each given as ``(the entries
+    that are not traced, number of lanes)``. With ``own``, the lanes of a part also have about the same rank,
+    and their factors are padded only to the largest of these ranks.
     """
 
     group: Group
@@ -50,7 +51,7 @@ class Chunk:
         return [member.index for member in self.slots[: self.real]]
 
     def values(self) -> tuple[dict[str, jax.Array], ...]:
-        """Of each part the traced entries, ``[lanes of the part]`` each."""
+        """The traced entries of each part, as arrays ``[lanes of the part]``."""
         made, at = [], 0
         for _, size in self.parts:
             some = self.slots[at : at + size]
@@ -59,14 +60,14 @@ class Chunk:
         return tuple(made)
 
     def rates(self) -> jax.Array | None:
-        """The dropout rates ``[lanes]``, or None where no lane of the group drops anything."""
+        """The dropout rates ``[lanes]``, or None if no lane of the group has dropout."""
         if not any(member.lane.get("dropout", 0.0) for member in self.group.members):
             return None
         return jnp.asarray([member.lane.get("dropout", 0.0) for member in self.slots], jnp.float32)
 
 
 def chunks(group: Group, count: int, multiple: int = 1, *, own: bool = False) -> list[Chunk]:
-    """Cuts a group into pieces of one size, at most ``count`` lanes and a multiple of ``multiple``."""
+    """Cuts a group into chunks of one size: at most ``count``, rounded up to a multiple of ``multiple``."""
     total = len(group.members)
     pieces = -(-total // max(count, 1))
     size = -(-total // pieces)
@@ -78,9 +79,9 @@ def chunks(group: Group, count: int, multiple: int = 1, *, own: bool = False) ->
 
 
 def chunk(group: Group, slots: Sequence[Member], size: int, *, own: bool = False) -> Chunk:
-    """A chunk of these lanes of a group, filled up to ``size`` with copies of the last.
+    """A chunk of these lanes of a group, filled up to ``size`` with copies of the last one.
 
-    With ``own``, lanes whose ranks round up to different widths are parts of their own.
+    With ``own``, lanes whose ranks round up to different widths are put into different parts.
     """
     filled = [*slots, *[slots[-1]] * (size - len(slots))]
     which = [i for i, n in enumerate(group.sizes) for _ in range(n)]
@@ -92,13 +93,13 @@ def chunk(group: Group, slots: Sequence[Member], size: int, *, own: bool = False
 
 
 def _one_scale_each(group: Group) -> bool:
-    """Whether each adapter has one alpha and one rank: numbers, not one per stack entry."""
+    """Whether each adapter has a single alpha and a single rank, rather than one per stack entry."""
     adapters: list[Any] = [x for member in group.members for x in member.lora.values() if x.owns_factors]
     return all(is_number(x.alpha) and is_number(x.rank) for x in adapters)
 
 
 def rounded(lora: Lora) -> tuple:
-    """The widths at which a lane's factors are kept and multiplied, up to a multiple of `STEP`."""
+    """For each path, the rank rounded up to a multiple of `STEP`, in units of `STEP`."""
     return tuple((path, -(-rank // STEP)) for path, rank in ranks_of(lora))
 
 
@@ -108,7 +109,7 @@ def parts_of(chunk: Chunk) -> list[list[Member]]:
 
 
 def stacked(chunk: Chunk) -> list[Lora]:
-    """Each part's adapters side by side, as wide as its widest; without ``own``, as the group's widest."""
+    """Each part's adapters, stacked and padded to the widest of the part, or of the group without ``own``."""
     examples: dict[str, Any] = {}
     for member in chunk.group.members:
         for path, x in member.lora.items():
@@ -136,7 +137,7 @@ def in_alpha(x: Any) -> Any:
 
 
 def start(chunk: Chunk, tx: Callable, extra: PyTree) -> tuple[TrainState, ...]:
-    """A train state of each part, each array with the lanes on axis 0."""
+    """One train state per part, with the lanes on axis 0 of each array."""
     extra = jax.tree.map(jnp.asarray, extra)
     states = []
     for part, lora, (fixed, size), values in zip(
@@ -156,12 +157,12 @@ def offsets(parts: Sequence[tuple[Any, int]]) -> list[int]:
 
 
 def joined(trees: Sequence[PyTree]) -> PyTree:
-    """The parts' arrays one after the other on axis 0."""
+    """The arrays of all parts, concatenated along axis 0, the lanes."""
     return trees[0] if len(trees) == 1 else jax.tree.map(lambda *xs: jnp.concatenate(xs), *trees)
 
 
 def joined_loras(loras: Sequence[Lora]) -> Lora:
-    """The parts' adapters one after the other, all as wide as the widest."""
+    """The adapters of all parts, padded to the widest and concatenated along the lanes."""
     made = {}
     for path in loras[0]:
         parts: list[Any] = [lora[path] for lora in loras]
@@ -173,7 +174,7 @@ def joined_loras(loras: Sequence[Lora]) -> Lora:
 
 
 def cut(grads: Lora, at: int, size: int, like: Lora) -> Lora:
-    """The gradients of one part, as wide as its adapters."""
+    """The gradients of one part's lanes, cut to the shapes of its adapters."""
 
     def own(g, x):
         if g is None:
@@ -185,10 +186,10 @@ def cut(grads: Lora, at: int, size: int, like: Lora) -> Lora:
 
 @register
 class LaneLoRA(LoRA):
-    """`LoRA` of many lanes inside the step: products leave the padding of each lane's rank out.
+    """`LoRA` of many lanes inside the step, whose products leave out the padding of each lane's rank.
 
     Args:
-      lanes: ``(how many lanes, their widest rank)`` of neighbors; see `transform/lanes.py`.
+      lanes: ``(number of lanes, their widest rank)`` for each run of neighbors; see `transform/lanes.py`.
     """
 
     lanes: Any = fact(default=None)
@@ -201,7 +202,7 @@ Widths = dict[str, tuple[tuple[int, int], ...]]
 
 
 def own_widths(chunk: Chunk) -> Widths:
-    """Of each `LoRA` that lanes adapt at several ranks: how many neighbors are multiplied at which width."""
+    """For each `LoRA` whose lanes have several ranks: how many neighbors are multiplied at which width."""
     found: dict[str, list[tuple[int, int]]] = {}
     kinds = {path: type(x) for member in chunk.group.members for path, x in member.lora.items()}
     for path in (path for path, kind in kinds.items() if kind is LoRA):
@@ -220,11 +221,11 @@ def make_step(
     seeded: bool,
     widths: Widths | None = None,
 ) -> Callable:
-    """Builds ``step(states, params, batch, values, rates, which) -> (states, metrics)`` of all lanes.
+    """Builds ``step(states, params, batch, values, rates, which) -> (states, metrics)`` for all lanes.
 
-    Lane for lane it is `make_train_step`, with dropout where there are ``rates``. With ``seeded`` the
-    leaves of ``batch`` have an axis of seeds, and ``which [lanes]`` says whose batch a lane takes. Weights in
-    ``widths`` are multiplied at each lane's own rank.
+    For each lane, it is the step of `make_train_step`, with dropout if ``rates`` are given. With ``seeded``,
+    the leaves of ``batch`` have a leading axis of seeds, and ``which [lanes]`` is the index of each lane's
+    batch. Weights in ``widths`` are multiplied at each lane's own rank.
     """
 
     def own(path, x):
@@ -254,7 +255,7 @@ def make_step(
         def total(params, lora):
             axes = (0, 0, 0, 0, 0 if seeded else None, None)
             losses, new = jax.vmap(lane_loss, in_axes=axes)(lora, keys, extra, rates, batch, params)
-            # The sum over lanes: the gradient by a lane's adapters is that of its own loss.
+            # losses: [lanes]. With their sum, each lane's adapters get the gradient of that lane's own loss.
             return losses.sum(), losses, new
 
         (_, losses, new), grads = value_and_grad(total)(params, lora)
@@ -287,13 +288,13 @@ def check_loss(loss: Any) -> jax.Array:
 
 
 def whole(states: Sequence[TrainState]) -> TrainState:
-    """The states of all parts as one, without optimizers' states, which may differ in structure."""
+    """The states of all parts as one, without the optimizer states, whose structures may differ."""
     rest = joined([(s.step, s.key, s.extra) for s in states])
     return TrainState(joined_loras([s.lora for s in states]), (), *rest)
 
 
 def own_lora(member: Member, lora: Lora, slot: int) -> Lora:
-    """The adapters of one lane, without padding and without those that it does not have."""
+    """The adapters of one lane, without padding and without the placeholders of weights it does not adapt."""
 
     def cut(old, new):
         at = (slot, *(slice(n) for n in np.shape(old)))

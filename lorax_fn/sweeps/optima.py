@@ -15,12 +15,12 @@ class Optimum:
     """Where a score is best along an axis.
 
     Args:
-      x: the place of the minimum, on the axis itself.
+      x: the position of the minimum, on the axis itself rather than on its logarithm.
       low, high: the interval that holds ``level`` of the bootstrap samples' minima.
       score: the fitted score at ``x``.
-      inside: whether the best point that was measured is inside of the axis. At its end the optimum may lie
-        beyond, and ``x`` is that end.
-      samples: the minima of all bootstrap samples, for slopes and differences with an interval of their own.
+      inside: whether the best measured point is in the interior of the axis. If it is an end of the axis, the
+        optimum may lie beyond it, and ``x`` is that end.
+      samples: the minima of all bootstrap samples, from which slopes and differences get their own intervals.
 
     Example:
       >>> import lorax_fn as lx
@@ -50,19 +50,20 @@ def optimum(
     """Fits a parabola in ``log x`` to the mean scores around the best point, and bootstraps it over seeds.
 
     Args:
-      x: ``[k]`` places on the axis, above zero, each once: learning rates.
-      scores: ``[seeds, k]``, lower is better. What is not finite (a diverged run) counts as worse than all.
-      points: how many neighbors of the best point are fitted, three at least.
-      level: how much of the bootstrap the interval holds.
-      samples: how many bootstrap samples; each draws as many seeds as there are, with replacement.
-      seed: of the samples.
+      x: ``[k]`` positions on the axis, positive and distinct, such as learning rates.
+      scores: ``[seeds, k]``, lower is better. A score that is not finite (a diverged run) counts as worse
+        than any other.
+      points: how many points around the best one are fitted, at least three.
+      level: the fraction of the bootstrap samples that the interval holds.
+      samples: the number of bootstrap samples; each draws as many seeds as there are, with replacement.
+      seed: the seed of these draws.
 
     Returns:
       The `Optimum`. With a single seed there is nothing to draw from, and the interval is NaN. The minimum is
-      kept inside of the points that were fitted.
+      clipped to the range of the fitted points.
 
     Raises:
-      LoraError: shapes don't fit, ``x`` is not above zero or repeats, or no score is finite.
+      LoraError: shapes don't fit, ``x`` is not positive or repeats a value, or no score is finite.
 
     Example:
       >>> import numpy as np, lorax_fn as lx
@@ -78,7 +79,7 @@ def optimum(
         raise error(
             "an optimum needs scores along an axis.",
             got=f"x of shape {places.shape}, scores of shape {values.shape}, points={points}",
-            want="x [k] above zero, each once, k >= 3; scores [seeds, k]; points >= 3",
+            want="x [k] positive and distinct, k >= 3; scores [seeds, k]; points >= 3",
             do="optimum([1e-4, 1e-3, 1e-2], [[1.0, 0.5, 1.0]]).",
         )
     order = np.argsort(places)
@@ -104,7 +105,7 @@ def _mean(values: np.ndarray) -> np.ndarray:
 
 
 def _minimum(logs: np.ndarray, mean: np.ndarray, points: int) -> tuple[float, float, bool]:
-    """Place, height, and whether the best point has finite neighbors on both sides."""
+    """The position and height of the minimum, and whether the best point has neighbors on both sides."""
     best = int(np.argmin(mean))
     if not np.isfinite(mean[best]):
         return math.nan, math.nan, False
@@ -116,7 +117,7 @@ def _minimum(logs: np.ndarray, mean: np.ndarray, points: int) -> tuple[float, fl
         return float(logs[best]), float(mean[best]), inside
     center = logs[best]
     curve, slope, height = np.polyfit(logs[near] - center, mean[near], 2)
-    if curve <= 0:  # no parabola with a lowest point: the best point itself
+    if curve <= 0:  # the parabola has no minimum, so the best point itself is returned
         return float(center), float(mean[best]), inside
     at = float(np.clip(-slope / (2 * curve), logs[near].min() - center, logs[near].max() - center))
     return center + at, float(height + slope * at + curve * at**2), inside
@@ -125,14 +126,15 @@ def _minimum(logs: np.ndarray, mean: np.ndarray, points: int) -> tuple[float, fl
 def slope(
     x: Sequence[float], optima: Sequence[Optimum], *, level: float = 0.95
 ) -> tuple[float, float, float]:
-    """The slope of ``log`` of the optimum against ``log x``, with the bootstrap's interval.
+    """The slope of the optimum's logarithm against ``log x``, with a bootstrap interval.
 
-    0 says that the best learning rate does not depend on the rank, -1/2 that it falls as ``1/sqrt(rank)``.
+    If the optima are learning rates and ``x`` are ranks, a slope of 0 says that the best learning rate does
+    not depend on the rank, and -1/2 that it falls as ``1/sqrt(rank)``.
 
     Args:
-      x: ``[k]`` places of another axis: ranks.
-      optima: what `optimum` found at each.
-      level: how much of the bootstrap the interval holds.
+      x: ``[k]`` positions on another axis, such as ranks.
+      optima: the result of `optimum` at each of them.
+      level: the fraction of the bootstrap samples that the interval holds.
 
     Returns:
       The least-squares slope, and the low and high end of its interval. Optima at the end of their axis

@@ -1,4 +1,4 @@
-"""Compiled programs of a sweep, the step and the evaluation, over a mesh or not, and their memory."""
+"""The compiled programs of a sweep (step and evaluation), with or without a mesh, and their memory."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -15,8 +15,8 @@ from lorax_fn.sweeps.groups import hashable
 from lorax_fn.sweeps.lanes import AXIS, Chunk, Widths, make_step, own_lora, own_widths, start, whole
 from lorax_fn.training.step import make_train_step
 
-SHARE = 0.8  # of the free memory, that a program may take
-MANY = 50  # steps from which on leaving the padding out of products is worth the longer compilation
+SHARE = 0.8  # the fraction of the free memory that a program may take
+MANY = 50  # the fewest steps for which leaving padding out of products is worth the longer compilation
 UNTRACED = (
     jax.errors.ConcretizationTypeError,
     jax.errors.TracerArrayConversionError,
@@ -25,7 +25,7 @@ UNTRACED = (
 
 
 class Programs:
-    """Steps and evaluations, each compiled once for all chunks alike."""
+    """The step and the evaluation, compiled once for all chunks of the same form."""
 
     def __init__(
         self,
@@ -50,11 +50,11 @@ class Programs:
 
     @property
     def multiple(self) -> int:
-        """What the number of lanes of a program is a multiple of."""
+        """The number of lanes of a program is a multiple of this."""
         return 1 if self.mesh is None else self.mesh.shape[AXIS]
 
     def place(self, tree: PyTree, lanes: bool) -> PyTree:
-        """A tree on the mesh: its axis 0 along the lanes, or a copy for each device."""
+        """Puts a tree on the mesh: with axis 0 spread over the lanes' axis, or else copied to each device."""
         if self.mesh is None:
             return tree
         where = NamedSharding(self.mesh, PartitionSpec(AXIS) if lanes else PartitionSpec())
@@ -89,14 +89,14 @@ class Programs:
                 in_specs=(lanes, one, one, lanes, lanes, lanes),
                 out_specs=(lanes, lanes),
                 axis_names={AXIS},
-                check_vma=False,  # lanes have nothing to do with each other: no value is summed over them
+                check_vma=False,  # lanes are independent: no value is summed over them
             )
         else:
             step = make_step(self.loss_fn, self.tx, chunk.parts, seeded=self.seeded, widths=widths)
         try:
             return jax.jit(step, donate_argnums=0).lower(*args)
         except Exception:
-            if widths:  # a gradient inside loss_fn, say, which no product of lanes can be part of
+            if widths:  # loss_fn may take a gradient, for example, which products of lanes do not support
                 return self._lowered(chunk, args, {})
             self._explain(chunk, args[1], args[2])
             raise
@@ -105,23 +105,23 @@ class Programs:
         """The step of the lanes on one device."""
         if len(chunk.parts) > 1:
             raise error(
-                "lanes with different optimizers cannot lie on one mesh.",
+                "lanes with different optimizers cannot share a mesh.",
                 got=[str(fixed) for fixed, _ in chunk.parts],
                 want="one optimizer whose entries are numbers that can be traced",
-                do="sweep over these one at a time, or without mesh=.",
+                do="run one sweep for each of these, or leave mesh= out.",
             )
         ((fixed, size),) = chunk.parts
         return make_step(self.loss_fn, self.tx, [(fixed, size // self.multiple)], seeded=self.seeded)
 
     def _explain(self, chunk: Chunk, params: PyTree, batch: PyTree) -> None:
-        """Raises what `make_train_step` has to say about one lane, if it has."""
+        """Raises the error that `make_train_step` raises for one lane, if any."""
         member = chunk.slots[0]
         state = jax.eval_shape(lambda: jax.tree.map(lambda x: x[0], start(chunk, self.tx, self.extra)[0]))
         one = jax.tree.map(lambda x: x[0], batch) if self.seeded else batch
         jax.eval_shape(make_train_step(self.loss_fn, self.tx(member.lane)), state, params, one)
 
     def scores(self, chunk: Chunk, states: Sequence[Any], params: PyTree) -> list[dict[str, float]]:
-        """The scores of each lane; empty where there is no ``eval_fn``."""
+        """The scores of each lane; empty if there is no ``eval_fn``."""
         if self.eval_fn is None:
             return [{} for _ in chunk.lanes]
         state = whole(states)
@@ -141,9 +141,9 @@ class Programs:
         return [{name: float(x[i]) for name, x in scores.items()} for i in range(chunk.real)]
 
     def _evaluation(self, state: Any, params: PyTree) -> Any:
-        """The evaluation of all lanes; None where ``eval_fn`` can't be traced.
+        """The compiled evaluation of all lanes; None if ``eval_fn`` can't be traced.
 
-        Lanes are evaluated at once where the compiled program fits into memory, else one after the other.
+        All lanes are evaluated at once if that program fits into memory, otherwise one after the other.
         """
         eval_fn: Any = self.eval_fn
 
@@ -170,13 +170,13 @@ class Programs:
                 in_specs=(PartitionSpec(AXIS), PartitionSpec()),
                 out_specs=PartitionSpec(AXIS),
                 axis_names={AXIS},
-                check_vma=False,  # lanes have nothing to do with each other: no value is summed over them
+                check_vma=False,  # lanes are independent: no value is summed over them
             )
         return jax.jit(evaluate).lower(state, params).compile()
 
 
 def _named(scores: Any) -> dict[str, Any]:
-    """Scores by name; a lone one is the loss."""
+    """Scores by name; a single score without a name is the loss."""
     named = scores if isinstance(scores, dict) else {"loss": scores}
     strange = [f"{name}: shape {np.shape(x)}" for name, x in named.items() if np.shape(x) != ()]
     if strange or not named:
@@ -191,14 +191,14 @@ def _named(scores: Any) -> dict[str, Any]:
 
 
 def host(x: Any) -> np.ndarray:
-    """An array in this process, also where other processes hold parts of it."""
+    """The whole array in this process, even if other processes hold parts of it."""
     if isinstance(x, jax.Array) and not x.is_fully_addressable:
         return np.asarray(multihost_utils.process_allgather(x, tiled=True))
     return np.asarray(x)
 
 
 def cuts_padding(steps: int, mesh: Any, halving: Sequence[int]) -> bool:
-    """Whether products leave the padding out: a mesh and halving take lanes of any rank in any place."""
+    """Whether products leave the padding out. A mesh or halving rules it out: any slot may hold any rank."""
     return jax.default_backend() == "cpu" and steps >= MANY and mesh is None and not halving
 
 

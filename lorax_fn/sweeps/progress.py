@@ -1,4 +1,4 @@
-"""The bar of a sweep: steps of all programs, with the best lane so far."""
+"""The progress bar of a sweep: steps of all programs, with the best lane so far."""
 
 import sys
 from typing import Any
@@ -7,7 +7,7 @@ from lorax_fn.core.errors import error
 
 
 class Bar:
-    """A bar by tqdm; lines on stderr where tqdm is missing and nobody insists on it."""
+    """A tqdm bar; without tqdm, notes go to stderr as plain lines, unless the user required a bar."""
 
     def __init__(self, total: int, progress: bool | None):
         self.bar: Any = None

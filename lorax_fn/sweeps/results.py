@@ -16,18 +16,18 @@ from lorax_fn.sweeps.grid import is_number, label
 
 @dataclasses.dataclass
 class SweepResult:
-    """What `sweep` returns, also of one that was interrupted.
+    """What `sweep` returns, even if it was interrupted.
 
     Args:
       lanes: the configurations, as they were given.
       records: one dict per lane and evaluation: the entries of the lane (as numbers and strings), ``lane``,
-        ``step``, ``train_loss`` (its mean since the record before), ``diverged`` (the first step whose loss
-        or gradient was not finite, or None), and the scores. ``loss`` is the lone score of ``eval_fn``, and
-        ``train_loss`` where nothing else has that name.
+        ``step``, ``train_loss`` (its mean since the previous record), ``diverged`` (the first step whose loss
+        or gradient was not finite, or None), and the scores. ``loss`` is the single score of ``eval_fn``, or
+        ``train_loss`` if no score has that name.
       curves: ``{"loss": [lanes, steps], "grad_norm": [lanes, steps]}`` of every training step; NaN where a
         lane was not trained.
       config: what ran, and on what: steps, versions, device.
-      finished: False where it was interrupted.
+      finished: False if it was interrupted.
 
     Example:
       >>> import jax, jax.numpy as jnp, lorax_fn as lx, optax
@@ -51,13 +51,14 @@ class SweepResult:
     _loras: dict[int, Callable[[], dict[str, Adapter]]] = dataclasses.field(default_factory=dict, repr=False)
 
     def best(self, metric: str = "loss") -> dict[str, Any]:
-        """The record of the lane that ends best.
+        """The last record of the best lane.
 
         Args:
-          metric: a score by name, lower is better; ``"-accuracy"``: higher is.
+          metric: the name of a score, where lower is better; with a leading ``-``, as in ``"-accuracy"``,
+            higher is better.
 
         Returns:
-          The last record of that lane. Lanes that diverged come last.
+          The record. Lanes that diverged rank last.
 
         Raises:
           LoraError: there are no records, or no record has such a score.
@@ -98,14 +99,14 @@ class SweepResult:
         return [last[lane] for lane in sorted(last)]
 
     def lora(self, lane: int) -> dict[str, Adapter]:
-        """The adapters of one lane as they ended, of its own rank and without padding.
+        """The final adapters of one lane, at its own rank and without padding.
 
         Args:
-          lane: its number in ``lanes``.
+          lane: its index in ``lanes``.
 
         Returns:
-          An ordinary ``lora``, to `merge` or to save. A lane whose init moved a part of the weights (PiSSA)
-          belongs to the params that ``split`` of its configuration gives.
+          An ordinary ``lora``, to `merge` or to save. If the lane's init moved a part of the weights (PiSSA),
+          its adapters fit only the params that `split` returns for its configuration.
 
         Raises:
           LoraError: there is no such lane, or it was not trained, or the result was read from a file.
@@ -130,15 +131,15 @@ class SweepResult:
         return self._loras[lane]()
 
     def means(self, metric: str = "loss", by: str | Sequence[str] | None = None) -> list[dict[str, Any]]:
-        """Means over seeds with standard errors, of each configuration's last record.
+        """The mean of each configuration's final score over seeds, with its standard error.
 
         Args:
-          metric: a score by name.
-          by: the entries of a lane that tell configurations apart; None is all but ``seed`` and ``name``.
+          metric: the name of a score.
+          by: the entries of a lane that identify a configuration; None is all but ``seed`` and ``name``.
 
         Returns:
-          One dict per configuration: its entries, ``mean``, ``stderr`` (the standard deviation of the sample
-          over ``sqrt(n)``; NaN for one lane) and ``n``. A diverged lane makes its mean NaN.
+          One dict per configuration: its entries, ``mean``, ``stderr`` (the sample standard deviation divided
+          by ``sqrt(n)``; NaN for one lane) and ``n``. A diverged lane makes the mean NaN.
 
         Raises:
           LoraError: no record has such a score.
@@ -164,17 +165,17 @@ class SweepResult:
     def differences(
         self, metric: str = "loss", *, between: str, other: Any, by: Sequence[str] | None = None
     ) -> list[dict[str, Any]]:
-        """Paired differences to one value of an entry, seed by seed: what seeds share cancels.
+        """Paired differences from one value of an entry, seed by seed, so that effects of the seed cancel.
 
         Args:
-          metric: a score by name.
-          between: the entry that differs, ``"method"`` for example.
-          other: the value of it that all others are compared with.
-          by: further entries by which results are told apart; None is all but ``seed`` and ``name``.
+          metric: the name of a score.
+          between: the entry that differs, such as ``"method"``.
+          other: the value of ``between`` with which all other values are compared.
+          by: further entries that identify a configuration; None is all but ``seed`` and ``name``.
 
         Returns:
-          One dict per value of ``between`` (but ``other``) and configuration: ``mean`` of score minus the
-          score of ``other`` in the same seed and configuration, ``stderr`` and ``n``.
+          One dict per configuration and value of ``between`` except ``other``: ``mean`` of the score minus
+          that of ``other`` with the same seed and configuration, ``stderr`` and ``n``.
 
         Raises:
           LoraError: no record has such a score, or none has ``between == other``.
@@ -196,7 +197,7 @@ class SweepResult:
                 "no lane has the value to compare with.",
                 got=f"{between}={other!r}",
                 want=f"one of {sorted({str(r.get(between)) for r in last})}",
-                do="other= one of these.",
+                do="set other= to one of these.",
             )
         found: dict[tuple, list[float]] = {}
         for record in last:
@@ -235,7 +236,7 @@ class SweepResult:
         return pandas.DataFrame(self.records)
 
     def entries(self, skip: Iterable[str] = ()) -> list[str]:
-        """The names of the entries that the lanes have, in their order.
+        """The names of all entries of the lanes, in order of appearance.
 
         Args:
           skip: names to leave out.
@@ -256,7 +257,7 @@ class SweepResult:
 
 
 def check_metric(records: Sequence[dict], name: str) -> None:
-    """Raises a `LoraError` where no record has a number of this name."""
+    """Raises a `LoraError` if no record has a number of this name."""
     known = sorted({key for r in records for key, value in r.items() if is_number(value)})
     if not any(is_number(record.get(name)) for record in records):
         raise error(
@@ -268,7 +269,7 @@ def check_metric(records: Sequence[dict], name: str) -> None:
 
 
 def value_of(record: dict, metric: str) -> float:
-    """A score; NaN where the lane diverged or has none."""
+    """A score; NaN if the lane diverged or does not have it."""
     value: Any = record.get(metric)
     return float(value) if is_number(value) and record.get("diverged") is None else math.nan
 
@@ -281,13 +282,13 @@ def mean_and_error(values: Sequence[float]) -> dict[str, Any]:
 
 
 def read(path: str | os.PathLike) -> SweepResult:
-    """Reads the file of a sweep: its records and what ran, for tables and pictures.
+    """Reads the file of a sweep, with its records and settings, for tables and plots.
 
     Args:
-      path: what `lorax_fn.sweep` got as ``file``.
+      path: the path that was passed to `lorax_fn.sweep` as ``file``.
 
     Returns:
-      A `SweepResult` without adapters and curves; its lanes are as the file shows them.
+      A `SweepResult` without adapters and curves. Its lanes have the form in which the file stores them.
 
     Raises:
       LoraError: it is not the file of a sweep.
@@ -302,7 +303,7 @@ def read(path: str | os.PathLike) -> SweepResult:
             "there is no sweep in this file.",
             path=str(path),
             got="nothing" if os.path.exists(path) else "no file",
-            do="give the path that lx.sweep got as file=.",
+            do="pass the path that was passed to lx.sweep as file=.",
         )
     ends = {row["lane"]: row["step"] for row in rows}
     finished = len(ends) == len(head["lanes"]) and (

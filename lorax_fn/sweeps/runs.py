@@ -29,7 +29,7 @@ from lorax_fn.sweeps.sources import Source
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What `sweep` was asked for, checked."""
+    """The arguments of `sweep`, after checks."""
 
     lanes: list[dict[str, Any]]
     steps: int
@@ -45,17 +45,17 @@ class Settings:
     own: bool  # whether lanes are kept and multiplied at their own ranks
 
     def stages(self) -> list[tuple[int, int]]:
-        """From which step to which the same lanes are trained."""
+        """The ranges ``(from, to)`` of steps in which the same lanes are trained."""
         return list(itertools.pairwise([0, *self.halving, self.steps]))
 
     def score(self, record: Mapping[str, Any]) -> float:
-        """What a record is compared by, lower is better; infinite of a lane that diverged."""
+        """The number by which a record is compared, where lower is better; infinite if its lane diverged."""
         name, sign = (self.best[1:], -1.0) if self.best.startswith("-") else (self.best, 1.0)
         if name not in record:
             raise error(
                 "records have no score of this name.",
                 got=f"best={self.best!r}, scores {sorted(record)}",
-                do="best='loss', or a name that eval_fn returns, '-' before it where higher is better.",
+                do="best='loss', or a name that eval_fn returns, with a leading '-' if higher is better.",
             )
         good = record["diverged"] is None and math.isfinite(record[name])
         return sign * record[name] if good else math.inf
@@ -80,7 +80,7 @@ class Run:
         self.head: dict[str, Any] = {}
 
     def prepare(self, file: str | os.PathLike | None) -> None:
-        """Splits, groups, and plans how many lanes a program has."""
+        """Splits and groups the lanes, and plans how many of them each program has."""
         asked = self.settings
         made = members(self.params, asked.lanes, asked.split, asked.key)
         self.groups = group(self.params, made, asked.tx)
@@ -97,7 +97,7 @@ class Run:
                 self._lead(record)
 
     def total(self) -> int:
-        """Steps of all programs together."""
+        """The number of steps of all programs together."""
         count = 0
         for one, size in zip(self.groups, self.sizes, strict=True):
             left = len(one.members)
@@ -129,7 +129,7 @@ class Run:
             count = max(min(fits, size - 1), 1)
 
     def group(self, number: int) -> bool:
-        """Trains the lanes of one group; False where it was interrupted."""
+        """Trains the lanes of one group; returns False if it was interrupted."""
         one, size = self.groups[number], self.sizes[number]
         alive, former = one.members, {}
         for stage, (begin, end) in enumerate(self.settings.stages()):
@@ -160,7 +160,7 @@ class Run:
         return [member for member in alive if member.index in kept]
 
     def train(self, chunk: Chunk, states: Any, name: str, begin: int, end: int) -> tuple[Any, int]:
-        """One chunk from step ``begin`` to ``end``, or from where a saved state left it."""
+        """Trains one chunk from step ``begin``, or from its saved state, to step ``end``."""
         params = self.programs.place(chunk.group.params, False)
         log = {n: np.full((chunk.real, end - begin), np.nan, np.float32) for n in self.curves}
         progress = {"step": np.int64(begin), "since": np.int64(begin), **log}
@@ -211,7 +211,7 @@ class Run:
         return states, done
 
     def _record(self, chunk: Chunk, states: Any, params: PyTree, step: int, since: int) -> None:
-        """One record per lane."""
+        """Adds one record per lane."""
         rows = []
         for member, scores in zip(chunk.slots, self.programs.scores(chunk, states, params), strict=False):
             lane = member.index
@@ -249,14 +249,14 @@ class Run:
         return f"best {name} {self.leader[1][name]:.4g} in lane {self.leader[1]['lane']}"
 
     def _keep(self, chunk: Chunk, states: Any) -> None:
-        """What `SweepResult.lora` gives: cut out when it is asked for."""
+        """Keeps the adapters for `SweepResult.lora`, which cuts out those of a lane when it is called."""
         lora = whole(states).lora
         for slot, member in enumerate(chunk.slots[: chunk.real]):
             self.loras[member.index] = lambda member=member, slot=slot: own_lora(member, lora, slot)
 
 
 def moved(chunk: Chunk, former: dict[int, Any]) -> Any:
-    """States of a chunk, taken from where its lanes lay before."""
+    """The states of a chunk, gathered from the chunks in which its lanes were before."""
     made, at = [], 0
     for _, size in chunk.parts:
         some = []
@@ -272,7 +272,7 @@ def moved(chunk: Chunk, former: dict[int, Any]) -> Any:
 
 
 def head(asked: Settings) -> dict[str, Any]:
-    """The first line of a sweep's file: what was asked for, and what ran it."""
+    """The first line of a sweep's file: its settings, and the versions and machine that ran it."""
     key = asked.key if asked.key.dtype == np.uint32 else jax.random.key_data(asked.key)
     return {
         "sweep": FORMAT,

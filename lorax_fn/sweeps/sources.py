@@ -1,4 +1,4 @@
-"""Where lanes take their batches from: the same ones for all, or those of each lane's seed."""
+"""The batches that lanes are trained on: the same ones for all, or those of each lane's seed."""
 
 import itertools
 from collections.abc import Callable, Iterator
@@ -15,14 +15,18 @@ from lorax_fn.training.feed import Feed
 
 
 class Source:
-    """The batches of a sweep, which each program takes from its own beginning."""
+    """The batches of a sweep, which each program reads from the beginning."""
 
     def __init__(self, batches: Any, steps: int, seeded: bool, place: Callable[[PyTree, bool], PyTree]):
         self.batches = batches if seeded else _repeatable(batches, steps)
         self.steps, self.seeded, self.place = steps, seeded, place
 
     def batches_of(self, chunk: Chunk, done: int) -> Iterator[tuple[PyTree, Any]]:
-        """Batches from step ``done`` on, and whose seed each lane has: None where all see the same."""
+        """Yields ``(batch, which)`` from step ``done`` on.
+
+        With seeds, a batch has a leading axis of seeds, and ``which [lanes]`` has the index of each lane's
+        seed. Otherwise all lanes see the same batch, and ``which`` is None.
+        """
         if not self.seeded:
             feed = self._feed(self.batches, done)
             while True:
@@ -42,7 +46,7 @@ class Source:
 
 
 def _repeatable(batches: Any, steps: int) -> Any:
-    """Batches that each program can take from their beginning; those of a plain iterator are kept."""
+    """Batches that each program can read from the beginning. Those of a plain iterator are kept in a list."""
     if not (hasattr(batches, "__next__") and iter(batches) is batches):
         return batches
     kept = list(itertools.islice(batches, steps))

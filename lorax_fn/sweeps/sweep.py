@@ -1,4 +1,4 @@
-"""`sweep`: many configurations over one frozen base, as few programs as they need."""
+"""`sweep` trains many configurations over one frozen base, in as few programs as they need."""
 
 import contextlib
 import os
@@ -47,54 +47,56 @@ def sweep(
     separate run of its configuration,
 
         own = jax.random.fold_in(key, lane.get("seed", 0))
-        lane_params, lora = lx.split(params, key=own, **{**split, **what the lane has of split's arguments})
+        lane_params, lora = lx.split(params, key=own, **{**split, **the arguments of split in the lane})
         state = lx.TrainState.create(lora=lora, tx=tx(lane), key=own, extra=extra)
         step = lx.make_train_step(loss_fn, tx(lane))
 
     where, with ``lane["dropout"]``, ``loss_fn`` sees ``lx.dropout(lora, rate, fold_in(key, 0x5EED))``.
     Lower ranks are padded with zeros that stay zero, and a weight that a lane does not adapt has scale zero.
-    On a CPU, products leave the padding out in sweeps of 50 steps and more, where that is worth its longer
-    compilation; on a chip whose matrix unit takes 128 ranks at once it would gain nothing.
+    On a CPU, products leave the padding out in sweeps of 50 steps or more, where this is worth the longer
+    compilation. On a chip whose matrix unit processes 128 ranks at once, it would gain nothing.
 
-    What can't share a program runs one after the other: other methods, inits that take a part of W, and
-    several ranks under an optimizer that looks at whole matrices (Muon, Adafactor), which is found out by
-    trying it on padded factors. Entries of a lane that ``tx`` can't take as traced numbers (an optimizer's
-    name, the peak of ``optax.warmup_cosine_decay_schedule``) stay in the program: each such optimizer then
-    updates its own lanes.
+    Lanes that can't share a program run one program after the other. They have different methods, inits that
+    move a part of W, or different ranks under an optimizer that looks at whole matrices (Muon, Adafactor);
+    whether an optimizer does so is found by trying it on padded factors. Entries of a lane that ``tx`` can't
+    take as traced numbers (an optimizer's name, the peak of ``optax.warmup_cosine_decay_schedule``) are
+    constants of the program, in which each such optimizer updates its own lanes.
 
     Args:
       loss_fn: as in `make_train_step`; ``aux`` is not kept.
       params: the frozen tree, arrays only.
-      lanes: dicts, for instance of `grid`. Read here: ``seed`` (of the init, of dropout and of ``key`` in
-        ``loss_fn``), ``dropout``, ``name``, and arguments of `split`. The rest is for ``tx``.
-      batches: as in `fit`; every lane sees the same ones in the same order. Of an iterator that can't be run
-        again, ``steps`` batches are kept.
+      lanes: dicts, such as those from `grid`. The sweep reads ``seed`` (for the init, dropout and the ``key``
+        of ``loss_fn``), ``dropout``, ``name``, and arguments of `split`. All other entries are for ``tx``.
+      batches: as in `fit`; every lane sees the same ones in the same order. If they come from an iterator
+        that can't be restarted, ``steps`` of them are kept in memory.
       steps: how many steps each lane takes.
-      tx: ``tx(lane)``, an optax transformation. Numbers that differ between lanes come as traced arrays.
+      tx: ``tx(lane)`` returns an optax transformation. Numbers that differ between lanes are traced arrays.
       key: PRNG key of the sweep.
-      eval_fn: ``eval_fn(state, params) -> score``, or a dict of scores, as in `fit`; it is mapped over lanes,
-        and called lane by lane where it can't be traced. ``state.opt_state`` is empty in it.
+      eval_fn: ``eval_fn(state, params) -> score``, or a dict of scores, as in `fit`. It is mapped over lanes,
+        or called lane by lane if it can't be traced. The ``state.opt_state`` that it gets is empty.
       every: steps between evaluations, records and saved states; None is at the end only.
       split: arguments of `split` for all lanes.
-      data: ``"shared"``, or ``"seed"``: ``batches(seed)`` gives those of the lanes with that seed.
-      lanes_per_program: how many at most; ``"auto"`` is as many as the compiled program's memory analysis
-        lets fit into the free memory.
-      mesh: lanes are spread over its axis ``"lanes"``; the base lies on it as it is, or is copied to all.
-      file: where records go, as JSON lines, while it runs. Beside it, in ``<file>.state``, are the states:
-        the same sweep, run again after a kill, goes on from the last ones with equal results.
-      progress: a bar by tqdm with the best lane so far; None shows one if tqdm is installed.
-      extra: what the model rewrites, as in `TrainState.create`; each lane starts from it.
-      halving: steps after which the worse half of each group's lanes is dropped. Nothing is compiled anew:
-        what is left moves together into fewer programs of the same size, so it saves time where a group has
-        more lanes than ``lanes_per_program``.
-      best: the score that halving and the bar compare by, lower is better; ``"-accuracy"``: higher is.
+      data: ``"shared"``; or ``"seed"``, where ``batches(seed)`` gives the batches of lanes with that seed.
+      lanes_per_program: the largest number of lanes in one program; ``"auto"`` is as many as fit into the
+        free memory, according to the compiled program's memory analysis.
+      mesh: lanes are spread over its axis ``"lanes"``. A base that is already on this mesh stays as it is;
+        any other is copied to all its devices.
+      file: where records are written, as JSON lines, while the sweep runs. States are saved beside it, in
+        ``<file>.state``: run again after a kill, the same sweep resumes from them, with equal results.
+      progress: whether to show a tqdm bar with the best lane so far; None shows one if tqdm is installed.
+      extra: state that the model updates, as in `TrainState.create`; each lane starts from it.
+      halving: steps after which the worse half of each group's lanes is dropped. Nothing is recompiled: the
+        lanes that remain move into fewer chunks of the same size, so it saves time only if a group has more
+        lanes than ``lanes_per_program``.
+      best: the score by which halving and the bar compare lanes, where lower is better; with a leading ``-``,
+        as in ``"-accuracy"``, higher is better.
 
     Returns:
-      A `SweepResult`. After ctrl-C it holds what was done, ``finished=False``.
+      A `SweepResult`. After ctrl-C it holds what was done, and ``finished`` is False.
 
     Raises:
-      LoraError: lanes, steps, ``tx`` or the file don't fit; an entry of a lane is read by nothing; or what
-        `split` and `make_train_step` raise.
+      LoraError: lanes, steps, ``tx`` or the file don't fit; nothing reads an entry of a lane; or what `split`
+        and `make_train_step` raise.
 
     Example:
       >>> import jax, jax.numpy as jnp, lorax_fn as lx, optax
@@ -141,7 +143,7 @@ def sweep(
 
 @contextlib.contextmanager
 def _interrupt() -> Iterator[Callable[[], bool]]:
-    """Gives a function that says whether ctrl-C came, which ends the sweep after a step; twice, at once."""
+    """Yields a function that says whether ctrl-C was pressed. A second ctrl-C interrupts at once."""
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
