@@ -1,4 +1,4 @@
-"""`Init`, the base class of all inits: what starts A and B, and what the rest of the package asks of it."""
+"""`Init`, the base class of all inits: how A and B start, and what the rest of the package needs to know."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
@@ -9,11 +9,11 @@ from lorax_fn.core.trees import PyTree
 
 
 class Init:
-    """The way A and B of a weight start: a frozen value for ``split(params, init=...)``.
+    """How A and B of a weight start, as a frozen value for ``split(params, init=...)``.
 
     A subclass is a frozen dataclass of its options. It defines ``__call__``, which starts one weight. An init
-    from data defines `starts` instead, which `split` calls once with all the weights to start. It takes the
-    value itself, or its name in `lorax_fn.inits.table`.
+    from data defines `starts` instead, which `split` calls once with all the weights to start. `split` takes
+    the value itself, or its name in `lorax_fn.inits.table`.
 
     Example:
       >>> import lorax_fn as lx
@@ -37,7 +37,7 @@ class Init:
           key: one PRNG key for the whole leaf; stack entries draw independent values.
           w: the weight; most inits read only its shape.
           layout: its axes.
-          rank: ``r``, or one int per stack entry, where the factors have the largest.
+          rank: ``r``; or one int per stack entry, in which case the factors have the largest of them.
           scale: the factor before ``A @ B``, or one per stack entry.
           dtype: dtype of A and B; values are computed in float32.
 
@@ -80,7 +80,7 @@ def raise_unusable(what: str, init: Init, wrong: Mapping[str, str]) -> None:
     """Raises a `LoraError` if data cannot start some weights, given in ``wrong`` with the reasons."""
     if wrong:
         raise error(
-            f"the {what} of these weights cannot start them.",
+            f"these weights cannot be started from their {what}.",
             path=list(wrong),
             got=list(wrong.values()),
             want="finite numbers, and as many directions as the rank",

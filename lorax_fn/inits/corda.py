@@ -82,10 +82,12 @@ class Corda(Init):
                 wrong[path] = problem
                 continue
             c, inverse = _damped(c)
+            # C W is [s, n, m], so u is [s, n, k], sizes [s, k] and vt [s, k, m] with k = min(n, m).
             weighed = jnp.matmul(c, entries(leaves[path], plan.layout).astype(jnp.float32), precision=EXACT)
             u, sizes, vt = jnp.linalg.svd(weighed, full_matrices=False)
             ranks = used.sum(1, keepdims=True).astype(int)
             start = 0 * ranks if self.mode == "ipm" else sizes.shape[1] - ranks
+            # [s, r]: the indices of the directions that train; 0 in the padding, which `used` zeroes below.
             which = np.where(used > 0, np.arange(used.shape[1])[None, :] + start, 0)
             a = jnp.matmul(inverse, jnp.take_along_axis(u, which[:, None, :], 2), precision=EXACT)
             root = jnp.sqrt(jnp.take_along_axis(sizes, which, 1)) * used
@@ -102,7 +104,7 @@ def _weighed(key, w, layout: Layout, rank, scale, dtype, *, a, b):
 
 
 def _damped(c: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """``C [s, n, n]`` with mean diagonal 1, damped, and its inverse, for which damping doubles as needed."""
+    """``C [s, n, n]`` with mean diagonal 1 and damped, and its inverse; damping is doubled where needed."""
     n = c.shape[1]
     eye = jnp.eye(n, dtype=c.dtype)[None]
     power = jnp.trace(c, axis1=1, axis2=2)[:, None, None] / n

@@ -146,6 +146,7 @@ class Eva(Init):
             values = np.asarray(values, np.float64)
             shares[path] = values[:, : limits[path]] / values.sum(1, keepdims=True)
         raise_unusable("inputs", self, wrong)
+        # One number per direction of any weight: its share, its stack entry, and the index of its weight.
         every = np.concatenate([share.reshape(-1) for share in shares.values()])
         entry = np.concatenate([np.repeat(np.arange(x.shape[0]), x.shape[1]) for x in shares.values()])
         owner = np.repeat(np.arange(len(shares)), [x.size for x in shares.values()])
@@ -201,6 +202,7 @@ def _random_basis(path: str, w: Any, layout: Layout, width: int) -> jax.Array:
 @jax.jit
 def _nystrom(basis: jax.Array, product: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Eigenvalues and eigenvectors of ``Y (Q^T Y)^-1 Y^T``, which approximates C from ``Y = C Q``."""
+    # Q and Y are [s, n, k]; the core Q^T Y is [s, k, k].
     core = jnp.matmul(jnp.swapaxes(basis, -1, -2), product, precision=EXACT)
     sizes, turn = jnp.linalg.eigh((core + jnp.swapaxes(core, -1, -2)) / 2.0)
     kept = sizes > SPAN * sizes[:, -1:]

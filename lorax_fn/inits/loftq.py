@@ -96,7 +96,10 @@ class LoftQ(Init):
 
 @functools.partial(jax.jit, static_argnums=(0, 6))
 def _turn(init: LoftQ, w: jax.Array, a: jax.Array, b: jax.Array, scales: Any, used: Any, layout: Layout):
-    """One round: quantizes ``W - s A @ B``, and fits new factors to the rounding error."""
+    """One round: quantizes ``W - s A @ B``, and fits new factors to the rounding error.
+
+    ``w`` has the weight's own axes; ``a`` is ``[s, n, r]`` and ``b`` is ``[s, r, m]``.
+    """
     whole, dtype = entries(w, layout).astype(jnp.float32), a.dtype
     wide_a, wide_b = a.astype(jnp.float32), b.astype(jnp.float32)
     left = whole - scales[:, None, None] * jnp.matmul(wide_a, wide_b, precision=EXACT)

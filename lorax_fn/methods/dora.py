@@ -115,7 +115,7 @@ def _norm_of_sum(w: jax.Array, layout: Any, a: jax.Array, b: jax.Array, scale: j
     letters = "abcdefghijklmnopq"[: layout.ndim]
     s, n, m = ("".join(letters[i] for i in axes) for axes in (layout.stack, layout.inputs, layout.outputs))
     exact, wide = jax.lax.Precision.HIGHEST, accumulation_dtype(w.dtype)
-    # [*s, r, *m]. W keeps its dtype, since a float32 copy of a bfloat16 base would take twice its memory.
+    # W^T A, [*s, r, *m]. W keeps its dtype: a float32 copy of a bfloat16 base would take twice its memory.
     wa = jnp.einsum(
         f"{letters},{s}{n}y->{s}y{m}",
         w,
@@ -126,6 +126,7 @@ def _norm_of_sum(w: jax.Array, layout: Any, a: jax.Array, b: jax.Array, scale: j
     a, b = a.astype(wide), b.astype(wide)
     aab = jnp.einsum(f"{s}{n}y,{s}{n}z->{s}yz", a, a, precision=exact)  # A^T A, [*s, r, r]
     aab = jnp.einsum(f"{s}yz,{s}z{m}->{s}y{m}", aab, b, precision=exact)  # (A^T A) B, [*s, r, *m]
+    # The terms with B, [*s, r, *m], are summed over the rank, and W^2 over the inputs: both are [*s, *m].
     scale = scale.reshape(scale.shape + (1,) * (wa.ndim - scale.ndim))
     change = ((2.0 * scale * wa + scale * scale * aab) * b).sum(len(layout.stack))
     square = _sum_over_inputs(jnp.square(w.astype(wide)), layout)

@@ -13,7 +13,7 @@ from lorax_fn.core.adapters import Factors, fact, number, register
 from lorax_fn.core.layouts import Layout
 from lorax_fn.methods.low_rank import LowRank, Start, scale_of
 
-LARGEST = 8  # the longest side of W1: times r, it is the rank of the product that the transform contracts
+LARGEST = 8  # the longest side of W1; the transform contracts a product of a rank of at most this times r
 
 
 @register

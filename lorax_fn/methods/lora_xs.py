@@ -55,6 +55,7 @@ class LoRAXS(LowRank):
     def create(cls, w: Any, start: Start) -> tuple["LoRAXS", Any]:
         stack, n, m = start.layout.shapes(w.shape)
         r = start.rank
+        # entries: [s, n, m], so u is [s, n, k] and vt [s, k, m] with k = min(n, m), of which r are kept.
         u, sizes, vt = jnp.linalg.svd(entries(w, start.layout), full_matrices=False)
         a = (u[:, :, :r] * sizes[:, None, :r]).reshape(*stack, *n, r)
         b = vt[:, :r].reshape(*stack, r, *m)
@@ -78,6 +79,6 @@ class LoRAXS(LowRank):
     def pair(self) -> Factors:
         a, b = jax.lax.stop_gradient((self.a, self.b))
         s = len(self.layout.stack)
-        flat = b.reshape(*b.shape[: s + 1], -1)
+        flat = b.reshape(*b.shape[: s + 1], -1)  # [*s, r, m], so that R [*s, r, r] can be multiplied into it
         b = jnp.matmul(self.core, flat, precision=jax.lax.Precision.HIGHEST).reshape(b.shape)
         return Factors(a, b, self.layout, self.scale)

@@ -24,7 +24,7 @@ STACKED = "adapters without the leading axis that `lx.stack` makes: map over it,
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """What `LowRank.create` starts a method from, already checked by `lorax_fn.split`.
+    """The facts from which `LowRank.create` starts a method, already checked by `lorax_fn.split`.
 
     ``key`` belongs to this weight; ``shared_key`` is the same for all weights, for what they share.
     ``init(key, w, layout, rank, scale, dtype)`` gives the first factors and the weight to freeze, (a, b, w).
@@ -77,9 +77,8 @@ class LowRank(Adapter):
     """
 
     adds: ClassVar[bool] = True
-    takes: ClassVar[frozenset[str]] = frozenset(
-        {"alpha", "scaling", "init"}
-    )  # options of `split` that act on it
+    # The options of `split` that act on this method.
+    takes: ClassVar[frozenset[str]] = frozenset({"alpha", "scaling", "init"})
     layout: Layout  # every subclass declares these three as fields, in its own order
     key: Any
     rate: Any
@@ -108,6 +107,8 @@ class LowRank(Adapter):
     def shape(self) -> tuple[int, ...]:
         """The weight's shape, from the factors and the layout."""
         pair = jax.eval_shape(lambda adapter: (adapter.pair().a, adapter.pair().b), self)
+        # A is [*s, *n, r] and B is [*s, r, *m]. A factor that is shared along the stack lacks the axes *s, so
+        # the axes are matched from the right.
         layout, a, b = self.layout, pair[0].shape[:-1], pair[1].shape
         whole = (*layout.stack, *layout.inputs)
         sizes = dict(zip(whole[len(whole) - len(a) :], a, strict=True))

@@ -67,6 +67,7 @@ def _moves(adapter: Any) -> Any:
     def any_of(x, axes):
         return jnp.any(x != 0, axis=tuple(range(x.ndim - axes, x.ndim)))
 
+    # A ends in (*n, r) and B in (r, *m). Reducing these axes leaves [*s], or [] for a factor that is shared.
     layout = adapter.layout
     n, m = len(layout.inputs) + 1, len(layout.outputs) + 1
     moves = (any_of(da, n) & any_of(b, m)) | (any_of(a, n) & any_of(db, m))

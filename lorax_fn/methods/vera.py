@@ -80,6 +80,7 @@ class VeRA(LowRank):
     def pair(self) -> Factors:
         a, b = jax.lax.stop_gradient((self.a, self.b))
         stack = len(self.layout.stack)
+        # B diag(b) is [*s, r, *m], from B [r, *m] and the gain [*s, *m]. d [*s, r] is a scale of each rank.
         b = jnp.expand_dims(b, tuple(range(stack))) * jnp.expand_dims(self.gain, stack)
         return Factors(a, b, self.layout, self.d)
 

@@ -49,7 +49,7 @@ class Rows(Adapter):
 
     The transform contracts it as ``W0 + S values``, where ``S`` holds the columns ``ids`` of the identity and
     ``W0`` is W with zeros in these rows. The rows are replaced, not added to, so their old values do not
-    matter, even if they are large, infinite or nan.
+    matter, even if they are large, infinite or NaN.
 
     For a vocabulary that grew, enlarge the table first and then split:
 
@@ -115,6 +115,7 @@ class Rows(Adapter):
         others = tuple(i for i in range(len(w.shape)) if i != self.axis)
         if self.axis == 0:
             return Factors(chosen, rows, Layout((), (0,), others), 1.0)
+        # Along another axis, the rows are the inputs' side, A [*n, k], and S^T [k, V] is B.
         return Factors(jnp.moveaxis(rows, 0, -1), chosen.T, Layout((), others, (self.axis,)), 1.0)
 
     def problem(self, w: Any) -> str | None:

@@ -16,7 +16,7 @@ Patterns = Pattern | Sequence[Pattern] | set[Pattern] | frozenset[Pattern] | Non
 class Index(dict[str, Any]):
     """Leaves by path, with tables to look up which of them a pattern names.
 
-    A literal pattern is looked up in a table of all runs of as many components, which is built once per
+    A literal pattern is looked up in a table of all runs of that many components, which is built once per
     length. A glob is compiled once, and each result is cached. For literal patterns, the time thus grows with
     the number of leaves plus patterns, not with their product.
     """
@@ -69,8 +69,8 @@ def matches(pattern: Pattern, path: str, leaf: Any = None) -> bool:
     """Whether a pattern names a leaf.
 
     Args:
-      pattern: a glob over any run of whole components (``*`` crosses everything), a compiled regex
-        (``fullmatch`` on the path), or ``f(path, leaf) -> bool``.
+      pattern: a glob over any run of whole components (``*`` also matches across components), a compiled
+        regex (``fullmatch`` on the path), or ``f(path, leaf) -> bool``.
       path: the leaf's path.
       leaf: the leaf, for callables.
 
@@ -156,7 +156,7 @@ def first_match(
         if wanted:
             before = dict.fromkeys(label_of(decided[path]) for path in wanted)
             idle.append(
-                (label_of(pattern), f"all it names is decided by {', '.join(map(repr, before))} before it")
+                (label_of(pattern), f"what it names is decided by {', '.join(map(repr, before))} before it")
             )
         else:
             more = f", and {len(named) - 1} more" if len(named) > 1 else ""

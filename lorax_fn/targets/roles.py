@@ -28,7 +28,7 @@ def classify(params: PyTree, layout: Mapping | None = None) -> dict[str, Role]:
     it is 2-D or its sibling bias determines stack and output axes uniquely. ``kernel`` and ``w`` are
     (in, out), as in Flax and Haiku; the others are (out, in). The type of an Equinox layer takes precedence
     over names. If every parameter is called ``weight``, the module's name identifies norms and embeddings.
-    Output heads are known by the names that real models give them. A kernel with two input axes, such as
+    Output heads are recognized by the names that real models give them. A kernel with two input axes, such as
     ``out`` of Flax attention, is linear unless its module's name contains ``conv``; one with more is a
     convolution. A convolution with as many input as output channels may be transposed, so its layout is open
     unless its name is Flax's or Haiku's default for plain convolutions. Running statistics are not weights.
