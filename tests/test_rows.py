@@ -70,7 +70,7 @@ def test_rows_of_a_head_are_its_tokens(tmp_path):
     with pytest.raises(lx.LoraError, match=r"(?s)ids from 0 to 19, not \[20\]: axis 1 holds the rows"):
         lx.split(params, targets=(), rows={"lm_head": [20]})
     stacked = {"lm_head": {"kernel": jnp.ones((2, D, V)), "bias": jnp.ones((2, V))}}
-    with pytest.raises(lx.LoraError, match=r"(?s)a table with one axis of rows, told by layout="):
+    with pytest.raises(lx.LoraError, match=r"(?s)a table with one axis of rows, given by layout="):
         lx.split(stacked, targets=(), rows={"lm_head/kernel": [1]})
 
 

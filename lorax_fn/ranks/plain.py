@@ -104,6 +104,7 @@ def _relative_to(adapter: Any, w0: Any, w: Any) -> tuple[LoRA, jax.Array]:
     used = jnp.asarray(used_ranks(adapter.rank, a.shape[0]))
     s = jnp.where(scale == 0, jnp.ones_like(scale), scale)
     u, size, vt = jnp.linalg.svd(first - last, full_matrices=False)
+    # u: [s, n, k], size: [s, k], vt: [s, k, m] with k = min(n, m). The first r directions are what init took.
     r = used.shape[1]
     taken = size[:, :r] * used
     left = jnp.concatenate([size[:, :r] - taken, size[:, r:]], axis=-1)
@@ -113,7 +114,7 @@ def _relative_to(adapter: Any, w0: Any, w: Any) -> tuple[LoRA, jax.Array]:
     a, b = jnp.concatenate([a, a0], axis=-1), jnp.concatenate([b, -b0], axis=1)
     if not isinstance(adapter.rank, tuple):
         return _plain(adapter.with_factors(a, b, 2 * adapter.rank)), share
-    # Padding goes to the end, behind the used ranks of both parts.
+    # Both parts may end in padding, so move all padding to the end, behind the used ranks of both.
     order = np.argsort(1 - np.concatenate([used_ranks(adapter.rank, a.shape[0])] * 2, -1), kind="stable")
     a, b = jnp.take_along_axis(a, order[:, None, :], -1), jnp.take_along_axis(b, order[:, :, None], 1)
     return _plain(adapter.with_factors(a, b, tuple(2 * r for r in adapter.rank))), share

@@ -117,6 +117,7 @@ def _table(adapter: Any, score: Any) -> np.ndarray:
 
 
 def _kept(adapter: Any, kept: np.ndarray) -> LoRA:
+    """The adapter with only the ranks that are True in ``kept [s, r]``, moved to the front of each entry."""
     counts = kept.sum(1)
     order = np.argsort(~kept, axis=1, kind="stable")[:, : counts.max()]
     used = (np.arange(counts.max())[None, :] < counts[:, None]).astype(np.float32)

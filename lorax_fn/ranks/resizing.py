@@ -174,6 +174,7 @@ def _asked_ranks(lora: Mapping[str, Adapter], rank: Any) -> dict[str, int]:
 
 
 def _cut(adapter: Any, rank: int) -> LoRA:
+    """The best approximation of rank ``rank``, with the roots of the singular values in each factor."""
     a, b, _ = factor_entries(adapter)
     u, size, vt = product_svd(a, b)
     new = tuple(min(r, rank) for r in adapter.rank) if isinstance(adapter.rank, tuple) else rank
@@ -182,6 +183,7 @@ def _cut(adapter: Any, rank: int) -> LoRA:
 
 
 def _padded(adapter: Any, rank: int, key: jax.Array) -> LoRA:
+    """The adapter with added ranks: random columns of A ``[s, n, r]`` and zero rows of B ``[s, r, m]``."""
     a, b, _ = factor_entries(adapter)
     count, n, extra = a.shape[0], a.shape[1], rank - a.shape[-1]
     # Any numbers of A's size will do, since the zeros in B keep dW. If A is zero, as after init="zero_a", use

@@ -80,9 +80,10 @@ def product_svd(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array, jax.A
 
 
 def spectrum(adapter: Any) -> Spectrum:
+    """The `Spectrum` of one adapter, of any method with two factors."""
     a, b, scale = factor_entries(adapter)
     values = product_svd(a, b * scale[:, :, None])[1]
-    total, largest = values.sum(-1), values[:, 0]
+    total, largest = values.sum(-1), values[:, 0]  # [s], from values [s, r]
     none = largest == 0
     square = jnp.square(values / jnp.where(none, jnp.ones_like(largest), largest)[:, None]).sum(-1)
     share = values / jnp.where(none, jnp.ones_like(total), total)[:, None]

@@ -109,9 +109,8 @@ def delta(lora: dict[str, Adapter]) -> dict[str, jax.Array]:
     return {path: run(lambda adapter: adapter.delta(), adapter) for path, adapter in able.items()}
 
 
-@functools.partial(
-    jax.jit, static_argnames="dtype"
-)  # one fused program, which keeps no unpacked copy of the weight
+# This is one fused program, so no unpacked copy of a quantized weight is kept.
+@functools.partial(jax.jit, static_argnames="dtype")
 def _merged(adapter: Adapter, w: Any, dtype: Any) -> jax.Array:
     w = jnp.asarray(dense(w))
     wide = w.astype(accumulation_dtype(w.dtype, dtype))
@@ -121,11 +120,11 @@ def _merged(adapter: Adapter, w: Any, dtype: Any) -> jax.Array:
 
 @jax.custom_jvp
 def _kept(same: jax.Array, w: jax.Array, changed: jax.Array) -> jax.Array:
-    """The bits of ``w`` where nothing changes, also those of -0.0 and of a nan."""
+    """``changed``, but the bits of ``w`` where nothing changes, including those of -0.0 and NaN."""
     return jnp.where(same, w, changed)
 
 
 @_kept.defjvp
 def _as_if_changed(primals: Any, tangents: Any) -> Any:
-    # A change that is zero now, as B is at first, has a gradient all the same.
+    # A change that is zero now, as it is while B is zero, still has a gradient.
     return _kept(*primals), tangents[2]

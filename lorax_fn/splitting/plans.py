@@ -356,7 +356,7 @@ def _rows_problem(ids: Any, leaf: Any, role: Role, axis: int | None) -> str | No
         return "a float table of two or more axes"
     if axis is None:
         known = role.layout or "its layout is open"
-        return f"a table with one axis of rows, told by layout=: {role.reason}, {known}"
+        return f"a table with one axis of rows, given by layout=: {role.reason}, {known}"
     listed = isinstance(ids, Sequence) and not isinstance(ids, str) or isinstance(ids, np.ndarray | jax.Array)
     ids = list(np.asarray(ids)) if listed and np.ndim(ids) == 1 else []
     if not ids or not all(map(_is_int, ids)):

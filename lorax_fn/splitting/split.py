@@ -90,7 +90,7 @@ def split(
       ((8, 2), (2, 6), 16.0)
     """
     if not jnp.issubdtype(dtype, jnp.floating):
-        raise error("adapters train in a float dtype.", got=f"dtype={dtype!r}", do="dtype=jnp.float32.")
+        raise error("adapters need a float dtype.", got=f"dtype={dtype!r}", do="dtype=jnp.float32.")
     key = checked_key(jax.random.key(0) if key is None else key)
     leaves = Index(arrays(params))
     roles = roles_of(params, leaves, layout)
@@ -148,7 +148,7 @@ def _starts(params: PyTree, leaves: Mapping[str, Any], plans: Mapping[str, Plan]
     unseen = [path for path, w in leaves.items() if not is_concrete(w)] if from_data else []
     if unseen:
         raise error(
-            "an init from data runs the function, and there are no numbers to run it on.",
+            "an init from data runs the function, but these params hold no numbers to run it on.",
             path=from_data,
             got=[f"abstract or traced params: {', '.join(unseen[:4])}"],
             want="params of concrete arrays",
@@ -165,7 +165,7 @@ def _build(
 ) -> tuple[Adapter, Any]:
     """The adapter of one weight, and the weight to freeze.
 
-    Of abstract weights that are alike, only the first is traced; ``known`` caches its adapter.
+    Among abstract weights that are alike, only the first is traced; ``known`` caches its adapter.
     """
     facts = (plan.layout, plan.rank, plan.alpha, plan.scaling)
     create = METHODS[plan.method].create
