@@ -2,7 +2,7 @@
 
 They are computed as gradients of the adapted function. So they work wherever `adapt` does (scans, slices,
 several uses of one weight, jit, checkpoint), and need what training needs: outputs that depend on the weight
-through differentiable operations. Nothing is kept of the batches but the sums.
+through differentiable operations. Only the sums are kept, not the batches.
 """
 
 import dataclasses
@@ -116,7 +116,7 @@ def probed(sums: Callable, batches: Iterable, bases: Mapping, layouts: Mapping, 
 
 
 def _check_contracted(fn: Callable, params: PyTree, batch: Any, paths: list[str]) -> None:
-    """Raises a `LoraError` unless every weight is contracted with inputs, which rows looked up are not."""
+    """Raises a `LoraError` unless every weight is contracted with inputs, rather than looked up by row."""
     uses = usage(fn, params, batch)
     wrong = {}
     for path in paths:
@@ -140,7 +140,9 @@ def problem_of(sizes: Any, ranks: np.ndarray, needed: Any = True) -> str | None:
     if not np.isfinite(sizes).all():
         return "not finite"
     if ((sizes[:, 0] <= 0) & needed).any():
-        return f"zero{_in_entries((sizes[:, 0] <= 0) & needed)}: no batch uses it in a way that outputs show"
+        return (
+            f"zero{_in_entries((sizes[:, 0] <= 0) & needed)}: no batch uses it in a way that affects outputs"
+        )
     span = (sizes > SPAN * sizes[:, :1]).sum(1)
     if (span < ranks).any():
         return f"of rank {span[span < ranks].min()}{_in_entries(span < ranks)}, below {int(ranks.max())}"

@@ -77,7 +77,7 @@ class Snapshots:
         self.lock: Lock | None = None
         if (self.folder / "adapter.json").is_file():
             raise error(
-                "this checkpoint holds adapters alone: no optimizer state, step or key to go on from.",
+                "this checkpoint holds only adapters: no optimizer state, step or key to continue from.",
                 path=self.folder,
                 do="start a new run from them: lora = lx.checkpoint.load(path, params=params), "
                 "state = lx.TrainState.create(lora=lora, ...), and another checkpoint_dir.",
@@ -203,7 +203,7 @@ class Snapshots:
             sweep(stage)
         last = [path for path in steps(self.folder) if is_snapshot(path)]
         source = last[0] if last else "the beginning"
-        do = f"make room on the disk and start again: it goes on from {source}."
+        do = f"make room on the disk and start again: the run goes on from {source}."
         return unwritable(self.folder / stage.name.removeprefix("."), failure, do)
 
     def check(self) -> None:

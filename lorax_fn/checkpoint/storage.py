@@ -169,9 +169,8 @@ def _trial(adapter: Any, shape: tuple[int, ...] | None) -> str | None:
     problem = adapter.problem(leaf)
     if problem is not None:
         return f"{problem}, but the base has a leaf of shape {shape}"
-    empty = any(
-        not x.size for x in jax.tree.leaves(adapter)
-    )  # An adapter of rank 0 changes nothing and has no scale.
+    # An adapter of rank 0 changes nothing and has no scale.
+    empty = any(not x.size for x in jax.tree.leaves(adapter))
     got = shape if empty else jax.eval_shape(lambda held, w: held.weight(w), adapter, leaf).shape
     return None if got == shape else f"a weight of shape {got} instead of {shape}"
 

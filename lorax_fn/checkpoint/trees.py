@@ -110,7 +110,7 @@ def fitted(path: pathlib.Path, tree: Any, facts: list[dict], leaves: list[jax.Ar
         ]
         if wrong:
             raise error(
-                "like is not of the structure that was saved.",
+                "like does not have the structure that was saved.",
                 path=wrong[:20],
                 do="pass the extra that training began with, or leave like out.",
             )

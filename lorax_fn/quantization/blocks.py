@@ -105,6 +105,7 @@ def encode(w: Any, layout: Layout, format: str, block: int, double: bool) -> Qua
     form, shape = READ[format], tuple(w.shape)
     axis, across = _axis(layout.inputs, shape, block), _axis(layout.outputs, shape, GROUP)
     wide, minimum = w.astype(jnp.float32), None
+    # The minimum and the scales have the weight's axes, with one number per block along ``axis``.
     if form.minimum:
         minimum = _folded(wide, axis, block).min(axis + 1)
         wide = wide - _spread(minimum, axis, block, shape[axis])
@@ -116,6 +117,7 @@ def encode(w: Any, layout: Layout, format: str, block: int, double: bool) -> Qua
     scales = (scales / form.top).astype(form.scales)
     groups = offset = None
     if double:
+        # The offset has one number per stack entry, and size 1 along all other axes.
         inner = tuple(i for i in range(len(shape)) if i not in layout.stack)
         offset = jnp.mean(scales, inner, keepdims=True)
         groups = _largest(jnp.abs(scales - offset), across, GROUP)
@@ -155,8 +157,8 @@ def nudged(q: Quantized, change: jax.Array) -> Quantized:
     A number between two codes is rounded to either of them, with probabilities that make its mean the number
     itself (stochastic rounding, Gupta et al., https://arxiv.org/abs/1502.02551). The random numbers are a
     hash of the position, so the same change gives the same codes. Codes of numbers that do not change stay.
-    Only if the change is so large that the range of the scales would cut off more than rounding takes is the
-    whole weight quantized anew, to the nearest codes.
+    If the change is so large that the range of the scales would cut off more than rounding takes, the whole
+    weight is instead quantized again, to the nearest codes.
 
     Args:
       q: the weight.
@@ -246,12 +248,15 @@ def _spread(x: jax.Array, axis: int, size: int, length: int) -> jax.Array:
 
 
 def _packed(codes: jax.Array, axis: int) -> jax.Array:
+    """Packs neighboring 4-bit codes along ``axis`` into one byte, the first in the high half."""
     pairs = _folded(codes, axis, 2)
     high, low = (jax.lax.index_in_dim(pairs, i, axis + 1, keepdims=False) for i in (0, 1))
     return (high << np.uint8(4)) | low
 
 
 def _unpacked(codes: jax.Array, axis: int, length: int) -> jax.Array:
+    """The inverse of `_packed`, cut to ``length`` codes along ``axis``."""
+    # A new axis of size 2 after ``axis`` gets the high and low half of each byte, and is then merged into it.
     shift = np.array([4, 0], np.uint8).reshape(2, *(1,) * (codes.ndim - axis - 1))
     shift = shift.reshape((1,) * (axis + 1) + shift.shape)
     pairs = (jnp.expand_dims(codes, axis + 1) >> shift) & np.uint8(15)
@@ -265,7 +270,7 @@ def _cut(x: jax.Array, axis: int, length: int) -> jax.Array:
 def _check_axes(q: Quantized) -> None:
     if np.ndim(q.codes) != len(q.shape):
         raise error(
-            "a quantized weight lost or got an axis outside lorax_fn.",
+            "a quantized weight lost or gained an axis outside lorax_fn.",
             got=f"codes of shape {np.shape(q.codes)}",
             want=f"codes of {len(q.shape)} axes, like the weight's shape {q.shape}",
             do="in a loop or vmap over a stack axis, call q.entry(axis).dense().",

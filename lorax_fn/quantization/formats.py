@@ -128,7 +128,7 @@ def check_options(format: Any, block: Any) -> None:
     whole = isinstance(block, int | np.integer) and not isinstance(block, bool)
     if not whole or block < 2 or block % 2:
         raise error(
-            "a block is an even number of weights.",
+            "a block is not an even number of weights.",
             got=f"block={block!r}",
             want="2, 4, 6, ...: two codes share a byte",
             do="block=64.",

@@ -45,7 +45,7 @@ def gptq(
     Frantar et al., "GPTQ" (https://arxiv.org/abs/2210.17323), algorithm 1: with ``X`` all inputs of a weight,
     ``H = X^T X`` damped and ``H^-1 = U^T U``, input ``i`` is rounded, and ``outer(U[i], error / U[i, i])`` is
     subtracted from the weight. Inputs are ordered from the strongest to the weakest, and the scales are those
-    of `quantize` (``act_order`` and ``static_groups`` in the authors' code). ``X`` is that of the given
+    of `quantize` (``act_order`` and ``static_groups`` in the authors' code). ``X`` is computed with the given
     ``params``.
 
     Args:
