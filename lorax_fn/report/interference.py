@@ -1,4 +1,4 @@
-"""How much adapters get in each other's way: cosines of what they add, overlap of their subspaces."""
+"""How much adapters interfere with each other: cosines of their changes, and overlap of their subspaces."""
 
 import dataclasses
 import math
@@ -18,14 +18,15 @@ from lorax_fn.ranks.spectra import product_svd
 
 @dataclasses.dataclass(frozen=True)
 class Interference:
-    """Similarity of each pair of adapters, over all weights that both adapt; as text a table.
+    """Similarity of each pair of adapters over all weights that both adapt; it prints as a table.
 
     Args:
-      names: of the ``k`` adapters.
+      names: the names of the ``k`` adapters.
       cosine: ``[k, k]``, ``<dW_i, dW_j> / (|dW_i| |dW_j|)`` over all weights together.
       overlap: ``[k, k]``, mean over weights of ``|U_i^T U_j|_F^2 / min(r_i, r_j)``, 0 to 1, for orthonormal
         bases U of what each adds to outputs; the subspace similarity of section 7.2 of Hu et al.
-        (https://arxiv.org/abs/2106.09685). Random subspaces of ``m`` axes have ``max(r_i, r_j) / m``.
+        (https://arxiv.org/abs/2106.09685). For random subspaces of ``m`` outputs it is about
+        ``max(r_i, r_j) / m``.
 
     Example:
       >>> import jax.numpy as jnp, lorax_fn as lx
@@ -56,7 +57,7 @@ class Interference:
         return table("cosine", self.cosine) + "\n\n" + table("overlap", self.overlap)
 
     def plot(self) -> Any:
-        """Draws both tables as heat maps: a matplotlib figure.
+        """Draws both tables as heat maps in one matplotlib figure.
 
         Raises:
           LoraError: matplotlib is not installed.
@@ -78,12 +79,13 @@ class Interference:
 
 
 def interference(loras: Mapping[str, dict[str, Adapter]]) -> Interference:
-    """Cosines and subspace overlaps of adapters, before they are combined.
+    """Computes cosines and subspace overlaps of adapters, to be looked at before combining them.
 
-    By products of the factors, ``<dW_i, dW_j> = <A_i^T A_j, B_i B_j^T>``; no dW is built.
+    They come from products of the factors, ``<dW_i, dW_j> = <A_i^T A_j, B_i B_j^T>``; no dW is built.
 
     Args:
-      loras: adapters of one base by name. Of a `DoRA` it is the change of direction.
+      loras: the adapters of each name, all of one base. For a `DoRA`, dW is the change of the direction,
+        before the norm.
 
     Returns:
       The two tables; adapters without a weight in common have cosine and overlap 0.
@@ -99,7 +101,7 @@ def interference(loras: Mapping[str, dict[str, Adapter]]) -> Interference:
     """
     if len(loras) < 2:
         do = 'lx.report.interference({"one": lora, "other": lora2}).'
-        raise error("interference is between two adapters or more.", got=list(loras), do=do)
+        raise error("interference needs two adapters or more.", got=list(loras), do=do)
     for name, lora in loras.items():
         check_unstacked(lora)
         check_adapters(lora)
@@ -128,6 +130,7 @@ def interference(loras: Mapping[str, dict[str, Adapter]]) -> Interference:
 @jax.jit
 def _pair(one: Adapter, other: Adapter) -> tuple[jax.Array, jax.Array]:
     """``<dW_i, dW_j>`` and the overlap of what both add to outputs, the mean over stack entries."""
+    # a: [s, n, r], b: [s, r, m]; c: [s, n, q], d: [s, q, m]. Both products below are [s, r, q].
     (a, b, s), (c, d, t) = factor_entries(one), factor_entries(other)
     b, d = b * s[:, :, None], d * t[:, :, None]
     inner = jnp.matmul(jnp.swapaxes(a, 1, 2), c, precision=EXACT)
@@ -138,7 +141,7 @@ def _pair(one: Adapter, other: Adapter) -> tuple[jax.Array, jax.Array]:
 
 
 def _outputs(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """An orthonormal basis ``[s, r, m]`` of the rows of ``a @ b``, zeros beyond its rank ``[s]``."""
+    """An orthonormal basis ``[s, r, m]`` of the rows of ``a @ b``, zero beyond their rank, and that rank."""
     _, size, vt = product_svd(a, b)
     used = (size > size[:, :1] * 1e-5 * math.sqrt(b.shape[-1])).astype(jnp.float32)
     return vt[:, : size.shape[1]] * used[:, :, None], used.sum(1)

@@ -1,4 +1,4 @@
-"""One HTML page of a sweep: figures, tables that sort, what ran and on what. It loads nothing."""
+"""One self-contained HTML page of a sweep: figures, sortable tables, settings, versions and machine."""
 
 import base64
 import html
@@ -62,13 +62,14 @@ for (const table of document.querySelectorAll('table.sorts')) {
 
 
 def page(result: SweepResult, path: str | os.PathLike, *, title: str = "Sweep", metric: str = "loss") -> None:
-    """Writes a sweep as one self-contained HTML page, light or dark as its reader's system is.
+    """Writes a sweep as one self-contained HTML page, light or dark like the reader's system.
 
     Args:
-      result: of `lorax_fn.sweep`.
+      result: the result of `lorax_fn.sweep`.
       path: the file to write.
       title: the heading.
-      metric: the score that figures and the best lane are of; with ``"-"`` before it, higher is better.
+      metric: the score that figures show and that decides the best lane; with a leading ``"-"``, higher is
+        better.
 
     Raises:
       LoraError: matplotlib is not installed, or no record has the score.
@@ -125,7 +126,7 @@ def _metric(result: SweepResult, metric: str, x: str, hue: str | None) -> Callab
 
 
 def _figure(caption: str, draw: Callable[[str], Any]) -> str:
-    """A picture for each theme; the browser shows the one that its reader's system asks for."""
+    """A picture for each theme, of which the browser shows the one that the reader's system prefers."""
     light, dark = (_data(draw(theme)) for theme in ("light", "dark"))
     return (
         f'<figure><picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">'
@@ -141,7 +142,7 @@ def _data(figure: Any) -> str:
 
 
 def _table(rows: Sequence[dict], best: int | None) -> str:
-    """A table whose columns sort by a click; a number sorts by its value, not by what is shown of it."""
+    """A table that is sorted by clicking on a column; numbers are sorted by their unrounded values."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     textual = {n for n in names if any(isinstance(row.get(n), str) for row in rows)}
 
@@ -165,7 +166,7 @@ def _table(rows: Sequence[dict], best: int | None) -> str:
 
 
 def _facts(config: dict[str, Any]) -> str:
-    """The configuration, without the lists that tables above show or that only a program reads."""
+    """The configuration as a table, without the lists that are shown above or are only for programs."""
     kept = {name: value for name, value in config.items() if name not in ("lanes", "base", "sweep")}
     rows = "".join(
         f'<tr><th scope="row" class="text">{html.escape(name)}</th><td class="text">'

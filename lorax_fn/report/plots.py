@@ -1,4 +1,4 @@
-"""Pictures of sweeps and adapters, by matplotlib, which is loaded when a picture is drawn."""
+"""Plots of sweeps and adapters by matplotlib, which is imported when a plot is drawn."""
 
 import contextlib
 import math
@@ -13,7 +13,7 @@ from lorax_fn.ranks.spectra import effective_rank
 from lorax_fn.sweeps.grid import is_number
 from lorax_fn.sweeps.results import SweepResult, check_metric
 
-# Told apart by color-blind eyes, on white and on black (Okabe and Ito, without their yellow).
+# Color-blind readers can distinguish these on white and on black (Okabe and Ito, without their yellow).
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#8C6BB1", "#999999")
 MARKERS = "osD^vPX*"
 THEMES = {
@@ -28,9 +28,9 @@ def plot_curves(
     """Draws the training curve of each lane.
 
     Args:
-      result: of `lorax_fn.sweep`.
+      result: the result of `lorax_fn.sweep`.
       metric: ``"loss"`` or ``"grad_norm"``.
-      hue: the entry of a lane that colors it; None is the first that differs between lanes.
+      hue: the entry that gives each curve its color; None is the first that differs between lanes.
       theme: ``"light"`` or ``"dark"``.
 
     Returns:
@@ -68,14 +68,13 @@ def plot_metric(
     hue: str | None = None,
     theme: str = "light",
 ) -> Any:
-    """Draws the last score against one entry: means over seeds with standard errors.
+    """Draws the final score against one entry: means over seeds with standard errors.
 
-    Where lanes differ in more than ``x``, ``hue`` and the seed, each point is the best of what else was
-    swept.
+    If lanes differ in more than ``x``, ``hue`` and the seed, each point is the best over the other entries.
 
     Args:
-      result: of `lorax_fn.sweep`.
-      metric: a score by name; with ``"-"`` before it, higher is better.
+      result: the result of `lorax_fn.sweep`.
+      metric: the name of a score; with a leading ``"-"``, higher is better.
       x: the entry along the axis; numbers that span a factor of eight or more are on a log axis.
       hue: the entry that gives each line its color.
       theme: ``"light"`` or ``"dark"``.
@@ -124,17 +123,17 @@ def plot_metric(
 def plot_heatmap(
     result: SweepResult, *, metric: str = "loss", x: str = "lr", y: str = "rank", theme: str = "light"
 ) -> Any:
-    """Draws the last score over two entries: means over seeds, the best cell framed.
+    """Draws the final score over two entries: means over seeds, with the best cell framed.
 
     Args:
-      result: of `lorax_fn.sweep`.
-      metric: a score by name; with ``"-"`` before it, higher is better.
+      result: the result of `lorax_fn.sweep`.
+      metric: the name of a score; with a leading ``"-"``, higher is better.
       x: the entry along the columns.
       y: the entry along the rows.
       theme: ``"light"`` or ``"dark"``.
 
     Returns:
-      A `matplotlib.figure.Figure`. Cells whose lanes diverged are hatched, those without lanes empty.
+      A `matplotlib.figure.Figure`. Cells whose lanes diverged are hatched; cells without lanes are empty.
 
     Raises:
       LoraError: matplotlib is not installed, or there is no such score, entry or theme.
@@ -191,7 +190,7 @@ def plot_spectra(lora: Mapping[str, Adapter], *, theme: str = "light") -> Any:
     """Draws the singular values of each ``dW``, largest first, with its entropy rank.
 
     Args:
-      lora: adapters by path, for instance ``result.lora(3)``. Each stack entry has a line of its own.
+      lora: adapters by path, such as ``result.lora(3)``. Each stack entry gets its own line.
       theme: ``"light"`` or ``"dark"``.
 
     Returns:
@@ -238,7 +237,7 @@ def plot_spectra(lora: Mapping[str, Adapter], *, theme: str = "light") -> Any:
 def best_cells(
     result: SweepResult, metric: str, names: Sequence[str]
 ) -> tuple[dict[tuple, dict[str, Any]], list[str]]:
-    """Of each combination of some entries the best mean over seeds, and what else was swept."""
+    """The best mean over seeds for each combination of some entries, and the other entries that vary."""
     sign, name = (-1.0, metric[1:]) if metric.startswith("-") else (1.0, metric)
     check_metric(result.final(), name)
     others = [n for n in _varying(result) if n not in (*names, "seed", "name")]
@@ -266,7 +265,7 @@ def _by_lane(result: SweepResult) -> list[dict]:
 
 
 def _ordered(values: Sequence[Any]) -> list:
-    """Each value once, numbers by size."""
+    """The distinct values, sorted if all of them are numbers."""
     seen = list(dict.fromkeys(values))
     return sorted(seen) if all(map(is_number, seen)) else seen
 
@@ -278,14 +277,14 @@ def _check_entries(result: SweepResult, *names: str | None) -> None:
 
 
 def _unknown(what: str, got: str, known: Any) -> Exception:
-    return error(f"there is no such {what}.", got=repr(got), want=f"one of {list(known)}", do="one of these.")
+    return error(f"there is no such {what}.", got=repr(got), want=f"one of {list(known)}", do="choose one.")
 
 
 @contextlib.contextmanager
 def _figure(
     theme: str, columns: int = 1, width: float = 6.4, height: float = 4.0
 ) -> Iterator[tuple[Any, Any]]:
-    """A figure and its axes in one of the themes; no window, and no state of pyplot."""
+    """A figure and its axes in one of the themes, without a window or global state of pyplot."""
     if theme not in THEMES:
         raise _unknown("theme", theme, THEMES)
     try:
@@ -319,7 +318,7 @@ def _figure(
 
 
 def _colors(names: Sequence[Any], theme: str) -> list:
-    """Shades in order for numbers, and for more names than there are distinct colors."""
+    """Distinct colors, but ordered shades for numbers or for more names than there are distinct colors."""
     if len(names) > 1 and (all(map(is_number, names)) or len(names) > len(COLORS)):
         import matplotlib
 
@@ -351,7 +350,7 @@ def _legend(
 
 
 def _log_if_wide(axes: Any, which: str, values: Any, ticks: Sequence[Any] | None = None) -> None:
-    """A log axis for positive numbers that span a factor of eight, with the values as ticks where few."""
+    """Uses a log axis for positive numbers that span a factor of eight, and up to ten ``ticks`` on it."""
     finite = np.asarray(values, float)
     finite = finite[np.isfinite(finite)]
     if not finite.size or finite.min() <= 0 or finite.max() < 8 * finite.min():
@@ -377,7 +376,7 @@ def _short(value: Any) -> str:
 
 
 def _shortened(names: Sequence[str]) -> list[str]:
-    """Paths without the part that all of them begin with."""
+    """The paths without the components with which all of them begin."""
     first = [name.split("/") for name in names]
     same = 0
     while len(names) > 1 and all(len(p) > same + 1 and p[same] == first[0][same] for p in first):
