@@ -108,6 +108,7 @@ def _kind(member: Member) -> dict[str, tuple[Any, bool]]:
     """For each path: what adapters must have in common to share a program, and whether it may be missing."""
     kinds = {}
     for path, x in member.lora.items():
+        # These fields may differ between lanes, so they are blanked out before adapters are compared.
         told: dict[str, Any] = {}
         lackable = False
         if x.owns_factors:
@@ -162,6 +163,7 @@ def padding_is_exact(tx: Any, loras: Sequence[Lora]) -> bool:
     own: Any = min((lora[path] for lora in loras if path in lora), key=lambda x: x.a.shape[-1])
     r = own.a.shape[-1]
     own = numbered(own)
+    # At least one rank is added, so that there is padding to look at.
     wide, absent = padded(own, max(max(widths), r + 1)), lacking(own)
     none = trainable({OTHER: absent})[OTHER]
 

@@ -120,6 +120,7 @@ class Run:
             states = jax.eval_shape(lambda first=first: start(first, self.settings.tx, self.settings.extra))
             batch, which = next(self.source.batches_of(first, 0))
             used = memory_of(self.programs.step(first, states, one.params, batch, which))
+            # The base is held once, and all else grows with the number of lanes.
             base = sum(x.nbytes for x in jax.tree.leaves(one.params))
             room = free_memory()
             each = max((used - base) / size, 1)
@@ -177,6 +178,7 @@ class Run:
         states = self.programs.place(states, True)
         values = self.programs.place(chunk.values(), True)
         rates = self.programs.place(chunk.rates(), True)
+        # The metrics of a step are read while the next one runs, so that the device does not wait for the host.
         pending: Any = None
 
         def read():
