@@ -178,7 +178,7 @@ class Run:
         states = self.programs.place(states, True)
         values = self.programs.place(chunk.values(), True)
         rates = self.programs.place(chunk.rates(), True)
-        # The metrics of a step are read while the next one runs, so that the device does not wait for the host.
+        # The metrics of a step are read while the next one runs, so the device does not wait for the host.
         pending: Any = None
 
         def read():
