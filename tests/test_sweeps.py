@@ -191,7 +191,7 @@ def test_errors_say_what_to_do():
         ([{"rank": 2}], {}, "does not have"),
         ([{"rank": 2, "lr": 0.1, "dropout": 1.5}], {}, "not a fraction below one"),
         ([{"rank": 2, "lr": 0.1, "seed": 0.5}], {}, "seed is not a nonnegative int"),
-        ([{"rank": 2, "lr": 0.1, "step": 3}], {}, "records need"),
+        ([{"rank": 2, "lr": 0.1, "step": 3}], {}, "reserved for records"),
         ([{"rank": 2, "lr": 0.1}], {"split": {"key": KEY}}, "arguments of lx.split"),
         ([{"rank": 2, "lr": 0.1}], {"steps": 0}, "don't fit"),
         ([{"rank": 2, "lr": 0.1}], {"halving": [5]}, "don't fit"),
