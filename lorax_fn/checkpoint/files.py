@@ -1,7 +1,7 @@
 """Files of a checkpoint: only regular files inside it are read, and all are checked before they are used.
 
 Three kinds of checksums protect a checkpoint. The JSON contains the size and crc32 of each file and its own
-crc32. A sha256 of the JSON lies among the arrays (``facts.sha256``), so that edited JSON, or the JSON of
+crc32. A sha256 of the JSON is stored among the arrays (``facts.sha256``), so that edited JSON, or the JSON of
 another checkpoint, is detected. This guards against accidents and mistakes, not against attackers: whoever
 can write to the directory can also write matching checksums.
 """

@@ -118,7 +118,7 @@ class Orthogonal(Init):
 
         def one(key, used):
             k1, k2, k3 = jax.random.split(key, 3)
-            # Q is the identity on the padding, so that each entry's rotation is of its own rank.
+            # Q is the identity on the padding, so each entry is rotated only within its own rank.
             both = used[:, None] * used[None, :]
             rotation = both * jax.random.normal(k1, (r, r), jnp.float32)
             q = jnp.linalg.qr(rotation + (1.0 - both) * jnp.eye(r, dtype=jnp.float32))[0]

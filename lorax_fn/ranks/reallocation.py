@@ -71,7 +71,7 @@ def reallocate(lora: dict[str, Adapter], scores: Mapping[str, Any], budget: int)
       budget: how many ranks to keep in total, counted over stack entries; at least one per adapter.
 
     Returns:
-      New adapters of the same methods. Initialize the optimizer state anew, because shapes change.
+      New adapters of the same methods. Initialize a new optimizer state, because shapes change.
 
     Raises:
       LoraError: a score has no `LoRA`, `DoRA` or `LoRAFA` at its path, has another shape or is not finite; or

@@ -74,7 +74,7 @@ def surviving(params: PyTree, lora: Mapping[str, Adapter], merged: PyTree) -> di
     survived (besides rounding noise, which is not along ``dW``), and 0 that rounding removed all of it. It is
     1 if ``dW`` is 0.
 
-    `merge` computes it, and warns below one half. Use this function to see the numbers, also for a merge that
+    `merge` computes it, and warns below one half. Use this function to see the numbers, even for a merge that
     went through a file or another program.
 
     Args:

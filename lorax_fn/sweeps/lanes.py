@@ -1,6 +1,6 @@
 """The program of a sweep: one train step that is a `jax.vmap` over lanes, and the states that go through it.
 
-Lanes lie side by side on axis 0 of every array. The frozen base has no such axis: ``x @ W`` of all lanes is
+Lanes are stacked along axis 0 of every array. The frozen base has no such axis: ``x @ W`` of all lanes is
 one product of ``[lanes * tokens, n]`` with ``W``, which is read once.
 """
 
