@@ -20,39 +20,40 @@ FALLBACKS = ("warn", "error", "allow")
 
 
 def adapt(fn: Callable, *, argnum: int = 0, fallback: str = "warn") -> Callable:
-    """Makes a function of ``(params, ...)`` one of ``(params, lora, ...)``, without touching it.
+    """Turns a function of ``(params, ...)`` into one of ``(params, lora, ...)``, without modifying it.
 
     Wherever ``fn`` uses an adapted weight ``W``, the result computes with ``W + scale * A @ B`` in its
     factored form, ``x @ W + scale * (x @ A) @ B`` (equation 3 of Hu et al.,
-    https://arxiv.org/abs/2106.09685). Neither ``W + AB`` nor, in the gradient by ``lora``, a cotangent of
-    ``W`` is ever built. As under `jax.jit`, ``fn`` is traced once per set of argument types, and what it
-    closes over or prints counts at that time: a number, array or attribute that changes afterwards is not
-    seen, also in eager calls, so hand such things over as arguments. Arrays and Python floats are traced (but
-    a float that ``fn`` needs as a number, as in ``if rate > 0``, is static); bools, integers, strings,
-    callables, and whatever else than an array is a leaf of ``params``, are static.
+    https://arxiv.org/abs/2106.09685). Neither ``W + AB`` nor, in the gradient with respect to ``lora``, a
+    cotangent of ``W`` is ever built. As under `jax.jit`, ``fn`` is traced once per set of argument types, and
+    what it closes over is read at that time only: a number, array or attribute that changes afterwards is not
+    seen, even in eager calls, so pass such things as arguments. Arrays and Python floats are traced, except
+    that a float which ``fn`` needs as a number, as in ``if rate > 0``, is static. Bools, integers, strings
+    and callables are static, and so is every leaf of ``params`` that is not an array.
 
-    It works under and over every JAX transformation. Called eagerly, it runs operation by operation. What
+    It works inside and around every JAX transformation. Called eagerly, it runs operation by operation. What
     ``fn`` writes into Variables of a Flax NNX module is written into the module that was passed, as in an
     unadapted call.
 
-    No gradient is stopped: ``jax.grad`` by ``params`` is that of the merged function. Differentiate by
-    ``argnums=1``, the adapters, and the base costs nothing.
+    No gradient is stopped: the gradient with respect to ``params`` is that of the merged function. With
+    ``argnums=1`` (the adapters alone), `jax.grad` computes no gradient of the base.
 
     Args:
       fn: any JAX function; its argument ``argnum`` is the parameter tree.
       argnum: position of the parameters in ``fn``; the result takes the adapters right after it.
       fallback: what happens where an operation has no rule and the whole weight must be built: ``"warn"``
-        (once a weight and operation), ``"error"`` or ``"allow"``. Values are right in every case. Without a
-        rule are functions of a weight's entries (``sin(w)``), reshapes and masks that mix its inputs and
-        outputs, and a weight given to a ``custom_vjp``, changed by a loop, or returned by ``shard_map``, by
-        ``fn``, or by branches of which one transposes it.
+        (once per weight and operation), ``"error"`` or ``"allow"``. Values are correct in every case. There
+        is no rule for functions of a weight's entries (``sin(w)``), for reshapes and masks that mix its
+        inputs and outputs, or for a weight that is passed to a ``custom_vjp``, changed by a loop, or returned
+        by ``shard_map``, by ``fn``, or by branches of which one transposes it.
 
     Returns:
       ``fn2`` with ``fn``'s signature and ``lora`` inserted after argument ``argnum``;
       ``fn2(params, {}, ...)`` is ``fn(params, ...)``.
 
     Raises:
-      LoraError: at the call, where ``lora`` does not fit ``params``, or under ``fallback="error"``.
+      LoraError: ``argnum`` or ``fallback`` is invalid; or, when the result is called, ``lora`` does not fit
+        ``params``, or a weight has to be built under ``fallback="error"``.
 
     Example:
       >>> import jax.numpy as jnp, lorax_fn as lx
@@ -69,17 +70,17 @@ def adapt(fn: Callable, *, argnum: int = 0, fallback: str = "warn") -> Callable:
             "argnum is not a position of fn's arguments, counted from 0.",
             got=repr(argnum),
             want="0 for fn(params, ...), 1 for fn(x, params), and so on",
-            do="count from the front: lora follows params, so that positions from the end would move.",
+            do="count from the front: lora follows params, so positions counted from the end would shift.",
         )
     return Adapted(fn, argnum, fallback)
 
 
 class Adapted:
-    """What `adapt` returns: a function of ``(params, lora, ...)`` that pickles where ``fn`` does."""
+    """What `adapt` returns: a function of ``(params, lora, ...)`` that can be pickled if ``fn`` can."""
 
     def __init__(self, fn: Callable, argnum: int, fallback: str):
         functools.update_wrapper(self, fn)
-        # jax.jit reads the signature for static_argnames: it must be that of the function with lora in it.
+        # jax.jit resolves static_argnames by the signature, so it must be the one that includes lora.
         del self.__dict__["__wrapped__"]
         signature = _with_lora(fn, argnum)
         if signature is not None:
@@ -95,7 +96,7 @@ class Adapted:
         return f"lx.adapt({self._made_of[0]!r})"
 
     def __get__(self, instance: Any, owner: Any = None) -> Any:
-        return self if instance is None else types.MethodType(self, instance)  # as a function in a class is
+        return self if instance is None else types.MethodType(self, instance)  # like a function in a class
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         fn, argnum, _ = self._made_of
@@ -130,12 +131,12 @@ class Adapted:
             results = fn(*args[:argnum], given, *args[argnum + 1 :], **kwargs)
             write_back(watched.changes(), params, adapted)
             return results
-        # The program is traced on W's types alone. The adapters are not in it: another adapter traces nothing
-        # anew.
+        # The program is traced on the types of W alone. The adapters are not part of it, so another adapter
+        # causes no new trace.
         trace = self._traces.of((*args[:argnum], Leaves(leaves, treedef), *args[argnum + 1 :]), kwargs)
         walk = self._walk.call()
         flat = walk.evaluate(trace.jaxpr, trace.consts, trace.values)
-        # What NNX layers write back into Variables as they had it is no change of theirs.
+        # A value that an NNX layer writes back into its Variable as it was does not count as a change.
         given = [
             value if slot is None else named[slot][1]
             for value, slot in zip(trace.values, trace.slots, strict=True)
@@ -148,7 +149,7 @@ class Adapted:
 
 
 def _with_lora(fn: Callable, argnum: int) -> inspect.Signature | None:
-    """``fn``'s signature with ``lora`` after argument ``argnum``; None where that has no place in it."""
+    """``fn``'s signature with ``lora`` after argument ``argnum``; None if it cannot be placed there."""
     try:
         signature = inspect.signature(fn)
     except (TypeError, ValueError):  # some callables have none

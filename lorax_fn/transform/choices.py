@@ -1,4 +1,4 @@
-"""One of several weights: by a mask along one side of them, or by the branches of a ``cond``."""
+"""Chooses one of several weights: by a mask along one side of them, or by the branches of a ``cond``."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ class Form:
     """What weights must have in common for one of them to be chosen: the same factors, in the same order.
 
     ``axes`` holds the axes of ``a`` and of ``b``, in the weight's order and with the rank last, and those of
-    the columns where a weight has one.
+    the column if any weight has one.
     """
 
     shape: tuple[int, ...]
@@ -35,7 +35,7 @@ class Form:
 
 
 def form_of(weights: Sequence[Factored], along: Sequence[int] = ()) -> Form | None:
-    """The form of weights of one shape, with the axes ``along`` in every factor; None if they have none."""
+    """The form that weights of one shape share, with the axes ``along`` in every factor; None without one."""
     if any(set(w.parts) - {"a", "b", "scale", "column"} or is_unbuilt(w.base) or w.lookup for w in weights):
         return None
     # A stored weight has no factors, and a tapped weight can't be chosen beside one that is not.
@@ -43,11 +43,11 @@ def form_of(weights: Sequence[Factored], along: Sequence[int] = ()) -> Form | No
         return None
     axes = {}
     for name in ("a", "b", "column"):
-        # Each factor has to run along the same axes in all weights; their order may differ, and is the
-        # weight's own from here on.
+        # Each factor has to run along the same axes in all weights. Their order may differ; from here on it
+        # is that of the weight's own axes.
         kinds = {frozenset({*w.parts[name].axes, *along} - {RANK}) for w in weights if name in w.parts}
         if len(kinds) > 1:
-            return None  # what is an input of one weight is an output of another
+            return None  # an axis is an input of one weight and an output of another
         if kinds:
             (kind,) = kinds
             axes[name] = (*sorted(kind), *([RANK] if name != "column" else []))
@@ -58,7 +58,7 @@ def form_of(weights: Sequence[Factored], along: Sequence[int] = ()) -> Form | No
 
 
 def in_form(value: Any, form: Form, rank: int) -> dict[str, Any]:
-    """The factors of a weight, with zeros up to ``rank``. An array has factors of zeros, a column of ones."""
+    """The factors of a weight, zero-padded to ``rank``; an array gets factors of zeros, a column of ones."""
     # For W [s, n, m]: a [s, n, r], b [s, m, r], column [s, m], each along its own axes of the form.
     sizes = {RANK: rank, **dict(enumerate(form.shape))}
     arrays = {}
@@ -68,13 +68,13 @@ def in_form(value: Any, form: Form, rank: int) -> dict[str, Any]:
         parts |= {"column": value.parts["column"]} if "column" in value.parts else {}
     for name, axes in form.axes.items():
         shape = [sizes[i] for i in axes]
-        # An array has no change, and a weight without a column is multiplied by one.
+        # An array has no low-rank change, and a weight without a column is multiplied by one.
         if name not in parts:
             arrays[name] = jnp.full(shape, 1 if name == "column" else 0, form.dtype)
             continue
         array = align(parts[name].array.astype(form.dtype), parts[name].axes, axes)
         if name != "column":
-            # Zeros in the rank add nothing: ranks 4 and 8 are both 8 then.
+            # Zeros along the rank add nothing, so a rank of 4 can be padded to 8.
             more = rank - array.shape[-1]
             array = jnp.pad(array, [*[(0, 0)] * (array.ndim - 1), (0, more)]) if more else array
         arrays[name] = jnp.broadcast_to(array, shape)
@@ -89,20 +89,21 @@ def _weight(form: Form, base: Any, arrays: dict[str, Any]) -> Factored:
 def select(walk, eqn, values, varies: Sequence[int]):
     """``select_n``, where the mask is the same along all axes but ``varies``.
 
-    Along axes that both factors have, or neither, each entry takes the factors of its own case. Along inputs
-    alone (or outputs) the masked ``a`` (or ``b``) of all cases stand side by side in the rank.
+    If it varies only along axes that both factors have, or neither, each entry takes the factors of its own
+    case. If it varies along inputs (or outputs), the masked ``a`` (or ``b``) of all cases are put side by
+    side along the rank.
     """
     del walk
     which, *cases = values
     weights = [case for case in cases if is_factored(case)]
     if is_factored(which):
         return NotImplemented
-    # A mask along a stack axis, or one number for all of W (no axis at all), leaves it to each entry whose
-    # factors it takes.
+    # With a mask along stack axes, or one number for all of W (no axis at all), each entry takes the factors
+    # of one case.
     alike = all(w.has("a", i) == w.has("b", i) for w in weights for i in varies)
     form = form_of(weights, varies if alike else ())
-    # A column has to vary with the mask too, and it can't along inputs: the product that follows would not
-    # know how to take it.
+    # A column would have to vary with the mask too. Along inputs it cannot: the product that follows could
+    # not apply it.
     if form is None or not set(varies) <= set(form.axes.get("column", varies)):
         return NotImplemented
     # Along a mixture of inputs and outputs neither factor can be masked: m[n, m] * (a b) is of full rank.
@@ -110,7 +111,7 @@ def select(walk, eqn, values, varies: Sequence[int]):
     if side is None:
         return NotImplemented
     base = jx.bind(eqn, [which, *(case.base if is_factored(case) else case for case in cases)])[0]
-    # The mask is [n, m]; along the axes in which it does not vary one entry of it says all: [n, 1].
+    # The mask is [n, m]. Along an axis on which it does not vary, one entry of it is enough: [n, 1].
     small = which
     if jnp.ndim(which):
         keep = [n if i in varies else 1 for i, n in enumerate(form.shape)]
@@ -119,13 +120,13 @@ def select(walk, eqn, values, varies: Sequence[int]):
     def chosen(name: str, arrays: Sequence[Any]) -> Any:
         axes = form.axes[name]
         mask = small
-        if jnp.ndim(which):  # on the axes of this factor, of which the rank is none of the weight's
+        if jnp.ndim(which):  # broadcast over the axes of this factor, the rank among them
             mask = lax.squeeze(small, [i for i in range(len(form.shape)) if i not in varies])
             mask = jnp.broadcast_to(align(mask, varies, axes), arrays[0].shape)
         return lax.select_n(mask, *arrays)
 
-    # a [n, r] of each case becomes a select of all, [s, n, r] where s is the mask's axis; ranks stay as they
-    # are.
+    # The a [s, n, r] of all cases, where s is the mask's axis, go through one select. Its rank is the largest
+    # of theirs, not the sum.
     if alike:
         every = [in_form(case, form, max(form.ranks)) for case in cases]
         return [_weight(form, base, {name: chosen(name, [e[name] for e in every]) for name in form.axes})]
@@ -137,8 +138,8 @@ def select(walk, eqn, values, varies: Sequence[int]):
         pieces = []
         for k, case in enumerate(cases):
             if is_factored(case):
-                # In the k-th piece case k has its factor and all other cases zeros; a factor that is not
-                # masked is taken whole.
+                # In the k-th piece, case k has its factor and all other cases have zeros; the factor that is
+                # not masked is taken whole.
                 mine, zero = every[k][name], jnp.zeros_like(every[k][name])
                 others = [mine if j == k else zero for j in range(len(cases))]
                 pieces.append(chosen(name, others) if name == side else mine)
@@ -147,7 +148,7 @@ def select(walk, eqn, values, varies: Sequence[int]):
 
 
 def cond(walk, eqn, values):
-    """Each branch is walked with the factors apart; a weight that all branches return stays apart too."""
+    """Walks each branch with the factors kept apart; a weight that all branches return stays factored."""
 
     def run(walk, which, *args):
         traced: dict[int, Any] = {}
@@ -169,7 +170,7 @@ def cond(walk, eqn, values):
 
         branches = [branch(i, closed) for i, closed in enumerate(eqn.params["branches"])]
         results = lax.switch(which, branches, *args)
-        most: dict[str, int] = {}  # draws after it are numbered as if the branch with most of them had run
+        most: dict[str, int] = {}  # later draws are numbered as if the branch with the most draws had run
         for inner in traced.values():
             most.update((path, max(n, most.get(path, 0))) for path, n in inner.notes.draws.items())
         walk.count(most)
@@ -186,16 +187,16 @@ def _settled(result: Any, form: Form) -> Factored:
 
 
 def _forms(walk, eqn, args) -> list[Form | None]:
-    """For each result the form in which branches return it as a weight; None where it is an array.
+    """For each result, the form in which the branches return it as a weight; None where it is an array.
 
-    All branches have to agree before one of them is traced, so they are traced for their types alone first,
-    if anything in them could return a weight.
+    All branches have to agree before one of them is traced. So if any of them could return a weight, they are
+    first traced for their types alone.
     """
     branches = [jx.opened(closed) for closed in eqn.params["branches"]]
     weights = [is_factored(arg) for arg in args]
     if not any(any(_returned(jaxpr, weights)) for jaxpr, _ in branches):
         return [None] * len(eqn.outvars)
-    # `waiting` keeps what this trace reports to itself: the trace that counts says it again.
+    # What this trace reports stays in the `waiting` walk and is dropped: the actual trace reports it again.
     results = []
     for jaxpr, consts in branches:
 
@@ -215,14 +216,15 @@ _VIEWS = {*MOVES, *EDITS, prims.concatenate_p.name, "stack", prims.select_n_p.na
 
 
 def _returned(jaxpr: Any, weights: Sequence[bool]) -> list[bool]:
-    """Of each result, whether it may be a weight, or a view of one, that is among the operands."""
+    """For each result, whether it may be a weight that is among the operands, or a view of one."""
     views = {var for var, weight in zip(jaxpr.invars, weights, strict=True) if weight}
     for eqn in jaxpr.eqns:
         inside = [not jx.is_literal(var) and var in views for var in eqn.invars]
         name = eqn.primitive.name
         if not any(inside):
             continue
-        # Too many are no harm: what a rule then builds is an array in the trace for types, too.
+        # Including too many does no harm: if a rule then builds the weight, the trace for types shows an
+        # array.
         if name in _VIEWS:
             views.update(eqn.outvars)
         elif name in (jx.NAMES["jit"], jx.NAMES["remat"]):

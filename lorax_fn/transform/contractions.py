@@ -36,21 +36,22 @@ def contract(
     with two token axes are not. Names of ``out`` that neither operand has are broadcast by the caller.
     ``y`` is the small factor, where there is one.
     """
-    # A name that one operand has alone, and the result has not, is summed before the product: it would be a
-    # free axis of the product otherwise, larger than it has to be.
+    # A name that only one operand has, and the result does not, is summed before the product. Otherwise it
+    # would be a free axis of the product and make it larger than it has to be.
     x, xs = _sum_unshared(x, list(xs), ys, out)
     y, ys = _sum_unshared(y, list(ys), xs, out)
     wanted = [name for name in out if name in xs or name in ys]
-    # The operand whose axes come first in the result goes left: that saves the transpose at the end.
+    # The operand whose axes come first in the result goes on the left, which saves the transpose at the end.
     free = [name for name in wanted if (name in xs) != (name in ys)]
     swapped = bool(free) and free[0] in ys  # a product comes out with its left operand's axes first
     if swapped:
         x, xs, y, ys = y, ys, x, xs
-    # Each name has one of four roles: a batch axis is in both and in the result, a summed one in both alone,
-    # and each operand has free axes of its own. dot_general returns [*batch, *x_free, *y_free].
+    # Each name has one of four roles: a batch axis is in both operands and in the result, a summed axis is in
+    # both but not in the result, and each operand has free axes of its own. dot_general returns
+    # [*batch, *x_free, *y_free].
     batch = [name for name in wanted if name in xs and name in ys]
-    # The order of summed axes is free. That of the larger operand saves its transpose; the small factor is
-    # turned instead.
+    # The order of the summed axes is free. Taking it from the larger operand saves transposing that one; the
+    # small factor is transposed instead.
     large = ys if jx.surely(lambda: x.size < y.size) else xs
     summed = [name for name in large if name in xs and name in ys and name not in batch]
     x_free = [name for name in xs if name not in ys]
@@ -59,11 +60,11 @@ def contract(
     if not explicit_mesh(x, y):
         merged = _merged_pair(x, xs, y, ys, batch, summed, x_free, y_free)
     if merged is None:
-        # No reshape is free: one dot_general with all its axes, which XLA lays out as it likes.
+        # No reshape is free, so this is one dot_general over all axes, which XLA lays out as it likes.
         result = _dot(x, xs, y, ys, batch, summed, x_free + y_free, dtype, precision)
     else:
-        # Both are [*batch, free, sum] now in some order, and the product is [*batch, x, y]; the last reshape
-        # gives the free axes back their own sizes.
+        # Both are now [*batch, free, sum] or [*batch, sum, free], and the product is [*batch, x, y]. The last
+        # reshape splits its merged axes x and y again.
         sizes = {**dict(zip(ys, y.shape, strict=True)), **dict(zip(xs, x.shape, strict=True))}
         (x, xs), (y, ys) = merged
         x, y = (_with_flat_gradient(x, y), y) if swapped else (x, _with_flat_gradient(y, x))
@@ -83,7 +84,7 @@ def _same(x: Any) -> Any:
 
 @_same.defjvp
 def _same_but_turned(primals, tangents):
-    # The tangent is [n, r]; it is computed as [r, n] up to the barrier, and turned back after it.
+    # The tangent is [n, r]; it is computed as [r, n] up to the barrier and transposed back after it.
     turned = lax.optimization_barrier(lax.transpose(tangents[0], (1, 0)))
     return _same(*primals), lax.transpose(turned, (1, 0))
 
@@ -91,10 +92,11 @@ def _same_but_turned(primals, tangents):
 def _with_flat_gradient(factor: Any, other: Any) -> Any:
     """``factor`` itself; if it is ``[n, r]``, its gradient is computed as ``[r, n]`` and then transposed.
 
-    ``x^T @ dh`` with its ``r`` columns takes a CPU four to eight times as long as ``dh^T @ x`` with its
-    ``r`` rows. XLA turns the second into the first when it sees the transpose, hence the barrier; it
-    stands in the tangent alone, so that values, and residuals of the gradient, are as they were. Not for
-    small or batched products: they gain nothing, and XLA of JAX 0.10 aborts on some batched ones of 3 tokens.
+    On a CPU, ``x^T @ dh`` with its ``r`` columns takes four to eight times as long as ``dh^T @ x`` with its
+    ``r`` rows. XLA turns the second into the first when it sees the transpose, hence the barrier. It is in
+    the tangent alone, so values and the residuals of the gradient stay as they were. Small or batched
+    products are left alone: they gain nothing, and the XLA of JAX 0.10 aborts on some batched ones of 3
+    tokens.
     """
     if factor.ndim != 2 or other.ndim != 2:
         return factor
@@ -103,7 +105,7 @@ def _with_flat_gradient(factor: Any, other: Any) -> Any:
 
 
 def _merged_pair(x, xs, y, ys, batch, summed, x_free, y_free):
-    """Both operands with one free and one contracted axis each, or None where the larger would be moved."""
+    """Both operands with one free and one contracted axis each, or None if the larger would be moved."""
     x_smaller = jx.surely(lambda: x.size < y.size)
     x2 = _merged(x, xs, batch, summed, x_free, "x", move=x_smaller)
     y2 = _merged(y, ys, batch, summed, y_free, "y", move=not x_smaller)
@@ -122,8 +124,8 @@ def _merged(x: Any, xs: list, batch: list, summed: list, free: list, side: str, 
 
     None where that would move data, unless ``move`` allows a transpose (right for the small factor only).
     """
-    # One axis for all that is summed and one for all that is free: [B, T, n] -> [B * T, n] where B and T are
-    # free and neighbors.
+    # All summed axes become one axis, and all free axes another: [B, T, n] -> [B * T, n] where B and T are
+    # free and adjacent.
     groups = {"sum": summed, side: free}
     orders = [batch + summed + free, batch + free + summed]
     if xs not in orders:
@@ -132,7 +134,7 @@ def _merged(x: Any, xs: list, batch: list, summed: list, free: list, side: str, 
         x = lax.transpose(x, [xs.index(name) for name in orders[1]])
         xs = orders[1]
     sizes = dict(zip(xs, x.shape, strict=True))
-    # A group of no axes gets none: a vector has no free axis, and an outer product no summed one.
+    # An empty group gets no axis: a vector has no free axis, and an outer product has no summed one.
     order = [group for group in (("sum", side) if xs == orders[0] else (side, "sum")) if groups[group]]
     shape = [sizes[n] for n in batch] + [math.prod(sizes[n] for n in groups[group]) for group in order]
     return lax.reshape(x, shape), batch + order
@@ -144,7 +146,7 @@ def _dot(x, xs, y, ys, batch, summed, free, dtype, precision):
         ([xs.index(n) for n in batch], [ys.index(n) for n in batch]),
     )
     extra = {}
-    # With Explicit mesh axes JAX asks how the result is sharded: as the operands' axes are that it keeps.
+    # With Explicit mesh axes JAX asks how the result is sharded: like the operands' axes that it keeps.
     if explicit_mesh(x, y):
         specs = {**axis_specs(y, ys), **axis_specs(x, xs)}
         extra["out_sharding"] = result_sharding([specs[n] for n in batch + free], x, y)
@@ -161,7 +163,7 @@ def low_rank_product(
     precision: Any = None,
     walk: Any = None,
 ) -> Any:
-    """``scale * sum x * a @ b`` over named axes, where names of the weight's axes are their numbers.
+    """``scale * sum x * a @ b`` over named axes; each axis of the weight is named by its number.
 
     ``x @ A`` first where inputs are contracted, ``x @ B`` first where outputs are: the factor that
     shrinks ``x`` to the rank goes first, and neither ``a @ b`` nor anything of the weight's size is built.
@@ -192,7 +194,7 @@ def low_rank_product(
 
 @partial(jax.jit, static_argnames=("scale", "axes", "dtype", "precision", "tap", "lanes"))
 def _two_products(x, first, second, stacked, scale, axes, dtype, precision, tap, lanes):
-    """``scale * (x @ first) @ second``, jitted: all uses alike share one trace and one lowered function."""
+    """``scale * (x @ first) @ second``, jitted so that equal uses share one trace and lowered function."""
     product = partial(_product, scale=scale, axes=axes, dtype=dtype, precision=precision, tap=tap)
     if lanes is not None and stacked is not None:
         product = by_lane(product, lanes, (axes[1].index(RANK), axes[2].index(RANK)))
@@ -205,19 +207,19 @@ def _product(x, first, second, stacked, *, scale, axes, dtype, precision, tap):
     # a bfloat16 model are cast here, and their gradients are float32 again.
     compute = x.dtype if jnp.issubdtype(x.dtype, jnp.floating) else dtype
     x, xs, out, split = _tokens_merged(x, xs, {*first_axes, *second_axes, *stacked_axes}, out)
-    # h is [tokens, r], with stack axes in it: of x's axes those that the result or the second factor needs,
-    # then the first factor's (the rank, and outputs where a was contracted by nothing).
+    # h is [tokens, r], with the stack axes if there are any. First come the axes of x that the result or the
+    # second factor needs, then those that only the first factor has (the rank, and what x does not contract).
     later = {*out, *second_axes, *stacked_axes}
     h_axes = [n for n in xs if n in later] + [n for n in first_axes if n in later and n not in xs]
     x, first, second = x.astype(compute), first.astype(compute), second.astype(compute)
     h = contract(x, xs, first, first_axes, h_axes, dtype=compute, precision=precision)
     h = echo(h) if tap else h
     if stacked is not None:
-        # A shared A and an x without the stack axis make an h without it, which the scale then gives it.
+        # If A is shared and x has no stack axis, h has none either; the scale then adds it.
         missing = [n for n in stacked_axes if n not in h_axes]
         h, h_axes = lax.expand_dims(h, range(len(missing))), [*missing, *h_axes]
         h = h * align(stacked.astype(compute), stacked_axes, h_axes)
-    # h is the smallest array around, [tokens, r]: a scale costs least here.
+    # h [tokens, r] is the smallest array around, so the scale costs least here.
     if scale != 1.0:
         h = h * scale
     return split(contract(h, h_axes, second, second_axes, out, dtype=dtype, precision=precision))
@@ -226,11 +228,12 @@ def _product(x, first, second, stacked, *, scale, axes, dtype, precision, tap):
 def _tokens_merged(
     x: Any, xs: Sequence, known: set, out: Sequence
 ) -> tuple[Any, Sequence, Sequence, Callable]:
-    """``x`` with all axes that no factor has merged into one, if they are neighbors here and in ``out``.
+    """``x`` with all axes that no factor has merged into one, if they are adjacent here and in ``out``.
 
-    One reshape before both products and one after them. The last value undoes it on a result.
+    This takes one reshape before both products and one after them: the last value returned undoes it on a
+    result.
     """
-    # For x [B, T, n] and a [n, r] the tokens are (B, T). They have to be neighbors in x and in the result,
+    # For x [B, T, n] and a [n, r] the tokens are (B, T). They have to be adjacent in x and in the result,
     # so that [B, T, n] -> [B * T, n] and [B * T, m] -> [B, T, m] move nothing.
     tokens = tuple(n for n in xs if n not in known)
     i, count = (xs.index(tokens[0]), len(tokens)) if tokens else (0, 0)
@@ -259,8 +262,7 @@ def dropped(w: Factored, x: Any, xs: Sequence[Any], keys: Part) -> tuple[Any, li
     """Drops entries of ``x``: one mask per stack entry, drawn from the entry's key."""
     stack = [n for n in keys.axes if n in w.parts["a"].axes]
     xs = list(xs)
-    # For a stack W [s, n, m] and x [B, n] without s, each entry draws its own mask, so that x becomes [s, B,
-    # n].
+    # For a stack W [s, n, m] and x [B, n] without s, each entry draws its own mask, so x becomes [s, B, n].
     missing = [n for n in stack if n not in xs]
     x = jnp.broadcast_to(x, (*[w.shape[n] for n in missing], *x.shape))
     xs = missing + xs
@@ -270,8 +272,9 @@ def dropped(w: Factored, x: Any, xs: Sequence[Any], keys: Part) -> tuple[Any, li
 
 @partial(jax.jit, static_argnames=("xs", "names", "stack"))
 def _dropped(x, keys, rate, xs, names, stack):
-    """``x * keep / (1 - rate)``, jitted: all uses alike share one trace and one lowered function."""
-    # The rate may be traced. Shares are float32 whatever x is: bfloat16 would round 0.9 to 0.8984.
+    """``x * keep / (1 - rate)``, jitted so that equal uses share one trace and lowered function."""
+    # The rate may be traced. The share is float32 whatever the dtype of x: bfloat16 would round 0.9 to
+    # 0.8984.
     keep_share = jnp.float32(1.0) - jnp.asarray(rate, jnp.float32)
     rest = [n for n in xs if n not in stack]
     shape = tuple(x.shape[xs.index(n)] for n in rest)
@@ -279,17 +282,17 @@ def _dropped(x, keys, rate, xs, names, stack):
     def draw(key):
         return jax.random.bernoulli(key, keep_share, shape)
 
-    # A batch of keys, even of one, is compiled to a larger program than one key.
+    # A batch of keys, even a batch of one, compiles to a larger program than a single key.
     keep = draw(keys) if keys.ndim == 0 else jax.vmap(draw)(keys.reshape(-1))
-    # [*stack, *rest] in the order of the axes of x; stack axes that have no key of their own share a mask.
+    # The mask [*stack, *rest] is put into the order of x's axes; stack axes without keys share one mask.
     keep = align(keep.reshape(*keys.shape, *shape), [*names, *rest], xs)
     return jnp.where(keep, x * (1.0 / keep_share).astype(x.dtype), jnp.zeros((), x.dtype))
 
 
 def absorbed(w: Factored, dtype: Any) -> tuple[Part, Part]:
-    """``a`` and ``b`` in ``dtype``, with the scale in ``b`` if that has all its axes, else in ``a``.
+    """``a`` and ``b`` in ``dtype``, with the scale in ``b`` if ``b`` has all its axes, else in ``a``.
 
-    Where neither has them (VeRA shares A along a stack), ``a`` is repeated along those that it lacks.
+    If neither has all of them (VeRA shares A along a stack), ``a`` is repeated along those that it lacks.
     """
     a, b = (Part(w.parts[name].array.astype(dtype), w.parts[name].axes) for name in "ab")
     scale = w.parts.get("scale")
@@ -302,7 +305,7 @@ def absorbed(w: Factored, dtype: Any) -> tuple[Part, Part]:
         else:
             axes = (*(n for n in scale.axes if n not in a.axes), *a.axes)
             a = Part(align(a.array, a.axes, axes) * align(by, scale.axes, axes), axes)
-    # The static scale goes into a, as one of both has to take it.
+    # The static scale goes into a, since one of the two has to take it.
     if w.scale != 1.0:
         a = Part(a.array * w.scale, a.axes)
     return a, b
@@ -318,11 +321,11 @@ def scale_absorbed(w: Factored) -> Factored:
 
 
 def stack_into_rank(w: Factored, axis: int, side: str) -> Factored | None:
-    """The same weight with a stack axis in one factor alone: entries stand side by side in the rank.
+    """The same weight with a stack axis in one factor alone: its entries are side by side along the rank.
 
-    For ``side="a"``, ``a'[s, n, (s', r)]`` is ``a[s, n, r]`` where ``s' = s`` and else 0, and
-    ``b'[(s', r), m]`` is ``b[s', r, m]``. None where that takes more than the weight itself, or where mesh
-    axes would have to be split.
+    For ``side="a"``, ``a'[s, n, (s', r)]`` is ``a[s, n, r]`` where ``s' = s`` and 0 elsewhere, and
+    ``b'[(s', r), m]`` is ``b[s', r, m]``. None if that would take more memory than the weight itself, or if
+    mesh axes would have to be split.
     """
     w = scale_absorbed(w)
     mine, other = w.parts[side], w.parts["b" if side == "a" else "a"]
@@ -331,8 +334,8 @@ def stack_into_rank(w: Factored, axis: int, side: str) -> Factored | None:
     size, rank = w.shape[axis], mine.array.shape[mine.axes.index(RANK)]
     my_rest = [i for i in mine.axes if i not in (axis, RANK)]
     others = [i for i in other.axes if i not in (axis, RANK)]
-    # What it takes: my factor grows to [s, n, s * r], the other one to [s * r, m]; more than W itself would
-    # be no gain over building W.
+    # My factor grows to [s, n, s * r] and the other one to [s * r, m]. If that is more than W has, building W
+    # is the better choice.
     entries = size * math.prod(w.shape[i] for i in my_rest) + math.prod(w.shape[i] for i in others)
     if not jx.surely(lambda: entries * size * rank <= math.prod(w.shape)):
         return None
@@ -347,7 +350,7 @@ def stack_into_rank(w: Factored, axis: int, side: str) -> Factored | None:
 
 
 class Refused(LoraError):
-    """Dropout of a weight that is used where nothing can be dropped."""
+    """Dropout was asked for on a weight that is used where nothing can be dropped."""
 
     def __init__(self, what: str, paths: Sequence[str]):
         self.what, self.paths = what, tuple(paths)
@@ -359,7 +362,7 @@ class Refused(LoraError):
         super().__init__(str(error(what, path=list(paths), do=do)))
 
     def of(self, paths: dict[str, tuple[str, ...]]) -> "Refused":
-        """The same of the caller's weight: inside a jit weights are named by operand position."""
+        """The same error about the caller's weight: inside a jit, weights are named by operand position."""
         return Refused(self.what, [outer for inner in self.paths for outer in paths[inner]])
 
     def __reduce__(self):
@@ -369,12 +372,12 @@ class Refused(LoraError):
 def build(w: Factored) -> Any:
     """The whole array: ``base + a @ b`` in float32 for a weight, in the base's dtype for looked-up rows."""
     if "key" in w.parts:
-        what = "an embedding's lookups are" if w.lookup else "a weight that has to be built in full is"
-        raise Refused(f"dropout drops inputs of a product, and {what} none.", w.paths)
+        what = "an embedding lookup" if w.lookup else "a use that builds the whole weight"
+        raise Refused(f"dropout drops inputs of a product, and {what} has no such inputs.", w.paths)
     if not w.parts:
         return built(w.base)
-    # A bfloat16 weight is built in float32 and rounded once, as a merge does it. Looked-up rows are
-    # activations, and compute in their own dtype.
+    # A bfloat16 weight is built in float32 and rounded once, as in a merge. Looked-up rows are activations
+    # and are computed in their own dtype.
     w = chosen(w)
     compute = w.dtype if w.lookup or w.dtype.itemsize >= 4 else jnp.dtype(jnp.float32)
     a, b = absorbed(w, compute)

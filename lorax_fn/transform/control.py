@@ -1,7 +1,7 @@
 """Control flow: factored weights cross it in parts, as constants, stacked inputs or loop invariants.
 
-Every function is ``rule(walk, eqn, values) -> list of results``; ``walk`` evaluates inner jaxprs. What runs
-inside a loop, a branch or a checkpoint is ``run(walk, ...)`` with a walk of its own, so that it can be kept
+Every function is ``rule(walk, eqn, values) -> list of results``; ``walk`` evaluates inner jaxprs. A loop, a
+cond or a checkpoint runs as a function ``run(walk, ...)`` that is given its own walk, so that it can be kept
 and traced again by another call.
 """
 
@@ -24,7 +24,7 @@ from lorax_fn.transform.stored import Later, along_axes, is_unbuilt, local, rest
 
 
 def signature(values: Any) -> Hashable:
-    """What a trace of a function of these values depends on, but for their dtypes and numbers."""
+    """What a trace of a function of these values depends on, apart from dtypes and numbers."""
     # The tree holds what is static in a weight: axes of its parts, scale, rate and path. Dtypes are left to
     # jit's own cache.
     leaves, treedef = jax.tree_util.tree_flatten(values)
@@ -32,19 +32,19 @@ def signature(values: Any) -> Hashable:
 
 
 def jit(walk, eqn, values):
-    """An inner jit stays one function: rewritten once a jaxpr, traced by jax once an operand structure.
+    """An inner jit stays one function, rewritten once per jaxpr and traced once per operand structure.
 
-    Inside it weights are named by operand position, so that equal layers of an unrolled model share one
-    trace; what that trace notes is told again for each caller's weights. Two operands that are one weight
-    bear one name, as draws of dropout are counted by name.
+    Inside it, weights are named by operand position, so that equal layers of an unrolled model share one
+    trace; what that trace notes is repeated for each caller's weights. Two operands that are the same weight
+    share a name, because dropout draws are counted by name.
     """
-    # Kept by the inner jaxpr, which JAX shares among calls of one function with the same types.
+    # The function is kept under the inner jaxpr, which JAX shares among calls with the same types.
     closed = eqn.params["jaxpr"]
     asked = jx.jit_shardings(eqn, "in"), jx.jit_shardings(eqn, "out")
 
     def make():
-        # The walk of this function waits: its reports and draws are told once per call of `fn`, with the
-        # names of the weights that this call brought.
+        # The walk of this function waits: its reports and draws are passed on once per call of `fn`, under
+        # the names of the weights in that call.
         jaxpr, consts = jx.opened(closed)
         notes: dict[Hashable, Any] = {}
 
@@ -67,7 +67,7 @@ def jit(walk, eqn, values):
     inside = tuple(_renamed(v, (names[v.paths],)) if is_factored(v) else v for v in walk.entering(values))
     try:
         results = fn(*inside)
-    except Refused as refused:  # inside, the weight had the name of its position
+    except Refused as refused:  # inside, the weight was named by its position
         raise refused.of(paths) from None
     walk.take(notes[signature(inside)], paths)
     results = [
@@ -82,7 +82,7 @@ def _renamed(value: Factored, names: tuple[str, ...]) -> Factored:
 
 
 def _leaving(results: Sequence[Any], values: Sequence[Any]) -> list[Any]:
-    """Results of an inner function: a weight that it hands out counts its draws as outside again."""
+    """Results of an inner function: a weight that it returns counts its draws as it did outside."""
     outside = {v.paths: v.parts.get("draws") for v in values if is_factored(v) and "key" in v.parts}
 
     def left(w: Any) -> Any:
@@ -99,7 +99,7 @@ def _constrained(value: Any, sharding: Any) -> Any:
     if sharding is None:
         return value
     if is_factored(value):
-        # A sharding of W says nothing of its blocks of codes and scales.
+        # A sharding of W says nothing about its blocks of codes and scales.
         if is_unbuilt(value.base):  # its codes stay where they are
             return value
         return dataclasses.replace(value, base=lax.with_sharding_constraint(value.base, sharding))
@@ -114,13 +114,14 @@ def closed_call(walk, eqn, values):
 def checkpoint(walk, eqn, values):
     jaxpr, consts = jx.opened(eqn.params["jaxpr"])
     if eqn.params["differentiated"]:
-        # The recomputation of a backward pass: a barrier keeps it apart from the forward's own values.
+        # This is the recomputation in a backward pass: a barrier keeps XLA from merging it with the forward
+        # pass.
         if eqn.params["prevent_cse"] is not False:
             values = lax.optimization_barrier(values)
         return walk.evaluate(jaxpr, consts, values)
     options = {"prevent_cse": eqn.params["prevent_cse"], "policy": eqn.params["policy"]}
 
-    # Nothing of W + a b is a residual: the checkpoint saves base and factors as it would save W alone.
+    # W + a b is never kept as a residual: the checkpoint saves base and factors as it would save W alone.
     def run(walk, *args):
         def inner(*args):
             walk.notes.draws.clear()  # should JAX trace this twice, then the second trace counts
@@ -133,7 +134,7 @@ def checkpoint(walk, eqn, values):
 
 LOOP = np.uint32(
     0xFFFFFFFF
-)  # folded into keys of dropout ahead of iteration numbers: no draw has this number
+)  # folded into dropout keys ahead of the iteration number; no draw has this number
 
 
 def _any_dropped(values: Any) -> bool:
@@ -141,7 +142,7 @@ def _any_dropped(values: Any) -> bool:
 
 
 def _at(values: Sequence[Any], number: Any) -> list[Any]:
-    """Weights under dropout with keys of their own for one iteration, or for the loop as such."""
+    """The values, with new keys for weights under dropout: those of one iteration, or of the whole loop."""
     return [
         v.with_part(v.base, "key", folded(v.parts["key"], number)) if _any_dropped([v]) else v for v in values
     ]
@@ -154,10 +155,10 @@ def while_loop(walk, eqn, values):
 
     def run(walk, cond_consts, body_consts, init):
         carry = _Carry(walk, eqn, body_jaxpr, m, len(init))
-        # Weights among the carried values that the body hands on unchanged stay outside the loop's state:
-        # they are closed over, factored.
+        # Carried weights that the body hands on unchanged stay outside the loop's state: the body closes over
+        # them, still factored.
         constant, moving = carry.parted(init)
-        # A counter only where dropout has to tell the iterations apart.
+        # A counter is needed only where dropout has to draw anew in every iteration.
         counter = jnp.uint32(0) if _any_dropped((*body_consts, *constant)) else None
         looped, stepped = _at(body_consts, LOOP), _at(constant, LOOP)
 
@@ -169,8 +170,8 @@ def while_loop(walk, eqn, values):
             counter, moving = state
             args = [*looped, *carry.joined(stepped, moving)]
             if counter is not None:
-                # Each iteration folds its number into the keys: the mask of the same weight differs from one
-                # iteration to the next.
+                # Each iteration folds its number into the keys, so the mask of one weight differs between
+                # iterations.
                 args, counter = _at(args, counter), counter + jnp.uint32(1)
             results = walk.inner().evaluate(body_jaxpr, body_fixed, args)
             return counter, carry.parted(carry.settled(results))[1]
@@ -185,16 +186,16 @@ def while_loop(walk, eqn, values):
 
 
 class _Carry:
-    """Tells a loop's invariant carries, which may stay factored, from those that change."""
+    """Separates a loop's invariant carries, which may stay factored, from those that change."""
 
     def __init__(self, walk, eqn, body, consts: int, count: int):
         self.walk, self.eqn = walk, eqn
-        # Operands are the body's constants, then what it carries: result k is the carried operand k of an
-        # unchanged value.
+        # The operands are the body's constants, then what it carries. Carry k is invariant if result k of the
+        # body is that very operand.
         self.invariant = [i == consts + k for k, i in enumerate(jx.handed_on(body)[:count])]
 
     def settled(self, values):
-        """The carried values, factored only where the loop leaves them alone."""
+        """The carried values, factored only where the loop leaves them unchanged."""
         return [
             v if same else self.walk.dense(self.eqn, [v])[0]
             for v, same in zip(values, self.invariant, strict=True)
@@ -217,9 +218,10 @@ def scan(walk, eqn, values):
     def run(walk, consts, init, xs):
         carry = _Carry(walk, eqn, jaxpr, n, m)
         # A carried value that every iteration hands on unchanged is a constant of the loop: a weight among
-        # those stays factored, and the loop carries the others alone.
+        # those stays factored, and the loop carries only the others.
         constant, moving = carry.parted(init)
-        # Weights that every iteration sees whole fold its number into their keys; slices have their own keys.
+        # Weights that every iteration sees whole get its number folded into their keys; slices have their own
+        # keys.
         dropped = _any_dropped((*consts, *constant))
         counter = jnp.arange(options["length"], dtype=jnp.uint32) if dropped else None
         looped, stepped = _at(consts, LOOP), _at(constant, LOOP)
@@ -236,12 +238,12 @@ def scan(walk, eqn, values):
                 invariant = _at(invariant, counter)
             slices = [leaf if fn is None else fn(leaf) for leaf, fn in zip(leaves, rebuild, strict=True)]
             results = walk.inner().evaluate(jaxpr, fixed, [*invariant, *slices])
-            # Flax NNX hands every layer's weights out again: they stay factored.
+            # Flax NNX returns every layer's weights from the loop: they stay factored.
             ys = [v if _stays_factored(v) else walk.dense(eqn, [v])[0] for v in results[m:]]
             return carry.parted(carry.settled(results[:m]))[1], ys
 
-        # Factors are scanned beside their base, so that the gradient of each iteration is one slice of a's
-        # and b's, stacked by the scan itself.
+        # Factors are scanned together with their base, so each iteration contributes one slice of the
+        # gradients of a and b, and the scan itself stacks them.
         moving, ys = lax.scan(body, moving, (counter, [leaf for leaf, _ in pieces]), **options)
         ys = [_restacked(y, options["length"]) if is_factored(y) else y for y in ys]
         return [*carry.joined(constant, moving), *ys]
@@ -256,9 +258,9 @@ def _stays_factored(value: Any) -> bool:
 
 
 def _restacked(w: Factored, length: int) -> Factored:
-    """A weight that every iteration handed out: all its arrays got a leading axis, which is a stack axis."""
-    # [n, m] from each of L iterations is [L, n, m] now, and a part [n, r] is [L, n, r]: axis 0 is the new one
-    # in all of them.
+    """A weight that every iteration returned: all its arrays got a leading axis, which is a stack axis."""
+    # The W [n, m] of L iterations is now [L, n, m], and a part [n, r] is [L, n, r]: axis 0 is new in all of
+    # them.
     base = restacked(w.base, length)
     return w.with_parts(base, lambda part: Part(part.array, (0, *part.renamed(lambda i: i + 1).axes)))
 
@@ -288,15 +290,15 @@ def unstack(w: Factored) -> tuple[Any, Any]:
 
 
 def shard_map(walk, eqn, values):
-    """The factors are sharded as the weight's own axes are; the rank is on every device."""
+    """Shards the factors as the weight's own axes are sharded; every device holds the whole rank."""
     jaxpr, consts = jx.opened(eqn.params["jaxpr"])
 
     def specs(value, spec):
         if not is_factored(value):
             return spec
-        # A spec may be shorter than the weight has axes; each part takes the entries of its own axes.
-        # For W [n, m] by P(None, 'model'): a [n, r] is whole on every device, b [r, m] is split along its
-        # columns.
+        # A spec may have fewer entries than the weight has axes; each part takes the entries of its own axes.
+        # For W [n, m] with P(None, 'model'), a [n, r] is whole on every device and b [r, m] is split along
+        # its columns.
         entries = (*spec, *(None,) * (value.ndim - len(spec)))
         return value.with_parts(
             along_axes(value.base, entries) if is_unbuilt(value.base) else spec,
@@ -320,18 +322,18 @@ def shard_map(walk, eqn, values):
 
 
 def custom_jvp(walk, eqn, values):
-    """The function and its own derivative rule are both walked with the factors apart.
+    """Walks both the function and its own derivative rule with the factors kept apart.
 
-    The tangent of ``base + a b`` is ``(dbase + da b) + a db``: a rule is linear in it, so it is walked
-    once for each of the two, both of them factored.
+    The tangent of ``base + a b`` is ``(dbase + da b) + a db``. A rule is linear in the tangent, so it is
+    walked once for each of the two terms, both of them factored.
     """
     jaxpr, consts = jx.opened(eqn.params["call_jaxpr"])
     values = list(map(chosen, values))
     if any(set(v.parts) - {"a", "b", "scale"} or is_unbuilt(v.base) for v in values if is_factored(v)):
         return jx.bind(eqn, walk.dense(eqn, values))
-    if any(v.tap for v in values if is_factored(v)):  # taps answer to no cotangent, so to no rule of one
+    if any(v.tap for v in values if is_factored(v)):  # a tap ignores the cotangent, so no rule is needed
         return walk.dense(eqn, walk.evaluate(jaxpr, consts, values))
-    # A scale that is an array trains too (in VeRA), so it goes into the factors, which have tangents.
+    # An array scale may be trained too (in VeRA), so it goes into the factors, which have tangents.
     values = [scale_absorbed(v) if is_factored(v) else v for v in values]
     floats = [i for i, v in enumerate(values) if jnp.issubdtype(v.dtype, jnp.floating)]
     count = len(values)
@@ -353,18 +355,18 @@ def custom_jvp(walk, eqn, values):
 
     @inner.defjvp
     def inner_jvp(primals, tangents):
-        # Tangents come as the primals do: a weight's is a weight, with a tangent of each of its arrays.
+        # Tangents are structured like the primals: that of a weight is a weight, with a tangent per array.
         pairs = [(primals[i], tangents[i]) for i in floats]
         bases = [v.base if is_factored(v) else v for v in (*primals, *(t for _, t in pairs))]
-        # The user's rule is traced on the bases alone, as it can't know of factors, and the walk then runs it
-        # on weights.
+        # The user's rule is traced on the bases alone, because it knows nothing of factors; the walk then
+        # runs it on weights.
         rule_jaxpr, rule_consts = jx.opened(jax.make_jaxpr(rule)(*bases))
 
         def walked(given):
             results = walk.dense(eqn, walk.evaluate(rule_jaxpr, rule_consts, [*primals, *given]))
             return results[: len(results) // 2], results[len(results) // 2 :]
 
-        # First dbase + da b, then 0 + a db; for all else than weights the second is zero.
+        # First comes dbase + da b, then 0 + a db. For anything but a weight the second term is zero.
         out, d_out = walked([_with_factors(t, v, a=t) for v, t in pairs])
         if any(is_factored(v) for v, _ in pairs):
             _, rest = walked([_with_factors(_zero(t), v, b=t) for v, t in pairs])
@@ -378,8 +380,8 @@ def _with_factors(tangent: Any, primal: Any, **factors: Any) -> Any:
     """A tangent with some of its factors; the others are the primal's."""
     if not is_factored(tangent):
         return tangent
-    # For dbase + da b the tangent brings its own a and base and takes the primal's b; for 0 + a db the other
-    # way round.
+    # For dbase + da b, the result has the tangent's base and a, and the primal's b; for 0 + a db, it has a
+    # zero base, the primal's a and the tangent's b.
     parts = {**primal.parts, **{name: weight.parts[name] for name, weight in factors.items()}}
     return dataclasses.replace(tangent, parts=parts)
 

@@ -1,4 +1,4 @@
-"""Rules of what sums, pads, adds to or overwrites entries of a weight: it stays low-rank where it can."""
+"""Rules for summing, padding, adding to or overwriting a weight, which stays low-rank where it can."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -18,27 +18,27 @@ EDITS = Rules()
 
 
 def _plain(w: Factored) -> bool:
-    """Whether a weight is base and factors and no more: no column, no dropout, nothing stored."""
+    """Whether a weight is only a base and factors: no column, no dropout, nothing stored."""
     return bool(w.parts) and not set(w.parts) - {"a", "b", "scale"} and not is_unbuilt(w.base)
 
 
 @EDITS.of(prims.reduce_sum_p)
 def _reduce_sum(walk, eqn, values):
-    """Summed along an input or output axis, one factor is; along a stack axis, entries go into the rank.
+    """A sum along an input or output axis sums one factor; along a stack axis, entries go into the rank.
 
-    A sum over axes of size 1 alone is how `jax.numpy.einsum` drops them.
+    A sum over axes of size 1 only removes them: `jax.numpy.einsum` drops axes that way.
     """
     (w,) = values
     gone = [d % w.ndim for d in eqn.params["axes"]]
     many = [i for i in gone if w.shape[i] != 1]
     if not many:
         return [without_axes(w, one(eqn, w.base), gone)]
-    # A column multiplies before the sum, and dropout needs the inputs that a sum would take away.
+    # A column multiplies before the sum, and dropout needs the inputs that a sum would remove.
     if not _plain(w) or w.lookup:
         return NotImplemented
     for axis in many:
-        # sum_s a[s] b[s] has all a[s] side by side: a [n, s * r], b [s * r, m], and then a sum over the s of
-        # a's that are zero elsewhere.
+        # sum_s a[s] b[s] is one product of rank s * r. First a becomes [s, n, s * r], zero outside its own
+        # block, and b [s * r, m]; the sum below then takes a to [n, s * r].
         if w.has("a", axis) and w.has("b", axis):
             w = stack_into_rank(w, axis, "a")
         if w is None:
@@ -60,10 +60,10 @@ def _reduce_sum(walk, eqn, values):
 
 @EDITS.of(prims.add_p, prims.sub_p)
 def _add(walk, eqn, values):
-    """An array added to a weight is added to its base; of two weights the ranks stand side by side."""
+    """An array is added to the base of a weight; two weights have their factors put side by side."""
     weights = [v for v in values if is_factored(v)]
-    # Looked-up rows are activations, and along an axis of no factor the weight is repeated: then the sum is
-    # an activation as well, which is better built once than kept apart.
+    # Looked-up rows are activations. A weight is also an activation if it is repeated along an axis that
+    # neither factor has. Such a sum is better built once than kept apart.
     whole = all(w.has("a", i) or w.has("b", i) for w in weights for i in range(w.ndim) if w.shape[i] != 1)
     if not whole or any(not _plain(w) or w.lookup for w in weights):
         return NotImplemented
@@ -96,8 +96,8 @@ def _pad(walk, eqn, values):
     # W [n, m] padded to [n, m + 2]: b [r, m] gets two columns of zeros, a [n, r] stays.
     edges = eqn.params["padding_config"]
     padded = [i for i, edge in enumerate(edges) if tuple(edge) != (0, 0, 0)]
-    # What is added has no low-rank change: a factor that runs along the padded axis gets zeros there. A
-    # column would multiply the fill too, so it gets ones, and every padded axis has to be its own.
+    # The padding has no low-rank change, so a factor that runs along the padded axis gets zeros there. A
+    # column would multiply the fill too, so it gets ones there and must have every padded axis.
     column = w.parts.get("column")
     if w.parts and any(not (w.has("a", i) or w.has("b", i)) for i in padded):
         return NotImplemented
@@ -112,13 +112,13 @@ def _pad(walk, eqn, values):
 
 
 def _of(part: Part, by_axis: Sequence[Any], of_rank: Any) -> list[Any]:
-    """What ``by_axis`` says of each axis of a part, and ``of_rank`` of its rank."""
+    """The entry of ``by_axis`` for each axis of a part, and ``of_rank`` for its rank."""
     return [of_rank if axis == RANK else by_axis[axis] for axis in part.axes]
 
 
 @EDITS.of(prims.dynamic_update_slice_p)
 def _dynamic_update_slice(walk, eqn, values):
-    """Rows of a weight overwritten, or a weight written into an array, where the array has no change."""
+    """Overwrites rows of a weight with an array, or writes a weight into an array; arrays have no change."""
     into, new, *starts = values
     if is_factored(into) and is_factored(new):
         return NotImplemented

@@ -21,7 +21,7 @@ from lorax_fn.core.adapters import Adapter, Factors
 from lorax_fn.core.stored import is_stored
 
 RANK = -1
-PICK = -2  # along it lie the factors of many adapters, of which a bank's number picks one
+PICK = -2  # the axis of a bank's many adapters, of which a number picks one
 
 
 @jax.tree_util.register_dataclass
@@ -33,22 +33,22 @@ class Part:
     axes: tuple[int, ...] = dataclasses.field(metadata={"static": True})
 
     def renamed(self, new: Callable[[int], int]) -> "Part":
-        # int: vmap writes numpy integers into equations, and those compare elementwise with other names.
+        # int, because vmap writes numpy integers into equations, which compare elementwise with tuples.
         return Part(self.array, tuple(i if i < 0 else int(new(i)) for i in self.axes))
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Factored:
-    """A weight in the walk, kept apart: ``column * (base + scale * a @ b)``.
+    """A weight in the walk, kept in parts: ``column * (base + scale * a @ b)``.
 
     ``parts`` holds ``a`` and ``b``, and where they exist ``scale`` (an array along stack axes, the rank, or
     neither), ``column``, and for dropout ``key``, ``rate`` (if it is an array) and ``draws`` (how many
-    products dropped inputs before the inner function that this weight entered). Of a bank's adapters ``a``,
-    ``b`` and ``scale`` run along `PICK`, and ``pick`` is a number: see `transform/picks.py`. A stored
-    weight without an adapter has none. ``lookup`` marks rows
-    that were gathered by array indices: they are an activation as much as a weight, so building them is no
-    loss.
+    products dropped inputs before the inner function that this weight entered). For a bank of adapters,
+    ``a``, ``b`` and ``scale`` run along `PICK`, and ``pick`` is a number: see `transform/picks.py`. A stored
+    weight without an adapter has no parts. ``lookup`` marks rows that were picked by an index: they are an
+    activation as much as a weight, so nothing is lost by building them. ``tap`` is explained in
+    `transform/taps.py`, ``lanes`` in `transform/lanes.py`.
     """
 
     base: Any
@@ -81,15 +81,15 @@ class Factored:
         return dataclasses.replace(self, base=base, parts=parts, **facts)
 
     def with_part(self, base: Any, name: str, part: Part) -> "Factored":
-        # `parts` may be shared with the weight before the operation, so that a new dict is made.
+        # `parts` may be shared with the weight before the operation, so a new dict is made.
         return dataclasses.replace(self, base=base, parts={**self.parts, name: part})
 
 
 @dataclasses.dataclass(frozen=True)
 class Sum:
-    """``base + change`` of a product, not added yet: a bias that follows goes to ``base`` first.
+    """``base + change`` of a product, not added yet: a bias that follows is added to ``base`` first.
 
-    Written so, XLA keeps one array for the gradient of what comes next, not ``base`` and ``change`` both.
+    In this order XLA keeps one array for the gradient of what comes next, not both ``base`` and ``change``.
     """
 
     base: Any
@@ -103,7 +103,7 @@ def folded(keys: Part, number: Any) -> Part:
     """Each key of a part folded with a number."""
     if not keys.axes:
         return Part(jax.random.fold_in(keys.array, number), ())
-    # One key per stack entry: the keys are folded each by itself, in their own order.
+    # There is one key per stack entry, and each is folded by itself.
     flat = jax.vmap(lambda key: jax.random.fold_in(key, number))(keys.array.reshape(-1))
     return Part(flat.reshape(keys.array.shape), keys.axes)
 
@@ -115,13 +115,13 @@ def is_factored(x: object) -> bool:
 def factor(path: str, base: Any, factors: Factors) -> Factored:
     """Puts an adapter's factors beside its base weight."""
     layout, stack = factors.layout, factors.layout.stack
-    # a [*stack, *inputs, r] and b [*stack, r, *outputs], each axis told by the axis of W that it runs along.
-    # VeRA shares a [n, r] along a stack: it takes the last names alone.
+    # Each axis of a [*stack, *inputs, r] and b [*stack, r, *outputs] is named by the axis of W that it runs
+    # along. VeRA shares a [n, r] along a stack, so it takes only the last names.
     parts = {
         "a": Part(factors.a, (*stack, *layout.inputs, RANK)[-factors.a.ndim :]),
         "b": Part(factors.b, (*stack, RANK, *layout.outputs)),
     }
-    # A number is static; an array, traced or not, is a part, so that other values of it compile nothing.
+    # A number is static. An array, traced or not, is a part, so that changing its values compiles nothing.
     scale, rate = factors.scale, factors.rate
     if factors.pick is not None:
         many, pick = (*stack, PICK), factors.pick
@@ -139,7 +139,7 @@ def factor(path: str, base: Any, factors: Factors) -> Factored:
     # DoRA's column [*stack, *outputs] multiplies W + s a b as a whole.
     if factors.column is not None:
         parts["column"] = Part(factors.column, (*stack, *layout.outputs))
-    # Dropout: a key per stack entry, and a rate that is static unless it is an array.
+    # Dropout has one key per stack entry, and a rate that is static unless it is an array.
     if factors.key is not None:
         parts["key"] = Part(factors.key, stack)
         if not isinstance(rate, numbers.Real):
@@ -150,7 +150,7 @@ def factor(path: str, base: Any, factors: Factors) -> Factored:
 def wrap(path: str, base: Any, adapter: Adapter | None) -> Any:
     """A leaf as the walk sees it: factored where the adapter has factors, else the adapter's own weight.
 
-    A stored leaf without an adapter is a weight of no parts.
+    A stored leaf without an adapter is a weight without parts.
     """
     if adapter is None:
         return Factored(base, {}, 1.0, 0.0, (path,)) if is_stored(base) else base

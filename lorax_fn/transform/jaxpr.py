@@ -1,4 +1,4 @@
-"""All that differs between JAX versions, and all that touches jaxprs from outside.
+"""Everything that differs between JAX versions, and what the walk has to know about jaxprs.
 
 Since JAX 0.12 a closed jaxpr is a plain ``Jaxpr`` that carries its constants.
 """
@@ -15,12 +15,12 @@ from jax.extend.core import primitives as prims
 
 
 def opened(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
-    """The equations' owner and its constants, for a closed or an open jaxpr of any JAX version."""
+    """The open jaxpr and its constants, from a closed or an open jaxpr of any JAX version."""
     return getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ())
 
 
 def surely(comparison: Callable[[], bool]) -> bool:
-    """A comparison of sizes, False where a symbolic size (of `jax.export`) leaves it open."""
+    """The result of a comparison of sizes; False if a symbolic size (of `jax.export`) leaves it open."""
     try:
         return bool(comparison())
     except Exception as problem:
@@ -38,7 +38,7 @@ def is_dropped(var: Any) -> bool:
 
 
 def bind(eqn: Any, values: Sequence[Any]) -> list[Any]:
-    """Runs one equation as it is; always a list of results."""
+    """Runs one equation as it is and returns its results, always as a list."""
     # A weight that was built under vmap may have its batch axis last, which JAX's batching of ragged products
     # does not take.
     if eqn.primitive.name == "ragged_dot_general":
@@ -53,7 +53,7 @@ def bind_with(eqn: Any, values: Sequence[Any], **changed: Any) -> list[Any]:
 
 
 def vmapped_first(x: Any) -> Any:
-    """``x`` itself, unless `jax.vmap` is around: then its batch axis comes first.
+    """``x`` itself, but inside a `jax.vmap` its batch axis comes first.
 
     JAX batches ragged products along axis 0 only; a weight that was built may have its batch axis elsewhere.
     """
@@ -71,7 +71,8 @@ def equation_context(eqn: Any) -> Iterator[None]:
 def source_line(*eqns: Any) -> str:
     """``file:line (function)`` of the user's code behind the first equation that knows it.
 
-    Inside functions that JAX itself jits, as `jax.nn.relu`, none does: give the equations around it as well.
+    Inside functions that JAX itself jits, such as `jax.nn.relu`, no equation does: pass the equations around
+    it as well.
     """
     lines = (source_info_util.summarize(eqn.source_info) for eqn in eqns)
     return next(filter(None, lines), "")
@@ -82,12 +83,12 @@ def name_stack(eqn: Any) -> str:
 
 
 def order(jaxpr: Any) -> list[tuple[Any, list[Any]]]:
-    """What to run: ``(equation, variables nobody reads afterwards)``.
+    """What to run: ``(equation, variables that nothing reads afterwards)``.
 
-    Left out is every equation without effects whose results nobody reads.
+    Equations without effects whose results nothing reads are left out.
     """
-    # Backwards from the results: an equation runs if it has effects or somebody needs a result of it, and a
-    # variable dies at its last reader.
+    # Going backwards from the results, an equation runs if it has effects or if one of its results is needed,
+    # and a variable dies at its last reader.
     needed = {v for v in jaxpr.outvars if not is_literal(v)}
     steps = []
     for eqn in reversed(jaxpr.eqns):
@@ -99,7 +100,7 @@ def order(jaxpr: Any) -> list[tuple[Any, list[Any]]]:
 
 
 def before_bias(jaxpr: Any) -> set[Any]:
-    """The variables that one equation alone reads, which adds something smaller to them: a bias."""
+    """The variables whose only reader is an equation that adds something smaller to them: a bias."""
     readers: dict[Any, list[Any]] = {}
     broadcast = set()
     for eqn in jaxpr.eqns:
@@ -120,12 +121,12 @@ def before_bias(jaxpr: Any) -> set[Any]:
 
 
 def varies(jaxpr: Any, var: Any) -> list[int]:
-    """The axes along which an array may differ from entry to entry, as far as the equations before it tell.
+    """The axes along which an array may differ from entry to entry, as far as the equations show.
 
     A mask is written for one side of a weight and then broadcast to its shape: ``[n] -> [n, 1] -> [n, m]``
     varies along axis 0 alone.
     """
-    # From the mask back to what made it, through operations that add no axis along which it varies.
+    # This follows the mask back to what made it, through operations that add no axis along which it varies.
     makers = {out: eqn for eqn in jaxpr.eqns for out in eqn.outvars}
 
     def axes(atom: Any) -> set[int]:
@@ -144,14 +145,14 @@ def varies(jaxpr: Any, var: Any) -> list[int]:
 
 
 def handed_on(jaxpr: Any) -> list[int | None]:
-    """For each result the position of the input that it is, through inner calls and loops too; else None."""
+    """For each result, the position of the input that it is, also through inner calls and loops, or None."""
     place: dict[Any, int | None] = {var: i for i, var in enumerate(jaxpr.invars)}
     for eqn in jaxpr.eqns:
         name = eqn.primitive.name
         if name in (NAMES["jit"], NAMES["remat"], NAMES["scan"]):
-            # An inner function hands its operand on if its own result is that operand.
+            # An inner function hands an operand on if one of its results is that operand.
             inner = handed_on(opened(eqn.params["jaxpr"])[0])
-            if name == NAMES["scan"]:  # handed on if every iteration does so: what is carried, and slices
+            if name == NAMES["scan"]:  # carries that every iteration hands on unchanged, and slices
                 n, m = scan_counts(eqn)
                 carried = [i if i == n + k else None for k, i in enumerate(inner[:m])]
                 inner = carried + [i if i is not None and i >= n + m else None for i in inner[m:]]
@@ -173,12 +174,12 @@ def jit_like(eqn: Any, fn: Callable) -> Callable:
 
 
 def jit_shardings(eqn: Any, which: str) -> list[Any]:
-    """The shardings that a jit equation asks of its ``in`` or ``out`` values; None where it asks nothing."""
+    """The shardings that a jit equation asks of its ``in`` or ``out`` values; None where it asks for none."""
     return [s if isinstance(s, jax.sharding.Sharding) else None for s in eqn.params[f"{which}_shardings"]]
 
 
 def scan_counts(eqn: Any) -> tuple[int, int]:
-    """How many of a scan equation's operands are constants, and how many are carried."""
+    """The number of a scan equation's operands that are constants, and the number that are carried."""
     if "num_consts" in eqn.params:
         return eqn.params["num_consts"], eqn.params["num_carry"]
     consts, carry, _ = eqn.params["ft_in"].unpack()  # JAX 0.12 groups the operands in a flat tree

@@ -1,7 +1,7 @@
-"""Products of adapters side by side under `jax.vmap`, each lane's at its own rank.
+"""Products of many adapters under `jax.vmap`, each lane at its own rank.
 
-Lanes of several ranks are padded to the widest, and a `jax.vmap` of the product would multiply the padding
-too. Told the ranks, it is cut off: lanes of about one rank form one product of that width.
+Lanes of different ranks are padded to the widest, and a `jax.vmap` of the product would multiply the padding
+too. Where the ranks are known, the padding is cut off: lanes of similar rank form one product of that width.
 """
 
 from collections.abc import Callable
@@ -16,14 +16,14 @@ Product = Callable[[Any, Any, Any, Any], Any]
 
 
 def by_lane(product: Product, lanes: tuple[tuple[int, int], ...], axes: tuple[int, int]) -> Product:
-    """``product(x, first, second, scale)``, which under a `jax.vmap` over lanes leaves the padding out.
+    """``product(x, first, second, scale)`` that leaves the padding out under a `jax.vmap` over lanes.
 
-    The `vmap` over lanes is the one that maps over ``scale``. It has to be the inner one of `jax.grad` and
-    `vmap`, ``grad(lambda loras: vmap(loss)(loras).sum())``: JAX cannot differentiate what is not mapped yet.
+    The `vmap` over lanes is the one that maps over ``scale``. It has to be inside `jax.grad`, as in
+    ``grad(lambda loras: vmap(loss)(loras).sum())``: JAX cannot differentiate what is not mapped yet.
 
     Args:
       product: what a single lane computes.
-      lanes: ``(how many lanes, their widest rank)`` of neighbors, in the order of the lanes.
+      lanes: ``(how many lanes, their widest rank)`` for each run of neighboring lanes, in order.
       axes: the axis of the rank in ``first`` and in ``second``.
     """
     mapped = custom_vmap(product)
@@ -40,6 +40,7 @@ def by_lane(product: Product, lanes: tuple[tuple[int, int], ...], axes: tuple[in
         xs = lax.split(x, counts) if batched[0] else [x] * len(lanes)
         parts = zip(xs, *(lax.split(array, counts) for array in (first, second, scale)), strict=True)
         made = []
+        # Each run of lanes has its own product, with first [count, ..., rank] and second cut to its rank.
         for (x, first, second, scale), (count, rank) in zip(parts, lanes, strict=True):
             first = lax.slice_in_dim(first, 0, rank, axis=axes[0] + 1)
             second = lax.slice_in_dim(second, 0, rank, axis=axes[1] + 1)

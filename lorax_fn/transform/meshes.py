@@ -1,4 +1,4 @@
-"""Explicit mesh axes: what a product of sharded operands has to say of its result."""
+"""Explicit mesh axes: how the result of a product of sharded operands is sharded."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,9 +7,9 @@ import jax
 
 
 def explicit_mesh(*arrays: Any) -> bool:
-    """Whether any operand's type carries explicit mesh axes: then a reshape may not merge them blindly."""
+    """Whether any operand's type carries explicit mesh axes; if so, a reshape must not merge them blindly."""
     for array in arrays:
-        # Not every type has a sharding, and that of an array outside of a mesh is empty.
+        # Not every type has a sharding, and outside of a mesh the sharding's own mesh is empty.
         mesh = getattr(getattr(jax.typeof(array), "sharding", None), "mesh", None)
         if mesh is not None and not mesh.empty and not mesh.are_all_axes_auto:
             return True
@@ -17,7 +17,7 @@ def explicit_mesh(*arrays: Any) -> bool:
 
 
 def axis_specs(x: Any, names: Sequence) -> dict:
-    # A spec may be shorter than its array has axes: the rest is not sharded.
+    # A spec may have fewer entries than the array has axes: the remaining axes are not sharded.
     spec = tuple(jax.typeof(x).sharding.spec)
     return dict(zip(names, spec + (None,) * (len(names) - len(spec)), strict=True))
 
@@ -34,7 +34,7 @@ def result_sharding(spec: list, *arrays: Any):
 
 
 def sharding_without(x: Any, axis: int) -> dict[str, Any]:
-    """``out_sharding=`` of a product with the axes of ``x`` but for one; nothing without explicit axes."""
+    """``out_sharding=`` for a product sharded like ``x`` except along ``axis``; {} without explicit axes."""
     if not explicit_mesh(x):
         return {}
     spec = [entry for i, entry in axis_specs(x, range(x.ndim)).items() if i != axis]

@@ -15,7 +15,7 @@ from lorax_fn.transform import jaxpr as jx
 
 
 def variables(tree: Any) -> list[Any]:
-    """The NNX Variables of a tree, in order; none can be there where NNX is not loaded."""
+    """The NNX Variables of a tree, in order; there can be none if NNX is not loaded."""
     # Flax is not imported for those who don't use it.
     nnx = sys.modules.get("flax.nnx")
     if nnx is None:
@@ -28,7 +28,7 @@ def variables(tree: Any) -> list[Any]:
 
 
 class Watched:
-    """The Variables of a tree as they were, to be asked what has changed."""
+    """Remembers the Variables of a tree and tells later which of them have changed."""
 
     def __init__(self, tree: Any):
         self.tree, self.before = tree, [(v, v.get_raw_value()) for v in variables(tree)]
@@ -37,7 +37,7 @@ class Watched:
         """New values of the Variables that were written to, by their place among all of them.
 
         Raises:
-          LoraError: there are other Variables now; a value has no place where the caller could find it.
+          LoraError: Variables were added, removed or replaced, so the caller could not find their values.
         """
         if not self.before:
             return {}
@@ -59,7 +59,7 @@ class Watched:
 
 
 def unchanged(trace: Any, given: Sequence[Any], tree: Any) -> list[int]:
-    """Places among a trace's results of values that are new by name alone.
+    """Places of those changes among a trace's results that are the values which the Variables already had.
 
     A layer loop of NNX writes the weights that it was given back into their Variables.
     """
@@ -80,9 +80,9 @@ def write_back(changes: Mapping[int, Any], tree: Any, adapted: Sequence[Any] = (
     """Writes new values into the Variables of the caller's own tree.
 
     Args:
-      changes: values by place, of `Watched`.
+      changes: values by place, from `Watched`.
       tree: a tree of the same structure as the watched one.
-      adapted: arrays that have an adapter: what is written to those would lose the adapter's part.
+      adapted: arrays that have an adapter: a value written over one of them would lose the adapter's part.
 
     Raises:
       LoraError: a value for one of ``adapted``.

@@ -1,8 +1,8 @@
 """Weights with the factors of many adapters side by side, of which each use picks one or mixes all.
 
-Factors of a bank run along one more axis, `PICK`. With a part ``pick``, a number, a product picks that
-adapter's factors right where it contracts them: under `jax.vmap` over the number each row of the batch
-gathers its own, of this weight and no other. Without one, the scale holds the weights of a mixture:
+The factors of a bank run along one more axis, `PICK`. If there is a part ``pick``, a number, a product picks
+that adapter's factors right where it contracts them: under `jax.vmap` over the number, each row of the batch
+gathers its own factors of this weight alone. Without ``pick``, the scale holds the weights of a mixture:
 ``sum_k w_k A_k B_k`` is one product of rank ``k * r``, which contracts `PICK` together with the rank.
 """
 
@@ -17,7 +17,7 @@ from lorax_fn.transform.factored import PICK, RANK, Factored, Part, is_factored
 
 
 def picked(w: Factored, x: Any = None) -> Factored:
-    """The weight with the factors of the adapter that its number says; a mixture is left as it is."""
+    """The weight with the factors of the adapter that its number picks; a mixture is left as it is."""
     if "pick" not in w.parts:
         return w
     number = w.parts["pick"].array
@@ -28,10 +28,10 @@ def picked(w: Factored, x: Any = None) -> Factored:
 
 @jax.custom_batching.custom_vmap
 def _after(number: Any, x: Any) -> Any:
-    """``number``; where each row has its own, XLA cannot know it before it has computed ``x``.
+    """``number``, which is made to depend on ``x`` where each row has its own.
 
-    Rows then gather their factors next to the product that uses them. XLA's scheduler for CPUs would else
-    gather those of all layers at the start of the program, and barriers do not hold it back.
+    Rows then gather their factors next to the product that uses them. Otherwise XLA's CPU scheduler would
+    gather the factors of all layers at the start of the program, and barriers do not prevent that.
     """
     del x
     return number
@@ -42,13 +42,14 @@ def _after_in_rows(axis_size: int, batched: list, number: Any, x: Any) -> tuple[
     del axis_size
     if not batched[0]:
         return number, False
+    # One number of each row of x [rows, ...]: [rows, 1, ...].
     one = lax.slice(x, (0,) * x.ndim, (x.shape[0] if batched[1] else 1, *(1,) * (x.ndim - 1)))
-    never = jnp.isnan(one) & jnp.isinf(one)  # which XLA does not know
+    never = jnp.isnan(one) & jnp.isinf(one)  # always False, but XLA does not know that
     return number + jnp.broadcast_to(never.reshape(-1), number.shape[:1]).astype(number.dtype), True
 
 
 def chosen(w: Any) -> Any:
-    """An operand whose factors have no `PICK` axis: one adapter picked, or a mixture of rank ``k * r``."""
+    """The operand with no `PICK` axis in its factors: one adapter picked, or a mixture of rank ``k * r``."""
     if not is_factored(w) or not any(PICK in part.axes for part in w.parts.values()):
         return w
     if "pick" not in w.parts:
@@ -61,9 +62,10 @@ def chosen(w: Any) -> Any:
 
 
 def _at(part: Part, number: Any) -> Part:
-    """The part of adapter ``number``; zeros for one that is not there, such as -1."""
+    """The part of adapter ``number``; zeros if there is no such adapter, as for -1."""
     if PICK not in part.axes:
         return part
+    # One entry along PICK, which is then gone: a [k, n, r] -> [n, r].
     at = part.axes.index(PICK)
     window = list(range(part.array.ndim - 1))
     numbers = lax.GatherDimensionNumbers(tuple(window), (at,), (at,))
@@ -89,6 +91,7 @@ def _mixed(w: Factored) -> Factored:
     parts["scale"] = Part(wide, (*scale.axes, RANK))
     for name in ("a", "b", "scale"):
         part = parts[name]
+        # a [k, n, r] -> [n, k, r] -> [n, k * r], and likewise b and the scale: PICK becomes part of the rank.
         rest = [axis for axis in part.axes if axis not in (PICK, RANK)]
         order = [part.axes.index(axis) for axis in (*rest, PICK, RANK)]
         array = lax.transpose(part.array, order)

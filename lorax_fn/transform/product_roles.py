@@ -1,4 +1,4 @@
-"""What a product makes of a weight's axes: which are batch axes, which are contracted, and its FLOPs."""
+"""Which axes of a weight a product contracts, which are batch axes, and how many FLOPs it takes."""
 
 import math
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 
 def _dot(eqn: Any, position: int):
     (sums, batches), avals = eqn.params["dimension_numbers"], [v.aval for v in eqn.invars]
-    # 2 FLOPs, a product and a sum, for each entry of the result and each contracted one.
+    # Each entry of the result takes 2 FLOPs, a product and a sum, per contracted entry.
     contracted = math.prod(avals[0].shape[i] for i in sums[0])
     return (batches[position], sums[position]), 2 * contracted * math.prod(eqn.outvars[0].aval.shape)
 
@@ -26,7 +26,7 @@ def _ragged(eqn: Any, position: int):
         return None, 0
     dims = eqn.params["ragged_dot_dimension_numbers"]
     (sums, batches), groups = dims.dot_dimension_numbers, dims.rhs_group_dimensions
-    # Rows are split among groups, so that each row meets one expert's kernel: FLOPs are those of one dense
+    # Rows are split among groups, so each row meets one expert's kernel: the FLOPs are those of one dense
     # layer.
     contracted = math.prod(eqn.invars[1].aval.shape[i] for i in sums[1])
     return ((*batches[1], *groups), sums[1]), 2 * contracted * math.prod(eqn.outvars[0].aval.shape)

@@ -1,4 +1,4 @@
-"""Rules of the primitives that consume a weight (products), or put several side by side."""
+"""Rules for the primitives that consume a weight (products) or put several side by side."""
 
 from typing import Any
 
@@ -29,27 +29,27 @@ PRODUCTS = Rules()
 @PRODUCTS.of(prims.dot_general_p)
 def _dot_general(walk, eqn, values):
     lhs, rhs = values
-    if is_factored(lhs) and is_factored(rhs):  # two weights multiplied: build the smaller
+    if is_factored(lhs) and is_factored(rhs):  # two weights multiplied: build the one that is looked-up rows
         if lhs.lookup != rhs.lookup:
             lhs, rhs = (build(lhs), rhs) if lhs.lookup else (lhs, build(rhs))
         else:
             return NotImplemented
     # From here on w is the weight and x the data, whichever side of the product they are on.
     w, x = (lhs, rhs) if is_factored(lhs) else (rhs, lhs)
-    # int: vmap writes numpy integers into equations, and those compare elementwise with other names.
+    # int, because vmap writes numpy integers into equations, which compare elementwise with tuples.
     (lhs_sum, rhs_sum), (lhs_batch, rhs_batch) = jax.tree.map(int, eqn.params["dimension_numbers"])
     w_first = w is lhs
     w_sum, x_sum = (lhs_sum, rhs_sum) if w_first else (rhs_sum, lhs_sum)
     w_batch, x_batch = (lhs_batch, rhs_batch) if w_first else (rhs_batch, lhs_batch)
-    # Axes of the weight go by their numbers. An axis of x that meets one goes by the same number, any other
-    # by ("x", i); so x [B, T, n] @ W [n, m] is xs = (x0, x1, 0) and out = (x0, x1, 1).
+    # Axes of the weight are named by their numbers. An axis of x that meets one of them has the same name,
+    # any other is ("x", i); so x [B, T, n] @ W [n, m] has xs = (x0, x1, 0) and out = (x0, x1, 1).
     shared = dict(zip((*x_batch, *x_sum), (*w_batch, *w_sum), strict=True))  # axis of x -> axis of w
     xs = [shared.get(i, ("x", i)) for i in range(x.ndim)]
-    # dot_general returns batch axes first, then what is free on its left, then what is free on its right.
+    # dot_general returns batch axes first, then the free axes of its left operand, then those of its right.
     x_free = [name for i, name in enumerate(xs) if i not in shared]
     w_free = [i for i in range(w.ndim) if i not in (*w_batch, *w_sum)]
     out = [*w_batch, *(w_free + x_free if w_first else x_free + w_free)]
-    # A stored weight without an adapter: the product alone, which unpacks it.
+    # A stored weight without an adapter needs the product alone, which unpacks it.
     if not w.parts:
         return product(eqn, (w.base, x) if w_first else (x, w.base))
     column = w.parts.get("column")
@@ -61,11 +61,11 @@ def _dot_general(walk, eqn, values):
             x = x * align(column.array.astype(x.dtype), column.axes, xs)
         else:
             return NotImplemented
-    # The frozen half is the program's own product, with its precision and output dtype; it is never fused
-    # with the change, so that a gradient by lora needs no W-sized array.
+    # The frozen half is the program's own product, with its precision and output dtype. It is never fused
+    # with the change, so the gradient with respect to lora needs no W-sized array.
     base = product(eqn, (w.base, x) if w_first else (x, w.base))[0]
     if after is not None and set(after.axes) <= set(w.parts["b"].axes):
-        # Its gradient then needs base alone; of column * (base + change) XLA keeps all three arrays.
+        # Its gradient then needs base alone; for column * (base + change), XLA would keep all three arrays.
         base = base * align(after.array.astype(base.dtype), after.axes, out)
         w, after = _column_in_b(w, after), None
     change = low_rank_product(w, x, xs, out, dtype=base.dtype, precision=eqn.params["precision"], walk=walk)
@@ -79,7 +79,7 @@ def _dot_general(walk, eqn, values):
 
 
 def _placed_like(base: Any, change: Any) -> Any:
-    """``change`` with the sharding that the program asked of its product, where mesh axes are Explicit."""
+    """``change`` with the sharding that the program asked for its product, where mesh axes are Explicit."""
     if not explicit_mesh(base):
         return change
     asked = jax.typeof(base).sharding
@@ -89,9 +89,9 @@ def _placed_like(base: Any, change: Any) -> Any:
 
 
 def _column_in_b(w: Factored, column: Part) -> Factored:
-    """``a @ (column * b)``: what ``column * (a @ b)`` is, on the small factor."""
+    """``a @ (column * b)``, which is ``column * (a @ b)`` but scales only the small factor."""
     b = w.parts["b"]
-    # Columns are float32 where b may be bfloat16: the product is taken in the wider of both, as a merge does.
+    # The column is float32 and b may be bfloat16: they are multiplied in the wider dtype, as in a merge.
     wide = jnp.promote_types(b.array.dtype, column.array.dtype)
     scaled = b.array.astype(wide) * align(column.array.astype(wide), column.axes, b.axes)
     return w.with_part(w.base, "b", Part(scaled, b.axes))
@@ -99,9 +99,9 @@ def _column_in_b(w: Factored, column: Part) -> Factored:
 
 @PRODUCTS.of(prims.conv_general_dilated_p)
 def _convolution(walk, eqn, values):
-    """One factor keeps window, strides and dilation, the other is a 1x1 on its rank side.
+    """One factor keeps the window, strides and dilation; the other is a 1x1 convolution on its rank side.
 
-    With g groups both see g * r channels: the 1x1 works within each group.
+    With g groups there are g * r channels between the two: the 1x1 works within each group.
     """
     x, w = values
     params = eqn.params
@@ -111,7 +111,7 @@ def _convolution(walk, eqn, values):
         return NotImplemented
     if not w.parts:
         return product(eqn, [x, w.base])
-    # The factor with the window axes is the wide one: [*window, in, r] if it is A, the other one is [r, out].
+    # The factor with the window axes is the wide one: if it is A, it is [*window, in, r], and B is [r, out].
     out_axis, in_axis, *window = params["dimension_numbers"].rhs_spec
     spatial = "a" if w.has("a", window[0] if window else in_axis) else "b"
     wide, point = w.parts[spatial], w.parts["b" if spatial == "a" else "a"]
@@ -131,19 +131,20 @@ def _convolution(walk, eqn, values):
         x, _ = dropped(w, x, [("x", i) for i in range(x.ndim)], walk.drawn(w))
     x = inputs_of_tap(x) if w.tap else x
     groups, dtype = params["feature_group_count"], x.dtype
-    if "scale" in w.parts:  # one number a rank: no other scale has axes here
+    if "scale" in w.parts:  # one number per rank: no other scale has axes here
         by = w.parts["scale"]
         if by.axes != (RANK,):
             return NotImplemented
         point = Part(point.array * align(by.array.astype(point.array.dtype), by.axes, point.axes), point.axes)
     at_x, at_y = params["dimension_numbers"].lhs_spec[1], params["dimension_numbers"].out_spec[1]
-    swapped = out_axis if window_first else in_axis  # the axis of the kernel that the rank takes
+    swapped = out_axis if window_first else in_axis  # the axis of the kernel that the rank replaces
     kernel = align(wide.array.astype(dtype), wide.axes, [RANK if i == swapped else i for i in range(w.ndim)])
     point = align(
         point.array.astype(dtype), point.axes, [in_axis, RANK] if not window_first else [RANK, out_axis]
     )
     if window_first:
-        # x -> g * r channels by the window, each group from its own inputs; then r -> out within each group.
+        # The window takes x to g * r channels, each group from its own inputs; the 1x1 then takes r -> out
+        # within each group.
         kernel = lax.concatenate([kernel] * groups, out_axis)
         changed = {"preferred_element_type": None, **sharding_without(base, at_y)}
         changed |= {"precision": (EXACT, EXACT)} if w.tap else {}
@@ -152,11 +153,10 @@ def _convolution(walk, eqn, values):
         point = lax.reshape(point, (point.shape[0], groups, w.shape[out_axis] // groups))
         change = _within_groups(h, at_y, point, groups, base.dtype, params["precision"])
     else:
-        # in -> r within each group by the same 1x1, and the window makes the outputs of those.
+        # The 1x1, which is the same for every group, takes in -> r: [N, H, W, g * c] -> [N, H, W, g * r].
         point = lax.broadcast_in_dim(point, (point.shape[0], groups, point.shape[1]), (0, 2))
         h = _within_groups(x, at_x, point, groups, dtype, params["precision"]) * w.scale
-        # in -> r first: [N, H, W, g * c] -> [N, H, W, g * r]; then the window, with the strides and groups of
-        # the program.
+        # The window then makes the outputs from those, with the strides and groups of the program.
         change = jx.bind(eqn, [h, kernel])[0]
     total = base + change
     column = w.parts.get("column")
@@ -192,7 +192,7 @@ def _ragged_dot(walk, eqn, values):
     plain = x.ndim == 2 and tuple(dims.lhs_ragged_dimensions) == (1 - x_sum,) and not batch[0] and not offset
     if is_factored(x) or not plain or len(dims.rhs_group_dimensions) != 1 or w.ndim != 3:
         return NotImplemented
-    # Three axes, one of experts and one contracted: the third holds the outputs.
+    # Of the three axes, one is that of the experts and one is contracted: the third holds the outputs.
     (expert,) = dims.rhs_group_dimensions
     out_axis = 3 - expert - w_sum
     # x meets the factor that has the contracted axis first: [rows, n] -> [rows, r] -> [rows, m].
@@ -200,21 +200,21 @@ def _ragged_dot(walk, eqn, values):
     second = "b" if first == "a" else "a"
     if "key" in w.parts:
         raise Refused("dropout of a ragged product is not defined.", w.paths)
-    # A scale per expert has to go into a factor per expert: a grouped product has no place for it between
-    # both.
+    # A scale per expert has to go into a factor per expert: between two grouped products there is no place
+    # for it.
     fa, fb = absorbed(w, x.dtype)
     factors = {"a": fa, "b": fb}
     column = w.parts.get("column")
     fits = set(factors[first].axes) | {expert} == {expert, w_sum, RANK}
     fits &= set(factors[second].axes) | {expert} == {expert, out_axis, RANK}
-    fits &= expert in (*fa.axes, *fb.axes)  # rows beyond the last group are zero by a grouped product only
+    fits &= expert in (*fa.axes, *fb.axes)  # only a grouped product zeroes rows beyond the last group
     if not fits or (column is not None and set(column.axes) != {expert, out_axis}):
         return NotImplemented
     base = product(eqn, [x, w.base, sizes])[0]
     x = inputs_of_tap(x) if w.tap else x
     rows = x if x_sum == 1 else lax.transpose(x, (1, 0))
-    # Rows are grouped by expert, so a factor per expert is a grouped product; one that all experts share
-    # (VeRA's A) is a plain one.
+    # Rows are grouped by expert, so a factor per expert takes a grouped product; a factor that all experts
+    # share (VeRA's A) takes a plain one.
     down, up = (fa, fb) if first == "a" else (fb, fa)
     precision = EXACT if w.tap else eqn.params["precision"]
     h = _grouped(rows, down, [expert, w_sum, RANK], sizes, precision=precision)
@@ -229,9 +229,9 @@ def _ragged_dot(walk, eqn, values):
 
 
 def _grouped(rows: Any, part: Part, axes: list[int], sizes: Any, **options: Any) -> Any:
-    """``rows`` times a factor: that of the row's expert, or the one that all share."""
-    # A factor in the order that ragged_dot wants, [experts, in, out]; the shared one has size 1 along
-    # experts.
+    """``rows`` times a factor: that of the row's expert, or the one that all experts share."""
+    # The factor is put into the order that ragged_dot wants, [experts, in, out]; a shared one has size 1
+    # along experts.
     whole = align(part.array, part.axes, axes)
     if axes[0] in part.axes:
         return lax.ragged_dot(jx.vmapped_first(rows), jx.vmapped_first(whole), sizes, **options)
@@ -242,8 +242,8 @@ def _grouped(rows: Any, part: Part, axes: list[int], sizes: Any, **options: Any)
 def _side_by_side(walk, eqn, values):
     stack = eqn.primitive.name == "stack"
     axis = eqn.params["axis"] if stack else eqn.params["dimension"]
-    # The bases are joined by the program's own operation; what follows joins the factors so that the sum
-    # stays W + a b in every entry.
+    # The bases are joined by the program's own operation. The rest joins the factors so that every entry is
+    # still W + a b.
     base = moved(eqn, [v.base if is_factored(v) else v for v in values])[0]
     if stack:
         values = [_expanded(v, axis) for v in values]
@@ -251,13 +251,13 @@ def _side_by_side(walk, eqn, values):
     weights = [v for v in values if is_factored(v) and v.parts]
     if not weights:
         return [Factored(base, {}, 1.0, 0.0, paths)]
-    # A kind says of each axis whether a has it and whether b has it. Weights of two kinds, as [n, m] beside a
-    # transposed [m, n], have no factors in common.
+    # A kind says for each axis whether a has it and whether b has it. Weights of two kinds, such as [n, m]
+    # beside a transposed [m, n], have no factors that could be joined.
     kinds = {tuple((w.has("a", i), w.has("b", i)) for i in range(w.ndim)) for w in weights}
     if len(kinds) > 1 or any(set(w.parts) - {"a", "b", "scale", "column"} or w.lookup for w in weights):
         return NotImplemented
-    # All weights have each axis in the same factors, so it is told of the joined one: in both factors (or in
-    # neither, which joins as a stack), in a alone, or in b alone.
+    # All weights have the joined axis in the same factors: in both (or in neither, which joins as a stack),
+    # in a alone, or in b alone.
     in_a, in_b = next(iter(kinds))[axis]
     parts = {}
     if any("column" in w.parts for w in weights):
@@ -274,7 +274,7 @@ def _side_by_side(walk, eqn, values):
 
 
 def _columns(values: list, weights: list[Factored], axis: int) -> Part:
-    """The columns of DoRA along the joined axis; those of other values are ones."""
+    """The columns of DoRA, joined along the axis; values without a column get ones."""
     known = [w.parts["column"] for w in weights if "column" in w.parts]
     axes = tuple(sorted({axis, *(i for part in known for i in part.axes)}))
     dtype = jnp.result_type(*(part.array.dtype for part in known))
@@ -290,7 +290,7 @@ def _columns(values: list, weights: list[Factored], axis: int) -> Part:
 
 
 def _expanded(value: Any, axis: int) -> Any:
-    """A new axis of size 1; in a weight no part runs along it."""
+    """The value with a new axis of size 1, along which no part of a weight runs."""
     if not is_factored(value):
         return lax.expand_dims(value, [axis])
     # `stack` is a concatenation along a new axis, of size 1 in each operand.
@@ -300,11 +300,11 @@ def _expanded(value: Any, axis: int) -> Any:
 
 
 def _plain_factors(w: Factored, axis: int, stacks: bool, dtype: Any) -> dict[str, Part]:
-    """``a`` and ``b``: axes in order, the rank last, the scale in ``b``; both have ``axis`` if it stacks."""
+    """``a`` and ``b`` with axes in order, the rank last and no scale; both have ``axis`` if it stacks."""
     parts = {}
     for name, part in zip("ab", absorbed(w, dtype), strict=True):
-        # a [*stack, *inputs, r] and b [*stack, *outputs, r]: the rank is last in both, so that ranks are
-        # joined alike.
+        # a [*stack, *inputs, r] and b [*stack, *outputs, r]: the rank is last in both, so that both are
+        # joined in the same way.
         axes = [i for i in range(w.ndim) if i in part.axes or (stacks and i == axis)] + [RANK]
         array = align(part.array, part.axes, axes)
         shape = [w.shape[axis] if i == axis else n for i, n in zip(axes, array.shape, strict=True)]
@@ -319,7 +319,7 @@ def _stacked(factors: list, sizes: list[int], axis: int, side: str) -> list[Part
     rank = max(f["a"].array.shape[-1] for f in known)
     joined = []
     for name in "ab":
-        # The first weight tells the order of axes and the sizes along all but the joined one.
+        # The first weight determines the order of the axes and the sizes along all but the joined one.
         like = known[0][name]
         where, arrays = like.axes.index(axis), []
         for f, size in zip(factors, sizes, strict=True):
@@ -334,12 +334,12 @@ def _stacked(factors: list, sizes: list[int], axis: int, side: str) -> list[Part
 
 
 def _blocks(factors: list, sizes: list[int], axis: int, side: str) -> list[Part]:
-    """Along an input or output axis: ranks side by side, that axis in blocks. Exact, at the summed rank."""
+    """Along an input or output axis, blocks of one factor side by side in the rank: exact, at summed rank."""
     known = [(sum(sizes[:i]), f) for i, f in enumerate(factors) if f is not None]
     joined = []
     for name in "ab":
-        # For [n, m1 + m2] of ranks r1 and r2: a is [n, r1 + r2], and b [r1 + r2, m1 + m2] with b1 and b2 in
-        # its blocks.
+        # For [n, m1 + m2] of ranks r1 and r2, a is [n, r1 + r2], and b is [r1 + r2, m1 + m2] with b1 and b2
+        # as its diagonal blocks.
         axes, arrays = known[0][1][name].axes, []
         for start, f in known:
             array = f[name].array

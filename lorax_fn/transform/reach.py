@@ -5,19 +5,20 @@ from typing import Any
 
 from lorax_fn.transform import jaxpr as jx
 
-# Their body is one jaxpr with the operands as inputs and the results as outputs.
+# The body of these is one jaxpr with the operands as inputs and the results as outputs.
 _PLAIN_CALLS = ("jit", "pjit", "closed_call", "core_call", "checkpoint", "remat2", "custom_jvp_call")
 
 
 def reached(jaxpr: Any, wanted: Sequence[bool] | None = None) -> list[bool]:
-    """Of each input, whether a gradient can reach it.
+    """For each input, whether a gradient can reach it.
 
-    False is certain: the input is unused, its results are not returned, or all pass ``stop_gradient``. Loops
-    and branches are not looked into: what enters them counts as used if any of their results is.
+    False is certain: the input is unused, nothing made from it is returned, or all of that passes through
+    ``stop_gradient``. Loops and branches are not looked into: what enters them counts as used if any of
+    their results is used.
 
     Args:
       jaxpr: an open jaxpr.
-      wanted: of each output, whether it counts; None is all of them.
+      wanted: for each output, whether it counts; None means that all do.
     """
     wanted = [True] * len(jaxpr.outvars) if wanted is None else wanted
     live = {v for v, want in zip(jaxpr.outvars, wanted, strict=True) if want and not jx.is_literal(v)}

@@ -1,9 +1,9 @@
 """Primitive -> rule: what each operation does to a factored weight.
 
 A rule is ``rule(walk, eqn, values) -> list of results``, or NotImplemented where the weight has to be
-built. ``values`` are the equation's operands, at least one of them `Factored`; ``index`` is the
-equation's position in its jaxpr. The base always goes through the very operation of the program; a rule
-adds what the low-rank parts need, which for most is a renaming of axes.
+built. ``values`` are the equation's operands, at least one of them `Factored`. The base always goes through
+the very operation of the program; a rule adds what the low-rank parts need, which is mostly a renaming of
+axes.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ class Rules(dict[str, Rule]):
     """A table of rules by the name of their primitive."""
 
     def of(self, *primitives: Any) -> Callable[[Rule], Rule]:
-        """Puts a function into the table, for primitives or for names of primitives that are not public."""
+        """Registers a function for primitives, or for the names of primitives that are not public."""
 
         def register(fn: Rule) -> Rule:
             for primitive in primitives:
@@ -42,7 +42,7 @@ MOVES = Rules()
 
 
 def one(eqn: Any, *values: Any) -> Any:
-    # Most operations have one result; the table of stored weights decides whether it runs now or is put off.
+    # Most operations have one result; for a stored weight, `moved` decides whether it runs now or is put off.
     return moved(eqn, values)[0]
 
 
@@ -52,15 +52,15 @@ def one(eqn: Any, *values: Any) -> Any:
 @MOVES.of(prims.copy_p, prims.sharding_constraint_p, prims.name_p, "reshard")
 def _same(walk, eqn, values):
     (w,) = values
-    # No part changes: every axis stays where it is, so that the factors of W are those of the result.
+    # No part changes: every axis stays where it is, so the factors of W are those of the result.
     return [dataclasses.replace(w, base=one(eqn, w.base))]
 
 
 @MOVES.of(prims.stop_gradient_p, prims.device_put_p, "pvary", "pcast")
 def _everywhere(walk, eqn, values):
     (w,) = values
-    # What these do (stop a gradient, move to a device) they have to do to the factors too: a factor left out
-    # would still train.
+    # What these do to a weight (stop its gradient, move it to a device) has to be done to the factors too:
+    # otherwise a stopped weight would still be trained.
     return [w.with_parts(one(eqn, w.base), lambda part: Part(one(eqn, part.array), part.axes))]
 
 
@@ -68,8 +68,8 @@ def _everywhere(walk, eqn, values):
 def _convert(walk, eqn, values):
     if not jnp.issubdtype(eqn.params["new_dtype"], jnp.floating):
         return NotImplemented
-    # A weight cast to bfloat16 keeps its factors in their own dtype: the product casts them, once, to that of
-    # x.
+    # A weight cast to bfloat16 keeps its factors in their own dtype: the product casts them, once, to the
+    # dtype of x.
     return _same(walk, eqn, values)
 
 
@@ -99,16 +99,16 @@ def _scaled(walk, eqn, values):
     # A stored weight without an adapter has no factors to scale: its base alone goes through the operation.
     if not w.parts:
         return [dataclasses.replace(w, base=one(eqn, *bases))]
-    # ``by`` has the weight's rank of axes, most of them of size 1: [1, m] scales columns, [1, 1] everything.
+    # ``by`` has as many axes as the weight, most of them of size 1: [1, m] scales columns, [1, 1] everything.
     operation = jnp.divide if eqn.primitive is prims.div_p else jnp.multiply
-    # The axes along which it varies have to be axes of one factor, and not of the other one alone: what
-    # varies along inputs goes into a, along outputs into b, along a stack or nowhere into either.
+    # It goes into a factor if no axis along which it varies belongs to the other factor alone: what varies
+    # along inputs goes into a, along outputs into b, along a stack or nowhere into either.
     varies = [i for i, size in enumerate(jnp.shape(by)) if size != 1]
     # The factor b is tried first: VeRA's a is shared along a stack, and would be copied for each entry.
     for name, other in (("b", "a"), ("a", "b")):
         part = w.parts[name]
         if not any(w.has(other, i) and not w.has(name, i) for i in varies):
-            new = [i for i in varies if i not in part.axes]  # a broadcast axis, as of a vmapped scale
+            new = [i for i in varies if i not in part.axes]  # broadcast axes, as of a vmapped scale
             axes = (*new, *part.axes)
             # [1, m] becomes [m], and then [1, m] again on the axes of b, (rank, m).
             by_part = lax.squeeze(by, [i for i in range(by.ndim) if i not in varies])
@@ -129,8 +129,8 @@ def _scaled(walk, eqn, values):
 @MOVES.of(prims.transpose_p)
 def _transpose(walk, eqn, values):
     (w,) = values
-    # The permutation says which old axis each new one is; parts want the inverse, old axis -> new axis. For W
-    # [n, m] -> [m, n], a (0, r) becomes (1, r).
+    # The permutation says which old axis each new one is; parts need the inverse, old axis -> new axis. For
+    # W [n, m] -> [m, n], the axes (0, RANK) of a become (1, RANK).
     place = {old: new for new, old in enumerate(eqn.params["permutation"])}
     return [w.with_parts(one(eqn, w.base), lambda part: part.renamed(place.__getitem__))]
 
@@ -148,8 +148,8 @@ def _squeeze(walk, eqn, values):
 
 
 def without_axes(w: Factored, base: Any, gone: Sequence[int]) -> Factored:
-    """The weight on a base that has lost axes, along which its parts have one entry or do not run."""
-    # For [1, n, m] -> [n, m] the places are {1: 0, 2: 1}; axis 0 has none, as no part runs along it any more.
+    """The weight on a base that has lost the axes ``gone``, on which its parts have size 1 or do not run."""
+    # For [1, n, m] -> [n, m] the places are {1: 0, 2: 1}; axis 0 has none, as no part runs along it anymore.
     place = {old: new for new, old in enumerate(i for i in range(w.ndim) if i not in gone)}
     return w.with_parts(base, lambda part: _without(part, gone).renamed(place.__getitem__))
 
@@ -158,7 +158,7 @@ def without_axes(w: Factored, base: Any, gone: Sequence[int]) -> Factored:
 def _broadcast(walk, eqn, values):
     w, *sizes = values
     shape, place = eqn.params["shape"], eqn.params["broadcast_dimensions"]
-    # An axis of size 1 that grows: every entry has the same change, so that no part runs along it any more.
+    # Along an axis of size 1 that grows, every entry has the same change, so no part runs along it anymore.
     grown = [i for i in range(w.ndim) if shape[place[i]] != w.shape[i]]
     base = one(eqn, w.base, *sizes)
     return [w.with_parts(base, lambda part: _without(part, grown).renamed(place.__getitem__))]
@@ -169,8 +169,8 @@ def _reshape(walk, eqn, values):
     w: Any = values[0]
     if len(values) > 1 or eqn.params.get("dimensions") is not None:
         return NotImplemented
-    # A group is all in one part or none of it is: [n, h * k] -> [n, h, k] splits an output of b, while [n, m]
-    # -> [n * m] would have to mix an axis of a with one of b.
+    # A part must have all the axes of a group or none: [n, h * k] -> [n, h, k] splits an output of b, while
+    # [n, m] -> [n * m] would have to mix an axis of a with one of b.
     groups = reshape_groups(w.shape, eqn.params["new_sizes"])
     for old, _ in groups:
         if not _moves_together(w, old):  # a stack axis may merge with inputs or outputs, at a higher rank
@@ -201,12 +201,12 @@ def _moves_together(w: Factored, axes: Sequence[int]) -> bool:
 
 
 def _stack_with(w: Factored, axes: Sequence[int]) -> Factored | None:
-    """The weight with the stack axes among ``axes`` as inputs or as outputs, whichever stand beside them."""
+    """The weight with the stack axes among ``axes`` as inputs or outputs, like the others of ``axes``."""
     w = chosen(w)
     if not w.parts or set(w.parts) - {"a", "b", "scale"} or is_unbuilt(w.base):
         return None
-    # With W [s, n, m] -> [s * n, m], a [s, n, r] and b [s, r, m]: n is an input, so that s becomes one too, a
-    # [s, n, s * r] and b [s * r, m].
+    # For W [s, n, m] -> [s * n, m] with a [s, n, r] and b [s, r, m], n is an input, so s becomes one too: a
+    # is [s, n, s * r] and b is [s * r, m].
     changed: Factored | None = scale_absorbed(w)
     stack = [i for i in axes if changed.has("a", i) and changed.has("b", i)]
     rest = [i for i in axes if i not in stack]
@@ -217,12 +217,14 @@ def _stack_with(w: Factored, axes: Sequence[int]) -> Factored | None:
 
 
 def _regrouped(part: Part, groups: list, old: Sequence[int], new: Sequence[int]) -> Part:
-    # For [4, 6] -> [2, 2, 6] and b [r, 6], or a [4, r]. Axes of size 1 belong to no group: they go first.
+    # The examples below are for W [4, 6] -> [2, 2, 6] with a [4, r] and b [r, 6]. Axes of size 1 belong to no
+    # group and are removed first.
     ones = [i for i, axis in enumerate(part.axes) if axis >= 0 and old[axis] == 1]
     array = lax.squeeze(part.array, ones)
     axes = [axis for i, axis in enumerate(part.axes) if i not in ones]
-    # The groups that this part holds whole, as ([0], [0, 1]) for a, in the order of its own axes; the rank
-    # is a group of itself. Axes within a group have to be neighbors in the base's order before a reshape.
+    # The runs are the groups whose axes this part has, such as ([0], [0, 1]) for a, in the order of its own
+    # axes; the rank is a group by itself. Before the reshape, the axes of a group have to be adjacent and in
+    # the base's order.
     runs = [(left, right) for left, right in groups if set(left) <= set(axes)]
     runs += [([axis], [axis]) for axis in axes if axis < 0]
     runs.sort(key=lambda run: axes.index(run[0][0]))
@@ -235,13 +237,13 @@ def _regrouped(part: Part, groups: list, old: Sequence[int], new: Sequence[int])
     return Part(lax.reshape(array, shape), tuple(i for _, right in runs for i in right))
 
 
-# Taking some of a weight.
+# Taking a part of a weight.
 
 
 def _sliced(part: Part, start: Sequence[int], limit: Sequence[int], strides: Sequence[int]) -> Part:
     if not part.axes:
         return part
-    # A part is cut along its own axes by the numbers of the weight's; the rank is always kept whole.
+    # A part is sliced along each of its axes as the weight is along that axis; the rank is always kept whole.
     where = [(0, n, 1) if axis < 0 else (start[axis], limit[axis], strides[axis])
              for axis, n in zip(part.axes, part.array.shape, strict=True)]  # fmt: skip
     return Part(lax.slice(part.array, *zip(*where, strict=True)), part.axes)
@@ -256,14 +258,14 @@ def _slice(walk, eqn, values):
 
 
 def looked_up(w: Factored, cut: Factored) -> Factored:
-    """One row or column, taken by its number, is an activation as one taken by an array of numbers is."""
+    """Marks one row or column, taken by its number, as a lookup, like rows taken by an array of numbers."""
 
     def entries(w: Factored, name: str) -> int:
         part = w.parts[name]
         return math.prod(n for n, axis in zip(part.array.shape, part.axes, strict=True) if axis >= 0)
 
-    # For W[3] of [n, m] the part a goes from [n, r] to [1, r]: that is a row of a table, n entries became
-    # one.
+    # For W[3] with W [n, m], the part a goes from [n, r] to [1, r]: n entries became one, so this is a row of
+    # a table.
     row = any(entries(cut, name) == 1 < entries(w, name) for name in "ab" if name in w.parts)
     return dataclasses.replace(cut, lookup=w.lookup or row)
 
@@ -273,8 +275,8 @@ def _split(walk, eqn, values):
     (w,) = values
     axis, results, start = eqn.params["axis"], [], 0
     for size, base in zip(eqn.params["sizes"], moved(eqn, [w.base]), strict=True):
-        # Each piece is a slice of the weight along one axis, so that each part is sliced or, without that
-        # axis, shared.
+        # Each piece is a slice of the weight along one axis, so each part is sliced, or shared if it does not
+        # have that axis.
         begin = [start if i == axis else 0 for i in range(w.ndim)]
         end = [start + int(size) if i == axis else n for i, n in enumerate(w.shape)]
         piece = w.with_parts(base, lambda part, b=begin, e=end: _sliced(part, b, e, (1,) * w.ndim))
@@ -289,7 +291,7 @@ def _unstack(walk, eqn, values):
     axis = eqn.params["axis"]
 
     def entry(part: Part, i: int) -> Part:
-        # Entry i is a slice of size 1 whose axis is then removed; the axes behind it move up by one.
+        # Entry i is a slice of size 1 whose axis is then removed; the numbers of later axes decrease by one.
         begin = [i if j == axis else 0 for j in range(w.ndim)]
         end = [i + 1 if j == axis else n for j, n in enumerate(w.shape)]
         part = _without(_sliced(part, begin, end, (1,) * w.ndim), [axis])
@@ -306,8 +308,8 @@ def _dynamic_slice(walk, eqn, values):
 
     def sliced(part: Part) -> Part:
         zero = jnp.zeros((), starts[0].dtype) if starts else 0
-        # JAX clamps a start by the size of what it slices, and a part has the weight's own size along each
-        # axis, so that both are clamped alike.
+        # JAX clamps a start by the size of what it slices. A part has the weight's own size along each axis,
+        # so both are clamped alike.
         begin = [zero if axis < 0 else starts[axis] for axis in part.axes]
         size = [n if axis < 0 else sizes[axis] for axis, n in zip(part.axes, part.array.shape, strict=True)]
         return Part(lax.dynamic_slice(part.array, begin, size), part.axes) if part.axes else part
@@ -341,21 +343,22 @@ def _reverse(walk, eqn, values):
 
 @MOVES.of(prims.gather_p)
 def _gather(walk, eqn, values):
-    """Rows of a stack axis, of ``A`` (an embedding lookup) or of ``B``; the other factor stays whole."""
+    """Gathers rows of a stack axis, of ``A`` (an embedding lookup) or of ``B``; the other stays whole."""
     w, indices = values
     if not is_factored(w) or is_factored(indices):
         return NotImplemented
     dims, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
     index_axes = indices.ndim - 1  # the last axis of indices is the index vector
     out_ndim = index_axes + len(dims.offset_dims)
-    # The result has the axes of the indices but their last, and the window of the operand at offset_dims.
+    # The result has all axes of the indices but the last, and the operand's window at offset_dims.
     kept = [i for i in range(w.ndim) if i not in (*dims.collapsed_slice_dims, *dims.operand_batching_dims)]
-    # int: vmap writes numpy integers into equations, and those compare elementwise with other names.
+    # int, because vmap writes numpy integers into equations, which compare elementwise with tuples.
     place = dict(zip(kept, map(int, sorted(dims.offset_dims)), strict=True))  # base axis -> result axis
     index_place = [i for i in range(out_ndim) if i not in dims.offset_dims]  # axis of indices -> result axis
 
     def gathered(part: Part) -> Part:
-        # The part's own gather: of the index vector it reads the columns that index an axis of its own.
+        # Each part has its own gather, which reads those columns of the index vector that index one of the
+        # part's axes.
         where = {axis: i for i, axis in enumerate(part.axes) if axis >= 0}
         columns = [c for c, axis in enumerate(dims.start_index_map) if axis in where]
         batching = [c for c, axis in enumerate(dims.operand_batching_dims) if axis in where]
@@ -381,15 +384,15 @@ def _gather(walk, eqn, values):
             window,
             mode=eqn.params["mode"],
             indices_are_sorted=False,
-            # Out of bounds the base already says what the result is; the change adds nothing to it.
+            # Out of bounds, the base alone determines the result, and the change adds nothing to it.
             fill_value=0 if eqn.params["mode"] == lax.GatherScatterMode.FILL_OR_DROP else None,
         )
         axes = (*index_place, *(axis if axis < 0 else place[axis] for axis in inner))
         return Part(rows, axes)
 
     cut = [axis for axis in dims.start_index_map if sizes[axis] < w.shape[axis]]
-    # Rows of a stack (expert i's weight) are weights still, whatever number of them; rows of inputs or
-    # outputs are an activation.
+    # Rows of a stack (expert i's weight) are still weights, however many are taken; rows of inputs or outputs
+    # are an activation.
     stacked = all(w.has("a", axis) and w.has("b", axis) for axis in cut)
     base = one(eqn, w.base, indices) if stacked else lookup(eqn, [w.base, indices])[0]
     return [w.with_parts(base, gathered, lookup=w.lookup or not stacked)]

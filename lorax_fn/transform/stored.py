@@ -1,7 +1,8 @@
 """Stored weights in the walk: unpacked where a product needs them, and never kept.
 
 What the program does to a stored weight before a product (a cast, a transpose, a slice) is put off in a
-`Later`. A product then unpacks, and its derivative unpacks again: the unpacked weight is no residual.
+`Later`. A product then unpacks, and its derivative unpacks again: the unpacked weight is not kept as a
+residual.
 """
 
 import dataclasses
@@ -22,8 +23,8 @@ class Step:
 
     def __init__(self, eqn: Any, which: int):
         self.eqn, self.which = eqn, which
-        # Parameters of an equation may be unhashable (arrays, jaxprs); their text tells two of them apart.
-        # Two layers that do the same to their weights then have one tree structure, so that one trace serves
+        # Parameters of an equation may be unhashable (arrays, jaxprs), so they are compared by their text.
+        # Two layers that do the same to their weights then have the same tree structure, and one trace serves
         # both.
         self.key = (eqn.primitive.name, repr(eqn.params), which)
 
@@ -54,24 +55,24 @@ def is_unbuilt(x: object) -> bool:
 
 
 def built(x: Any) -> Any:
-    """The array that a stored weight, with all that was put off, stands for; arrays as they are."""
-    # The operations that were put off run now, on the unpacked array, from the innermost outwards.
+    """The array that a stored weight and the operations put off on it stand for; arrays as they are."""
+    # The operations that were put off run now, on the unpacked array, from the innermost outward.
     if isinstance(x, Later):
         return jx.bind(x.step.eqn, [built(operand) for operand in x.operands])[x.step.which]
     return dense(x)
 
 
 def abstract(x: Any) -> Any:
-    """What to trace the program on: the array's type, its sharding included, where ``x`` is none."""
+    """What to trace the program on: an array itself, or the type of the array that ``x`` stands for."""
     return jax.eval_shape(built, x) if is_unbuilt(x) else x
 
 
 def moved(eqn: Any, values: Sequence[Any]) -> list[Any]:
-    """An operation that moves, cuts or casts a base: run on arrays, put off for stored weights."""
+    """Runs an operation that moves, cuts or casts a base; for stored weights it is put off."""
     if not any(map(is_unbuilt, values)):
         return jx.bind(eqn, values)
-    # Slices, stacks and the like along stack axes can be taken of the codes themselves: entry i of [L, n, m]
-    # is a stored weight [n, m]. Anything else is put off.
+    # Slices, stacks and the like along stack axes can be applied to the codes themselves: entry i of
+    # [L, n, m] is a stored weight [n, m]. Anything else is put off.
     shortcut = STACKS.get(eqn.primitive.name)
     result = None if shortcut is None or not is_unbuilt(values[0]) else shortcut(eqn, *values)
     return result or [
@@ -81,41 +82,42 @@ def moved(eqn: Any, values: Sequence[Any]) -> list[Any]:
 
 
 def product(eqn: Any, values: Sequence[Any]) -> list[Any]:
-    """An operation that consumes a base. A stored one is unpacked for it, and unpacked anew for its gradient.
+    """Runs an operation that consumes a base; a stored one is unpacked for it, and again for its gradient.
 
     The barrier ties the unpacking to the other operand. Without it a compiler would unpack every layer of an
-    unrolled model ahead of time, or find the backward's unpacking to be the forward's and keep that one.
+    unrolled model ahead of time, or merge the unpacking in the backward pass with that in the forward pass
+    and keep its result.
     """
     if not any(map(is_unbuilt, values)):
         return jx.bind(eqn, values)
-    # With W stored, x @ W is x @ unpack(codes), and its gradient by x needs W again: unpack(codes) anew,
-    # since keeping it would cost what quantization saved.
+    # With W stored, x @ W is x @ unpack(codes), and its gradient with respect to x needs W again. It is
+    # unpacked a second time, since keeping it would cost what quantization saved.
     return _unpacked_twice(*_apart(eqn, values))
 
 
 def lookup(eqn: Any, values: Sequence[Any]) -> list[Any]:
-    """Rows of a base. A compiler unpacks no others of a stored one: it makes one loop of this.
+    """Takes rows of a base; of a stored one a compiler unpacks only those, as it fuses this into one loop.
 
-    The barrier ties the unpacking to the indices: a loop's lookups would else have the whole table unpacked
-    ahead of the loop.
+    The barrier ties the unpacking to the indices: otherwise, for lookups inside a loop, the whole table would
+    be unpacked ahead of the loop.
     """
     if not any(map(is_unbuilt, values)):
         return jx.bind(eqn, values)
-    # Indices are integers, so that this has no derivative by its other operands and needs no second
-    # unpacking.
+    # Indices are integers, so there is no derivative with respect to the other operands, and no second
+    # unpacking is needed.
     run, packed, others = _apart(eqn, values)
     return run(*lax.optimization_barrier((packed, others)))
 
 
 def _apart(eqn: Any, values: Sequence[Any]) -> tuple[Callable, list, list]:
-    """``run(packed, others)``, which unpacks the stored operands and runs the operation; and these two."""
-    # `values` may be weights with operations put off, each a tree with stored leaves and arrays among them.
+    """``run(packed, others)``, which unpacks stored operands and runs the operation; and its arguments."""
+    # `values` may be weights with operations put off, each of which is a tree of stored leaves and arrays.
     leaves, treedef = jax.tree_util.tree_flatten(list(values), is_leaf=is_stored)
     packed = [x if is_stored(x) else None for x in leaves]
     others = [None if is_stored(x) else x for x in leaves]
 
     def run(packed: list, others: list) -> list[Any]:
-        # Each position holds its leaf in one of both lists and None in the other.
+        # Each position has its leaf in one of the two lists and None in the other.
         both = [o if p is None else p for p, o in zip(packed, others, strict=True)]
         return jx.bind(eqn, [built(v) for v in jax.tree_util.tree_unflatten(treedef, both)])
 
@@ -128,7 +130,7 @@ def _unpacked_twice(run: Callable, packed: list, others: list) -> list[Any]:
         return run(*lax.optimization_barrier((packed, others)))
 
     # Packed operands have no tangent (codes are integers); others do. The checkpoint makes JAX keep the codes
-    # for backward and run `turned` then, with its own unpacking.
+    # and run `turned` in the backward pass, with its own unpacking.
     @forward.defjvp
     def _(primals, tangents):
         def turned(packed, others, changes):
@@ -142,24 +144,24 @@ def _unpacked_twice(run: Callable, packed: list, others: list) -> list[Any]:
 # Stack entries of a stored weight are stored weights.
 
 ELEMENTWISE = {
-    # Operations entry by entry: of their result a slice is the result of a slice, so that a loop can take
-    # slices.
+    # These operations work entry by entry: a slice of the result is the result for a slice, so a loop can
+    # take slices.
     p.name
     for p in (prims.convert_element_type_p, prims.copy_p, prims.neg_p, prims.name_p, prims.mul_p, prims.div_p)
 }
 
 
 def scanned(base: Any) -> tuple[Any, Callable[[Any], Any]] | None:
-    """What a loop over axis 0 scans, and how an iteration makes its slice of that; None where it can't."""
+    """What a loop over axis 0 scans, and how an iteration makes its weight of it; None if that can't be."""
     if not is_unbuilt(base):
         return base, lambda piece: piece
-    # The leading axis has to be a stack axis of the stored arrays: blocks that reach across it have no entry
-    # of their own.
+    # The leading axis has to be a stack axis of the stored arrays: where blocks of codes reach across it, no
+    # single entry can be taken.
     if is_stored(base):
         return None if base.entry(0) is None else (base, lambda piece: piece.entry(0))
     if base.step.eqn.primitive.name not in ELEMENTWISE:
         return None
-    # A number among the operands, as of W * 0.5, has no axes and is the same in each iteration.
+    # A number among the operands, as in W * 0.5, has no axes and is the same in each iteration.
     known = [scanned(x) if np.shape(x) else (None, lambda _, x=x: x) for x in base.operands]
     if any(pair is None for pair in known):
         return None
@@ -176,7 +178,7 @@ def _elementwise(later: Later, operands: Sequence[Any]) -> Later:
 
 
 def _through(base: Any, change: Callable[[Any], Any]) -> Any:
-    """``change`` of the stored weight under casts and the like; None where there is more on it."""
+    """Applies ``change`` to the stored weight under casts and the like; None if there is more on it."""
     if not isinstance(base, Later):
         return change(base)
     # With a second operand (W * scale) the change would have to be made to that one as well.
@@ -190,16 +192,16 @@ def _through(base: Any, change: Callable[[Any], Any]) -> Any:
 def _cut_stack(
     base: Any, axes: Sequence[int], shape: Sequence[int], cut: Callable[[Any, Sequence[int]], Any]
 ) -> Any:
-    """``cut(array, sizes)`` of every array, if all that it shortens are stack axes; else None.
+    """Applies ``cut(array, sizes)`` to every array if it shortens only stack axes; else None.
 
-    ``sizes`` are the result's: those of ``shape`` along ``axes``, the array's own elsewhere.
+    ``sizes`` are those of the result: from ``shape`` along ``axes``, the array's own elsewhere.
     """
 
     def each(array: Any) -> Any:
         return cut(array, [shape[i] if i in axes else n for i, n in enumerate(array.shape)])
 
     def change(stored: Any) -> Any:
-        # Along inputs or outputs a block of codes would be cut in two: then the slice is put off until the
+        # Along inputs or outputs a block of codes could be cut in two, so the slice is put off until the
         # product.
         if any(stored.entry(axis) is None for axis in axes):
             return None
@@ -209,7 +211,7 @@ def _cut_stack(
 
 
 def restacked(base: Any, length: int) -> Any:
-    """A base whose arrays got a leading axis, as results of a loop; None where it can't have one."""
+    """A base whose arrays got a leading axis as results of a loop; None if it can't have one."""
     return _through(base, lambda stored: stored.stacked(0, length)) if is_unbuilt(base) else base
 
 
@@ -279,7 +281,7 @@ def _unstack(eqn: Any, base: Any) -> list[Any] | None:
 
 
 def _broadcast(eqn: Any, base: Any, *sizes: Any) -> list[Any] | None:
-    """Only what `jnp.expand_dims` makes of it: one new axis of size 1."""
+    """Handles only what `jnp.expand_dims` does: one new axis of size 1."""
     shape, kept = eqn.params["shape"], eqn.params["broadcast_dimensions"]
     new = [i for i in range(len(shape)) if i not in kept]
     if sizes or len(new) != 1 or shape[new[0]] != 1 or list(kept) != sorted(kept):
@@ -323,11 +325,11 @@ STACKS = {
 }
 
 
-# A shard_map holds a shard of each array of a stored weight.
+# Inside a shard_map, a stored weight holds a shard of each of its arrays.
 
 
 def along_axes(base: Stored, entries: Sequence[Any]) -> Stored:
-    """The spec of each array: that of the weight, but for axes of which one number serves all."""
+    """The spec of each array: that of the weight, except along axes on which the array has size 1."""
 
     def spec(array: Any) -> Any:
         return jax.P(*(None if n == 1 else entry for entry, n in zip(entries, array.shape, strict=True)))
@@ -336,5 +338,5 @@ def along_axes(base: Stored, entries: Sequence[Any]) -> Stored:
 
 
 def local(base: Any, aval: Any) -> Any:
-    """A stored weight from its shards."""
+    """A stored weight whose arrays are shards, with the shape that ``aval`` says."""
     return dataclasses.replace(base, shape=tuple(aval.shape)) if is_stored(base) else base  # pyright: ignore

@@ -1,8 +1,8 @@
-"""Taps: how what a weight contracts is read off a program, by differentiating it.
+"""Taps: differentiating a program reads off what its weights contract.
 
-A tapped weight has ``B = 0``, so that it computes as before. In backward `echo` makes the cotangent of
-``h = x @ A`` be ``h`` itself, and the gradient by ``A`` is then ``sum x^T x A`` over every use of the weight:
-each rule, loop and slice that carries ``A`` carries the sum back to where ``A`` came from.
+A tapped weight has ``B = 0``, so it computes as before. In the backward pass `echo` replaces the cotangent of
+``h = x @ A`` by ``h`` itself, and the gradient with respect to ``A`` is then ``sum x^T x A`` over all uses of
+the weight: each rule, loop and slice that carries ``A`` carries the sum back to where ``A`` came from.
 """
 
 import jax
@@ -12,7 +12,7 @@ from jax import lax
 
 @jax.custom_vjp
 def echo(h):
-    """``h``; the gradient by it is ``h`` too, whatever came from above."""
+    """``h``; its cotangent is ``h`` too, whatever the cotangent of the result is."""
     return h
 
 
@@ -20,7 +20,7 @@ echo.defvjp(lambda h: (h, h), lambda h, _: (h,))
 
 
 def inputs_of_tap(x):
-    """What a tapped product contracts: float32, and no path for the echo to what made ``x``."""
+    """What a tapped product contracts: ``x`` in float32, with no gradient, so that the echo ends here."""
     return lax.stop_gradient(x).astype(jnp.float32)
 
 

@@ -51,10 +51,10 @@ class Traces:
         where = next(i for i, leaf in enumerate(leaves) if isinstance(leaf, Leaves))
         params = leaves[where]
         slots = [None] * where + list(range(len(params.leaves))) + [None] * (len(leaves) - where - 1)
-        # The parameters' leaves stand in the middle of the arguments'; `slots` says which of all values is
-        # which of them.
+        # The leaves of the parameters stand in the middle of those of the arguments; `slots` says which value
+        # is which parameter.
         leaves[where : where + 1] = params.leaves
-        # Floats among the parameters are facts about the model, as the rate of an Equinox dropout layer.
+        # Floats among the parameters are facts about the model, such as the rate of an Equinox dropout layer.
         floats = [
             i for i, leaf in enumerate(leaves) if isinstance(leaf, float | complex) and slots[i] is None
         ]
@@ -65,7 +65,7 @@ class Traces:
             try:
                 return self._traced(shape, leaves, slots, [d or i in floats for i, d in enumerate(arrays)])
             except jax.errors.JAXTypeError:  # a number decides what is traced
-                trace = self._traced(shape, leaves, slots, arrays)  # raises too where it was not a float
+                trace = self._traced(shape, leaves, slots, arrays)  # raises again if it was not a float
                 self.by_value.add(call)
                 return trace
         return self._traced(shape, leaves, slots, arrays)
@@ -85,12 +85,12 @@ class Traces:
         return Trace(jaxpr, consts, values, slots, traced.out_tree)
 
     def _jitted(self, structure: tuple, static: list) -> Callable:
-        # 1, 1.0 and True are equal but for their types; 0.0 and -0.0, and nan with itself, by their text.
+        # Types distinguish 1, 1.0 and True. Text distinguishes 0.0 and -0.0, and makes nan equal to itself.
         key = (structure, tuple((type(x), repr(x) if isinstance(x, float | complex) else x) for x in static))
         try:
             with self.lock:
                 known = self.jitted.get(key)
-        except TypeError:  # an unhashable static value: trace it anew, as there is nothing to find it by
+        except TypeError:  # an unhashable static value can't be looked up, so it is traced anew
             return self._flat(structure, static)
         if known is None:
             with self.lock:

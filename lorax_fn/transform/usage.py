@@ -1,4 +1,4 @@
-"""`usage`: reads off a traced function what it does with each parameter. Nothing is computed."""
+"""`usage`: what a traced function does with each parameter, read off its jaxpr; nothing is computed."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,10 +22,10 @@ from lorax_fn.transform.walk import Report, Walk
 class Usage(Mapping):
     """What a traced function does with each parameter: ``usage[path]`` is a `WeightUse`.
 
-    Printed, it is a table.
+    It prints as a table.
 
     Args:
-      uses: one `WeightUse` a parameter.
+      uses: one `WeightUse` per parameter.
 
     Example:
       >>> import jax.numpy as jnp, lorax_fn as lx
@@ -83,22 +83,22 @@ def _cells(use: WeightUse) -> tuple[str, ...]:
 def usage(fn: Callable, params: PyTree, *args: Any, argnum: int = 0, **kwargs: Any) -> Usage:
     """Traces ``fn`` once and says what it does with each parameter.
 
-    Axes that a dot product or convolution contracts are inputs, those that it keeps are outputs; axes that
-    are scanned, indexed or batched are stack axes; an axis that array indices look up (an embedding) is an
-    input. A row that a single number picks is a lookup where a product uses the table whole, else it has no
-    layout. Of a fused kernel ``[3, d, heads, head]`` the 3 is a stack axis if q, k and v are indexed or split
-    apart, an ``A`` for each; if one product keeps it, an output: one ``A`` for all, as PEFT has it. A leading
-    axis that a product keeps is a stack axis, too, where it meets the leading axis of the next weight, as
-    those of experts do. A weight that is computed with before its product (times a parameter, standardized,
-    normalized) has the layout of that product; ``served`` and ``source`` say whether `adapt` keeps it
-    factored or builds it.
+    Axes that a dot product or convolution contracts are inputs, and those that it keeps are outputs. Axes
+    that are scanned, indexed or batched are stack axes, and an axis that array indices look up (an embedding)
+    is an input. A row that a single number picks is a lookup if a product also uses the whole table;
+    otherwise it has no layout. In a fused kernel ``[3, d, heads, head]``, the 3 is a stack axis if q, k and v
+    are indexed or split apart: each has its own ``A``. If one product keeps it, it is an output: there is one
+    ``A`` for all, as in PEFT. A leading axis that a product keeps is also a stack axis if it meets the
+    leading axis of the next weight, as with experts. A weight that is modified before its product (times a
+    parameter, standardized, normalized) has the layout of that product; ``served`` and ``source`` say whether
+    `adapt` keeps it factored or builds it.
 
     So ``split(params, layout=usage(fn, params, x))`` needs no naming convention at all.
 
     Args:
       fn: any JAX function.
       params: its parameters, arrays or `jax.ShapeDtypeStruct`.
-      *args: the other positional arguments, arrays or `jax.ShapeDtypeStruct`; static values as they are.
+      *args: the other positional arguments: arrays, `jax.ShapeDtypeStruct` or static values.
       argnum: position of ``params`` among the positional arguments of ``fn``.
       **kwargs: keyword arguments of ``fn``.
 
@@ -106,7 +106,7 @@ def usage(fn: Callable, params: PyTree, *args: Any, argnum: int = 0, **kwargs: A
       A `Usage`: a mapping from path to `WeightUse`, which prints as a table.
 
     Raises:
-      LoraError: two leaves of ``params`` have one path.
+      LoraError: two leaves of ``params`` have the same path.
 
     Example:
       >>> import jax.numpy as jnp, lorax_fn as lx
@@ -134,18 +134,18 @@ def usage(fn: Callable, params: PyTree, *args: Any, argnum: int = 0, **kwargs: A
     counts = reached(trace.jaxpr, [i not in kept for i in range(len(results))])
     alive = {named[i][0] for i, on in zip(trace.slots, counts, strict=True) if on and i is not None}
     leaf_of = dict(named)
-    # Only now are all uses known, which tell a table's rows from a stack of biases.
+    # Only now are all uses known, and they show whether rows belong to a table or to a stack of biases.
     found = {path: _with_lookups(uses, leaf_of[path]) for path, uses in found.items()}
     layouts = {path: _layout(uses, leaf_of[path]) for path, uses in found.items()}
     layouts |= _experts(layouts, reader.meetings)
-    # Whether `adapt` keeps them factored is asked of the rules themselves, not repeated here.
+    # The rules themselves decide whether `adapt` keeps a weight factored; nothing of them is repeated here.
     unserved = _unserved(trace, named, layouts, kept)
     result = []
     for path, leaf in named:
         if not is_array(leaf):
             continue
         uses, layout = found[path], layouts[path]
-        # What makes another weight of it is no use of its own, unless nothing came of that.
+        # An operation that makes another weight of it is not counted as a use, unless no product followed.
         counted = [use for use in uses if not use.on_the_way or layout is None]
         if layout is not None:
             source = [f"{report.primitive}: {report.where}{report.line}" for report in unserved.get(path, [])]
@@ -170,9 +170,9 @@ def usage(fn: Callable, params: PyTree, *args: Any, argnum: int = 0, **kwargs: A
 
 
 def _with_lookups(uses: list[Use], leaf: Any) -> list[Use]:
-    """Rows picked by a number are lookups in a table where a product uses the table whole, for logits.
+    """Rows picked by a number are lookups in a table if a product uses the whole table, as for logits.
 
-    Without one they may as well be biases or norm scales, one per layer: then they have no layout.
+    Without such a product they may as well be biases or norm scales, one per layer, and have no layout.
     """
     whole = [use.layout for use in uses if use.layout is not None]
     if _layout(uses, leaf) is None:
@@ -203,8 +203,8 @@ def _experts(
 ) -> dict[str, Layout | None]:
     """Layouts of experts that share their input: ``td,edf->tef``, then ``tef,efd->td``.
 
-    By the first product alone ``e`` is an output, by the second an input. It is a stack axis of both if it
-    leads both weights, which torch and JAX agree on, and nothing mixes tokens in between.
+    Judged by the first product alone, ``e`` is an output; by the second alone, an input. It is a stack axis
+    of both if it leads both weights, as it does in torch and in JAX, and nothing mixes tokens in between.
     """
     changed = {}
     for pair in meetings:
@@ -219,10 +219,10 @@ def _experts(
 
 
 def _as_stack(layout: Layout, axis: int) -> Layout | None:
-    """The layout with ``axis`` as a stack axis; None where it does not lead, or leads nothing."""
+    """The layout with ``axis`` as a stack axis; None if it does not lead, or if nothing would remain."""
     if axis in layout.stack:
         return layout
-    # Experts lead in torch and in JAX. An axis elsewhere, such as heads, is no stack of weights.
+    # Experts lead in torch and in JAX. An axis elsewhere, such as heads, is not a stack of weights.
     if axis != min((*layout.inputs, *layout.outputs)):
         return None
     inputs, outputs = (tuple(i for i in axes if i != axis) for axes in (layout.inputs, layout.outputs))
@@ -240,7 +240,7 @@ def _unserved(
     values = [
         value if slot is None else leaves[slot] for value, slot in zip(trace.values, trace.slots, strict=True)
     ]
-    # No array is computed: rank-1 factors of types alone go through the rules, and reports are collected.
+    # No array is computed: only the types of rank-1 factors go through the rules, and reports are collected.
     walk = Walk("allow").waiting()
 
     def run(consts, values):

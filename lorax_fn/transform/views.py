@@ -17,21 +17,21 @@ class Use:
     times: int
     flops: int
     source: str
-    row: Layout | None = None  # of one row, picked by a number: its layout if this is a lookup in a table
-    on_the_way: bool = False  # what makes another weight of it (a normalized one), for a product that follows
+    row: Layout | None = None  # for one row, picked by a number: the layout if this is a lookup in a table
+    on_the_way: bool = False  # makes another weight of it (say, a normalized one) for a later product
 
 
 @dataclasses.dataclass(frozen=True)
 class Ref:
-    """A value that is a view of one parameter: for each of its axes, the parameter's axes in it."""
+    """A value that is a view of one parameter: each of its axes holds some of the parameter's axes."""
 
     path: str
     axes: tuple[tuple[int, ...], ...]
     stack: frozenset[int] = frozenset()  # scanned or indexed away
     looked_up: frozenset[int] = frozenset()  # indexed by an array
     picked: frozenset[int] = frozenset()  # one entry taken: of a stack of layers, or a row of a table
-    made: bool = False  # entry by entry from the parameter and others: its axes, but other numbers
-    result: bool = False  # no view, but a product of the parameter with data; axes are those it kept
+    made: bool = False  # computed entry by entry from the parameter: the same axes, but other numbers
+    result: bool = False  # not a view, but a product of the parameter with data; axes are those it kept
 
     def moved(self, axes: Sequence[tuple[int, ...]], gone: Sequence[int] = ()) -> "Ref":
         """The view with other axes; parameter axes in ``gone`` became stack axes."""
@@ -50,7 +50,7 @@ class Reader:
 
     def __init__(self, found: dict[str, list[Use]]):
         self.found = found
-        self.around: list[Any] = []  # the control flow that the current equation is in
+        self.around: list[Any] = []  # the control flow around the current equation
         # An axis that one parameter's product kept, and the axis of the next parameter that met it.
         self.meetings: list[tuple[tuple[str, int], tuple[str, int]]] = []
 
@@ -102,7 +102,7 @@ class Reader:
         return followed
 
     def _results(self, eqn: Any, views: list[list[Ref]], products: list[list[Ref]]) -> list[list[Ref]]:
-        """Products of parameters with data: followed where each entry of the result keeps its place."""
+        """Follows products of parameters with data as long as each entry of the result keeps its place."""
         name = eqn.primitive.name
         if name == "dot_general":
             return [self._product(eqn, views, products)]
@@ -127,7 +127,7 @@ class Reader:
             ndim = len(eqn.invars[side].aval.shape)
             free = [i for i in range(ndim) if i not in (*sums[side], *batches[side])]
             before = 0 if side == 0 else len(eqn.outvars[0].aval.shape) - len(batches[side]) - len(free)
-            # Without a sum a product of data with data goes entry by entry: the weights of experts.
+            # Without a sum, a product of data with data goes entry by entry, as with the weights of experts.
             through = [] if sums[side] else products[side]
             for ref in [*views[side], *through] if not views[1 - side] else []:
                 axes: list[tuple[int, ...]] = [()] * len(eqn.outvars[0].aval.shape)
@@ -151,7 +151,7 @@ class Reader:
     def _use(self, eqn: Any, position: int, ref: Ref, times: int, alone: bool) -> None:
         name = eqn.primitive.name
         roles, flops = PRODUCTS[name](eqn, position) if name in PRODUCTS else (None, 0)
-        # What was picked out of a parameter and meets a weight is more likely a lookup than a weight too.
+        # A row that was picked from one parameter and meets another is more likely a lookup than a weight.
         activation = bool(ref.picked) and not alone
         layout = None if roles is None or activation else _roles_of(ref, *roles)
         if layout is None and ref.looked_up:  # no product that keeps outputs: the rows are an activation
@@ -173,7 +173,7 @@ class Reader:
 
 
 def _made(eqn: Any, position: int, ref: Ref) -> Ref | None:
-    """The result of an operation entry by entry, if the parameter is all that its axes run along."""
+    """The result of an entrywise operation, if all its axes are those of the parameter; else None."""
     shape = eqn.invars[position].aval.shape
     whole = all(axes or n == 1 for axes, n in zip(ref.axes, shape, strict=True))
     if len(eqn.outvars) != 1 or eqn.primitive.name in PRODUCTS or not whole or ref.looked_up or ref.picked:
@@ -184,7 +184,7 @@ def _made(eqn: Any, position: int, ref: Ref) -> Ref | None:
 
 
 def _row(ref: Ref) -> Layout | None:
-    """The layout of a table, if what is left of it is a row of that."""
+    """The layout of a table, if the view is a row of it; else None."""
     rest = {axis for axes in ref.axes for axis in axes}
     if not ref.picked or not rest:
         return None
@@ -219,14 +219,14 @@ def _scales(eqn: Any, views: list) -> bool:
         return False
     weight, by = eqn.invars if views[0] else reversed(eqn.invars)
     many = [n for n in by.aval.shape if n != 1]
-    # What is larger than the weight on some axis is an activation: the weight scales it (a norm's scale).
+    # An operand larger than the weight along some axis is an activation: the weight scales it (as in a norm).
     fits = all(n in (1, size) for n, size in zip(by.aval.shape, weight.aval.shape, strict=False))
     by_axis = len(many) <= 1 or by.aval.shape != weight.aval.shape
     return fits and by_axis and not (eqn.primitive.name == "div" and views[1])
 
 
 def _cut(eqn: Any, views: list) -> list[list[Ref]]:
-    """An axis of which one entry is taken is a stack axis; whether it is a table's rows, other uses tell."""
+    """An axis of which one entry is taken is a stack axis; other uses show if it is the rows of a table."""
     before, results = eqn.invars[0].aval.shape, []
     for out in eqn.outvars:
         one = [i for i, n in enumerate(out.aval.shape) if n == 1 < before[i]]
@@ -241,7 +241,7 @@ def _picked(ref: Ref, one: Sequence[int]) -> Ref:
 
 
 def _sums_ones(eqn: Any, views: list) -> bool:
-    """Whether a sum is over axes of size 1 alone, as `jax.numpy.einsum` drops those."""
+    """Whether a sum is over axes of size 1 alone, which is how `jax.numpy.einsum` drops them."""
     return all(eqn.invars[0].aval.shape[i] == 1 for i in eqn.params["axes"])
 
 
@@ -269,7 +269,7 @@ def _reshaped(eqn: Any, ref: Ref) -> Ref:
             axes[i] = held
     held = {axis for group in axes for axis in group}
     ones = [axis for i, group in enumerate(ref.axes) if old[i] == 1 for axis in group if axis not in held]
-    # An axis of size 1 that a reshape drops or moves: keep it where the result has a free axis of size 1.
+    # An axis of size 1 that a reshape drops or moves is kept where the result has a free axis of size 1.
     free = [i for i, n in enumerate(new) if n == 1 and not axes[i]]
     for axis, i in zip(list(ones), free, strict=False):
         axes[i] = (axis,)
@@ -299,7 +299,7 @@ def _gathered(eqn: Any, views: list) -> list[list[Ref]]:
             for i in range(len(ref.axes))
             if i not in (*dims.collapsed_slice_dims, *dims.operand_batching_dims)
         ]
-        # A vmapped dynamic_slice indexes every axis and keeps those that it takes one entry of, at size 1.
+        # A vmapped dynamic_slice indexes every axis and keeps, at size 1, those that it takes one entry of.
         taken = [i for i in dims.start_index_map if i not in kept or sizes[i] == 1 < shape[i]]
         axes: list[tuple[int, ...]] = [()] * (index_ndim + len(dims.offset_dims))
         for i, place in zip(kept, sorted(dims.offset_dims), strict=True):
@@ -338,7 +338,7 @@ def _call(name: str):
 
 
 def _cond(reader: Reader, eqn: Any, views: list, times: int, fixed: list):
-    """What branches return as a view of a parameter is one still; of looked-up rows the use ends here."""
+    """A view of a parameter that the branches return stays a view; looked-up rows are followed no further."""
     handed: list[list[Ref]] = [[] for _ in eqn.outvars]
     for closed in eqn.params["branches"]:
         for place, refs in zip(handed, reader.read(jx.opened(closed)[0], views[1:], times), strict=True):
@@ -371,7 +371,7 @@ def _scan(reader: Reader, eqn: Any, views: list, times: int, fixed: list):
     slices = [[ref.moved(ref.axes[1:], ref.axes[0]) for ref in refs] for refs in views[n + m :]]
     results = reader.read(body, [*views[:n], *carry, *slices], times * eqn.params["length"])
     stacked = []
-    for refs in results[m:]:  # a weight handed out by every iteration (Flax NNX) is that weight again
+    for refs in results[m:]:  # a weight returned by every iteration (Flax NNX) is that weight again
         reader.leave("scan", reader.line(eqn), [[ref for ref in refs if ref.looked_up]], times)
         stacked.append([ref.moved([(), *ref.axes]) for ref in refs if not ref.looked_up])
     return [*carry, *stacked]

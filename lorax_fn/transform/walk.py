@@ -1,4 +1,4 @@
-"""The walk: runs a traced function on a base tree and its adapters, without building a weight."""
+"""The walk: runs a traced function on a base tree and its adapters, without building any weight."""
 
 import dataclasses
 import inspect
@@ -23,9 +23,9 @@ from lorax_fn.transform.picks import chosen
 from lorax_fn.transform.products import PRODUCTS
 from lorax_fn.transform.rules import MOVES
 
-# Every primitive that has a rule; no name stands in two of the tables.
+# Every primitive that has a rule; no name is in two of the tables.
 RULES = {**MOVES, **EDITS, **PRODUCTS}
-# Rules that leave the factors of many adapters side by side; for every other rule one is picked before.
+# Rules that leave the factors of many adapters side by side; for every other rule, one is picked first.
 KEEP_MANY = {*MOVES, "dot_general"} - {"mul", "div"}
 
 
@@ -37,23 +37,23 @@ class Report:
     shape: tuple[int, ...]
     primitive: str
     where: str
-    line: str  # empty within a function that JAX itself jits, until the call of that is known
-    adapted: bool = True  # else stored, with no adapter on it
+    line: str  # empty inside a function that JAX itself jits, until the call of that function is known
+    adapted: bool = True  # False for a stored weight without an adapter
 
     def of(self, paths: dict[str, tuple[str, ...]]) -> "Report":
-        """The same report about the caller's weight: inside a jit weights are named by operand position."""
+        """The same report about the caller's weight: inside a jit, weights are named by operand position."""
         return dataclasses.replace(self, path=" + ".join(p for i in self.path.split(" + ") for p in paths[i]))
 
 
 @dataclasses.dataclass
 class Notes:
-    """What a walk leaves for its caller: weights built, and draws of dropout.
+    """What a walk leaves for its caller: reports of weights built, and counts of dropout draws.
 
     An inner function is traced once and called often, so its notes are kept beside the trace.
     """
 
     reports: list[Report] = dataclasses.field(default_factory=list)
-    draws: dict[str, int] = dataclasses.field(default_factory=dict)  # path -> products that dropped so far
+    draws: dict[str, int] = dataclasses.field(default_factory=dict)  # path -> number of draws so far
 
 
 class Memory:
@@ -70,15 +70,15 @@ class Memory:
 class Walk:
     """Evaluates jaxprs on ordinary arrays and factored weights.
 
-    Each call has a walk of its own, and so has each inner function of a call: nothing that changes during
-    a call is shared, but for `Memory`, which is locked.
+    Each call has a walk of its own, and so does each inner function of a call: nothing that changes during
+    a call is shared except `Memory`, which is locked.
 
     Args:
       fallback: what to do where a weight has to be built.
       memory: what stays from call to call.
-      around: the control flow that the current equation is in, the outermost first.
+      around: the control flow around the current equation, the outermost first.
       notes: what this walk leaves for its caller.
-      quiet: whether reports wait in ``notes``, because who calls is not known yet.
+      quiet: whether reports wait in ``notes``, because the caller is not known yet.
     """
 
     fallback: str
@@ -88,7 +88,7 @@ class Walk:
     quiet: bool = False
 
     def call(self) -> "Walk":
-        """The walk of one call, which shares nothing with others but the memory."""
+        """The walk of one call, which shares only the memory with other calls."""
         return dataclasses.replace(self, notes=Notes())
 
     def inner(self) -> "Walk":
@@ -96,19 +96,18 @@ class Walk:
         return dataclasses.replace(self, notes=Notes(self.notes.reports))
 
     def waiting(self) -> "Walk":
-        """The walk of a function whose callers come later: reports wait, as each caller has other weights."""
+        """The walk of a function whose callers come later: reports wait, since each has other weights."""
         return dataclasses.replace(self, notes=Notes(), around=(), quiet=True)
 
     def evaluate(self, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
-        # What a variable holds is an array, a `Factored` weight, or for a moment a `Sum` that waits for its
-        # bias.
+        # A variable holds an array, a `Factored` weight, or for a moment a `Sum` that waits for its bias.
         env = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True))
         biased = self.once(("bias", id(jaxpr)), jaxpr, lambda: jx.before_bias(jaxpr))
         for eqn, dying in self.once(("order", id(jaxpr)), jaxpr, lambda: jx.order(jaxpr)):
             values = [v.val if jx.is_literal(v) else env[v] for v in eqn.invars]
             with jx.equation_context(eqn):
-                # Equations without a weight run as they are: that is most of a model, and costs one bind
-                # each.
+                # Equations without a weight run as they are: most of a model is like that, and each costs one
+                # bind.
                 if any(map(is_factored, values)):
                     values = [v.added() if isinstance(v, Sum) else _nonempty(v) for v in values]
                     results = self._apply(eqn, values, env, jaxpr)
@@ -121,17 +120,17 @@ class Walk:
                     for v, r in zip(eqn.outvars, results, strict=True)
                 ]
             env.update((v, r) for v, r in zip(eqn.outvars, results, strict=True) if not jx.is_dropped(v))
-            # Values that nobody reads again are let go at once, as eager JAX does: a walk of a large model
-            # holds no more than the model itself.
+            # Values that nothing reads again are freed at once, as in eager JAX: a walk of a large model
+            # holds no more memory than the model itself would.
             for var in dying:
                 del env[var]
         return [v.val if jx.is_literal(v) else env[v] for v in jaxpr.outvars]
 
     def _apply(self, eqn: Any, values: list, env: dict, jaxpr: Any) -> Sequence[Any]:
         name = eqn.primitive.name
-        if not any(map(is_factored, values)):  # weights of no entries
+        if not any(map(is_factored, values)):  # the weights had no entries
             return jx.bind(eqn, values)
-        # Control flow gets a walk that knows where it is, for the source line of a report from inside.
+        # Control flow gets a walk that knows where it is, so that a report from inside finds a source line.
         if name in CONTROL:
             return CONTROL[name](dataclasses.replace(self, around=(*self.around, eqn)), eqn, values)
         given = values if name in KEEP_MANY else [chosen(v) for v in values]
@@ -147,11 +146,11 @@ class Walk:
             results = jx.bind(eqn, values)
         return results
 
-    # Weights that have to be built, and what is said of them.
+    # Weights that have to be built, and the reports about them.
 
     def dense(self, eqn: Any, values: Sequence[Any]) -> list[Any]:
-        """Ordinary arrays only: factored weights are built, which is reported."""
-        if not any(map(is_factored, values)):  # asked of every loop value: looks up no source line
+        """The values as ordinary arrays: factored weights are built, which is reported."""
+        if not any(map(is_factored, values)):  # the usual case, for which no source line is looked up
             return list(values)
         where = f"name stack {jx.name_stack(eqn) or '(none)'}; "
         return [self._built(value, eqn.primitive.name, where, jx.source_line(eqn)) for value in values]
@@ -162,15 +161,15 @@ class Walk:
     def _built(self, value: Any, primitive: str, where: str, line: str) -> Any:
         if not is_factored(value):
             return value
-        # Rows that were looked up are an activation: building them is what the program does, and no loss.
+        # Rows that were looked up are an activation, and the program builds them anyway: no report.
         if not value.lookup:
             report = Report(" + ".join(value.paths), value.shape, primitive, where, line, bool(value.parts))
             self.report(report)
         return build(value)
 
     def report(self, report: Report) -> None:
-        # Functions that JAX itself jits, such as jax.nn.relu, have no line of the user's: that of the call
-        # around them is meant.
+        # Functions that JAX itself jits, such as jax.nn.relu, have no line in the user's code: the report
+        # gives the line of the call around them.
         if not report.line:
             report = dataclasses.replace(report, line=jx.source_line(*reversed(self.around)))
         if self.quiet:
@@ -187,16 +186,16 @@ class Walk:
         if new:
             warnings.warn(str(_problem(report)), LoraFallbackWarning, stacklevel=_level_of_user())
 
-    # Dropout: each product of a weight draws its own mask, by the weight's key and the number of the draw.
+    # Dropout: each product of a weight draws its own mask, from the weight's key and the number of the draw.
 
     def drawn(self, w: Factored) -> Part:
         """The weight's keys for its next product.
 
-        The first draw of a weight takes its key as it is, the next ones that key folded with their number.
-        So nothing else that the program does matters, nor whether a jit or a checkpoint is around it.
+        The first draw of a weight takes its key as it is; later draws take that key folded with their number.
+        So masks depend on nothing else in the program, nor on whether a jit or a checkpoint is around it.
         """
-        # Weights that were joined have no key: dropout of those is refused where they are joined, so that
-        # there is one path.
+        # Weights that were joined have no key (dropout is refused where they are joined), so there is one
+        # path.
         (path,) = w.paths
         count = self.notes.draws.get(path, 0)
         self.notes.draws[path] = count + 1
@@ -208,17 +207,16 @@ class Walk:
         def entered(w: Any) -> Any:
             if not _draws(w) or not (count := self.notes.draws.get(w.paths[0], 0)):
                 return w
-            # Inside, draws are counted from zero. What came before is an array, so that layers with another
-            # count share the trace of one inner jit.
+            # Inside, draws are counted from zero. The count so far is an array, so that layers with different
+            # counts share the trace of one inner jit.
             before = w.parts["draws"].array if "draws" in w.parts else jnp.uint32(0)
             return w.with_part(w.base, "draws", Part(before + jnp.uint32(count), ()))
 
         return [entered(value) for value in values]
 
     def looping(self, values: Sequence[Any]) -> list[Any]:
-        """Operands of a loop, which is one draw of each of them; inside, iterations fold its key."""
-        # A loop draws once for each weight: its key is advanced here, and iterations fold their number into
-        # that.
+        """Operands of a loop, which counts as one draw of each weight under dropout."""
+        # The key is advanced here by that one draw, and iterations fold their number into it.
         looped = [
             _with_keys(w, _keys_after(w, self.notes.draws.get(w.paths[0], 0))) if _draws(w) else w
             for w in values
@@ -232,7 +230,7 @@ class Walk:
             self.notes.draws[path] = self.notes.draws.get(path, 0) + more
 
     def take(self, notes: Notes, paths: dict[str, tuple[str, ...]]) -> None:
-        """Makes notes of an inner function this walk's own; ``paths`` says what its names stand for."""
+        """Takes over the notes of an inner function; ``paths`` says which weights its names stand for."""
         for report in notes.reports:
             self.report(report.of(paths))
         self.count({paths[name][0]: count for name, count in notes.draws.items()})
@@ -244,12 +242,12 @@ class Walk:
         return self.memory.known
 
     def once(self, key: Hashable, alive: Any, make: Callable[[], Any]) -> Any:
-        """What ``make`` gave for ``key``, an id of ``alive``; the oldest are forgotten.
+        """The result of ``make`` for ``key``, which has the id of ``alive``; the oldest are forgotten.
 
-        Two threads may both make it; the first one's stays. ``alive`` is kept, as else its id could become
-        another object's.
+        Two threads may both make it; the first result stays. ``alive`` is kept, because otherwise another
+        object could get its id.
         """
-        # Making may take long (a trace) or come back here, so that the lock is not held meanwhile.
+        # Making may take long (a trace) or come back here, so the lock is not held meanwhile.
         with self.memory.lock:
             known = self.memory.known.get(key)
         if known is None:
@@ -261,7 +259,7 @@ class Walk:
         return known[1]
 
     def in_one_piece(self, eqn: Any, run: Callable, *values: Any) -> Any:
-        """``run(walk, *values)``, jitted once an equation where the call is eager: a loop is one operation.
+        """``run(walk, *values)``, jitted once per equation if the call is eager: a loop is one operation.
 
         ``run`` may depend on the equation and on the structure and shapes of the values, which are the key.
         """
@@ -291,7 +289,7 @@ class Walk:
 
 
 def _nonempty(value: Any) -> Any:
-    """The value; a weight of no entries is an ordinary array, as there is nothing to keep apart."""
+    """The value; a weight without entries becomes an ordinary array, as there is nothing to keep apart."""
     return jnp.zeros(value.shape, value.dtype) if is_factored(value) and 0 in value.shape else value
 
 
@@ -300,7 +298,7 @@ def _draws(value: Any) -> bool:
 
 
 def _keys_after(w: Factored, count: int) -> Part:
-    """The keys of the draw that ``count`` others came before, and those of outer functions before them."""
+    """The keys of the draw after ``count`` others here and, before them, those of outer functions."""
     part = w.parts["key"]
     if "draws" in w.parts:
         return folded(part, w.parts["draws"].array + jnp.uint32(count))
@@ -317,7 +315,7 @@ def _problem(report: Report) -> Exception:
         what = "an adapted weight has to be built in full: this use of it has no low-rank rule."
         do = f"leave the weight out: lx.split(..., exclude=[{report.path!r}]); or accept the cost: "
     else:
-        what = "a quantized weight has to be unpacked in full: this use of it is no product."
+        what = "a quantized weight has to be unpacked in full: this use of it is not a product."
         do = f"leave it out: lx.quantize(..., exclude=[{report.path!r}]); or accept the cost: "
     return error(
         what,
@@ -332,7 +330,7 @@ OWN_CODE = os.path.dirname(os.path.dirname(__file__)) + os.sep, os.path.dirname(
 
 
 def _level_of_user() -> int:
-    """The stack level of the user's call, for `warnings.warn`: the first neither in here nor in JAX."""
+    """The stack level of the user's call, for `warnings.warn`: the first outside this package and JAX."""
     frame, level = inspect.currentframe(), 0
     while frame is not None and frame.f_code.co_filename.startswith(OWN_CODE):
         frame, level = frame.f_back, level + 1
@@ -340,7 +338,7 @@ def _level_of_user() -> int:
 
 
 def _bias_first(eqn: Any, values: Sequence[Any]) -> list[Any]:
-    """An addition to sums that wait for it; see `Sum`."""
+    """Runs an addition whose operands include sums that wait for it; see `Sum`."""
     (total,) = jx.bind(eqn, [v.base if isinstance(v, Sum) else v for v in values])
     for value in values:
         total = total + value.change if isinstance(value, Sum) else total
