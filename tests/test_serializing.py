@@ -54,7 +54,7 @@ def test_flax_writes_every_method_and_reads_it_back_with_its_optimizer():
 @pytest.mark.parametrize("other", [{"alpha": 8.0}, {"scaling": "lora"}, {"rank": 1}])
 def test_flax_refuses_adapters_with_other_facts(other):
     stored = serialization.to_bytes(adapters()[1])
-    with pytest.raises(lx.LoraError, match=r"not of the kind(.|\n)*alpha"):
+    with pytest.raises(lx.LoraError, match=r"not of the same kind(.|\n)*alpha"):
         serialization.from_bytes(adapters(**other)[1], stored)
     state = serialization.to_state_dict(adapters()[1])
     del state["lora/kernel"]["b"]

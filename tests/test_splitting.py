@@ -311,7 +311,7 @@ BOTH = r"(?s)a/kernel\n +b/kernel\n"
         ({"method": {"a": "lokr", "*": "lora"}, "rank": {"a": 4, "*": 2}}, r"(?s)path: +a/kernel.*at most 3"),
         ({"method": {"b": "lokr", "*": "lora"}, "rank": 1}, r"(?s)path: +b/kernel\n.*divisor.*, not \[3\]"),
         ({"dtype": jnp.int8}, "float dtype"),
-        ({"key": 0}, r"(?s)key= is not one PRNG key.*got: +0.*jax\.random\.key\(0\)"),
+        ({"key": 0}, r"(?s)key= is not a single PRNG key.*got: +0.*jax\.random\.key\(0\)"),
     ],
 )  # fmt: skip
 def test_bad_options_name_every_path_and_a_remedy(options, message):

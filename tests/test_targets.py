@@ -218,7 +218,7 @@ def test_full_alone_needs_empty_targets():
 
 
 def test_two_leaves_with_one_path_raise():
-    with pytest.raises(LoraError, match=r"(?s)two leaves have one path.*a/kernel"):
+    with pytest.raises(LoraError, match=r"(?s)two leaves have the same path.*a/kernel"):
         split({"a/kernel": shaped(2, 2), "a": {"kernel": shaped(2, 2)}})
 
 

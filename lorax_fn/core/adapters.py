@@ -30,9 +30,9 @@ class Factors:
       rate: the fraction of inputs to drop: a number, or a scalar array.
       tap: True if the factors only observe what the weight contracts; see `transform/taps.py`.
       pick: None for one adapter. If A, B and scale are those of many, ``[*s, k, ...]``: the integer index of
-        the one to use (others than ``0 .. k-1`` add nothing), or float weights ``[k]``.
-      lanes: under a `jax.vmap` over adapters padded to one rank, ``(how many lanes, their widest rank)`` of
-        neighbors, so that products leave the padding out; see `transform/lanes.py`.
+        the one to use (any other than ``0 .. k-1`` adds nothing), or float weights ``[k]``.
+      lanes: under a `jax.vmap` over adapters padded to one rank, ``(how many lanes, their widest rank)`` for
+        each run of neighbors, so that products leave the padding out; see `transform/lanes.py`.
     """
 
     a: jax.Array
@@ -55,7 +55,7 @@ def fact(**options: Any) -> Any:
 def number(**options: Any) -> Any:
     """A field that is static if it holds a Python number or a tuple of them, and a leaf if it holds an array.
 
-    As a leaf it never trains, and a new value does not recompile.
+    As a leaf it is never trained, and a new value does not recompile.
     """
     return dataclasses.field(metadata={"static": True, "number": True}, **options)
 
@@ -118,13 +118,14 @@ def register(cls: type[T]) -> type[T]:
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Adapter:
-    """What changes or replaces one weight: a frozen dataclass and pytree, by the decorator `register`.
+    """What changes or replaces one weight: a class that `register` makes a frozen dataclass and a pytree.
 
     A method is a subclass that defines `weight` (the changed weight) and, if it has a fast path, `factors`
     (the low-rank form, which the transform contracts without building the weight). The rest of the package
     knows a method only through the members below.
 
-    ``frozen`` names the array fields that never train: their gradient is zero and `lorax_fn.mask` is False.
+    ``frozen`` names the array fields that are never trained: their gradient is zero, and `lorax_fn.mask` is
+    False on them.
 
     Example:
       >>> import lorax_fn as lx
@@ -162,28 +163,28 @@ class Adapter:
     def axes(self) -> dict[str, tuple[int | None, ...]]:
         """For each array field, the axis of the weight that each of its axes runs along; None for the rank.
 
-        `lorax_fn.shardings` follows it. A field that is left out is replicated.
+        `lorax_fn.shardings` uses it. A field that is left out is replicated.
         """
         return {}
 
     def problem(self, w: Any) -> str | None:
-        """What this adapter would fit instead of ``w``, as an error's ``want``; None if it fits."""
+        """What this adapter would fit instead of ``w``, as the ``want`` of an error; None if it fits."""
         del w
         return None
 
     @classmethod
     def trained(cls) -> tuple[str, ...]:
-        """The array fields that train if they hold floats."""
+        """The array fields that are trained if they hold floats."""
         fields = dataclasses.fields(cls)
         return tuple(f.name for f in fields if not f.metadata.get("static") and f.name not in cls.frozen)
 
     def count(self) -> int:
-        """How many numbers train."""
+        """How many numbers are trained."""
         values = [getattr(self, name) for name in self.trained()]
         return sum(int(np.prod(value.shape)) for value in values if is_float(value))
 
     def numbers(self) -> dict[str, Any]:
-        """What a table shows of this adapter: those of rank, alpha and scale that the method has."""
+        """What a table shows about this adapter: rank, alpha and scale, as far as the method has them."""
         return {}
 
     def with_dropout(self, rate: Any, key: jax.Array) -> "Adapter":
@@ -207,7 +208,7 @@ class Adapter:
 
     @property
     def is_stacked(self) -> bool:
-        """Whether its arrays have one axis more than its layout has, for `jax.vmap` to map over."""
+        """Whether its arrays have one more axis than its layout does, for `jax.vmap` to map over."""
         return any(
             is_array(value := getattr(self, name)) and len(value.shape) != len(axes)
             for name, axes in self.axes().items()

@@ -18,7 +18,7 @@ def check_fits(leaves: Mapping[str, Any], lora: Any, *, allow_dropped: bool = Tr
 
     Raises:
       LoraError: ``lora`` is not a dict of adapters; or there is no leaf at an adapter's path, the leaf is not
-        a float array of the adapter's shape, or the adapter carries a dropout key and may not.
+        a float array of the adapter's shape, or the adapter is under dropout and that is not allowed.
 
     Example:
       >>> from lorax_fn.core.fitting import check_fits
@@ -31,7 +31,7 @@ def check_fits(leaves: Mapping[str, Any], lora: Any, *, allow_dropped: bool = Tr
             path=[path for path, _, _ in wrong],
             got=[got for _, got, _ in wrong],
             want=_wanted(leaves, wrong),
-            do="use the params that this lora was split from; for dropout, the lora from before it.",
+            do="use the params that this lora was split from, and the lora from before any dropout.",
         )
 
 
@@ -123,5 +123,5 @@ def check_adapters(lora: Any) -> None:
             path=dropped,
             got="adapters that hold a dropout key",
             want="adapters without dropout",
-            do="pass the lora that dropout was given; call lx.dropout(lora, rate, key) inside loss_fn only.",
+            do="pass the lora from before dropout; call lx.dropout(lora, rate, key) only inside loss_fn.",
         )

@@ -16,7 +16,9 @@ def checked_key(key: Any) -> jax.Array:
     new = dtype is not None and jax.numpy.issubdtype(dtype, jax.dtypes.prng_key) and key.shape == ()
     if new or (dtype == np.uint32 and key.ndim == 1):
         return key
-    raise error("key= is not one PRNG key.", got=repr(key), want="a single key", do="key=jax.random.key(0).")
+    raise error(
+        "key= is not a single PRNG key.", got=repr(key), want="a single key", do="key=jax.random.key(0)."
+    )
 
 
 def leaf_key(key: jax.Array, path: str) -> jax.Array:

@@ -10,7 +10,7 @@ class Layout:
     """Which axes of one weight are stacked, contracted and produced.
 
     Args:
-      stack: ``*s``, the axes along which independent weights lie side by side.
+      stack: ``*s``, the axes along which independent weights are stacked.
       inputs: ``n``, the contracted axes.
       outputs: ``m``, the axes of the result.
 
@@ -59,10 +59,10 @@ class WeightUse:
       ops: names of the primitives that consume it (after casts, reshapes and slices), in order, each once.
       layout: its stack, input and output axes, or None if no low-rank layout suits all uses.
       times: how often one pass uses it; a use inside a scan counts once per iteration.
-      flops: floating point operations of those uses.
+      flops: floating-point operations of those uses.
       served: whether every use has a low-rank rule.
       source: for each use without a rule, its primitive and source line.
-      moves: False if no gradient reaches it: no output depends on it, or only through ``stop_gradient``.
+      moves: False if no gradient reaches it: no output depends on it, except through ``stop_gradient``.
 
     Example:
       >>> import jax.numpy as jnp, lorax_fn as lx

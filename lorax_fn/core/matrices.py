@@ -22,6 +22,7 @@ def product(factors: Factors, shape: tuple[int, ...], dtype: Any = jnp.float32) 
     wide = accumulation_dtype(dtype, factors.a.dtype, factors.b.dtype)
     layout = factors.layout
     stack, n, m = layout.shapes(shape)
+    # a [s, n, r] (or [1, n, r] if all entries share it) @ b [s, r, m], with the scale multiplied into b.
     s, i, o = math.prod(stack), math.prod(n), math.prod(m)
     a = factors.a.astype(wide).reshape(-1, i, factors.a.shape[-1])
     b = factors.b.astype(wide).reshape(-1, a.shape[-1], o)
@@ -88,6 +89,7 @@ def factor_entries(adapter: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
     r = a.shape[-1]
     count = math.prod(b.shape[:stack])
     b = b.reshape(count, r, -1)
+    # If all entries share A, it is [*n, r] and is repeated for each of them.
     shared = a.ndim == 1 + len(adapter.layout.inputs) and stack > 0
     a = jnp.broadcast_to(a.reshape(1, -1, r), (count, a.size // r, r)) if shared else a.reshape(count, -1, r)
     scale = jnp.asarray(pair.scale, jnp.float32)

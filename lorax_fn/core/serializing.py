@@ -4,8 +4,9 @@ Both require every pytree class to be registered, which `register` does for an a
 are written too, so that a reader gets the numbers that the writer had: Flax stores them beside the arrays and
 refuses to restore into an adapter whose static fields differ; `jax.export` stores them with the tree.
 
-Equinox's ``tree_serialise_leaves`` writes leaves only and consults no class. After reading, alpha, rank and
-scaling are those of the tree it was read into, not those that were saved. Use `lorax_fn.checkpoint` instead.
+Equinox's ``tree_serialise_leaves`` writes only leaves and does not consult their class. After reading, alpha,
+rank and scaling are those of the tree it was read into, not those that were saved. Use `lorax_fn.checkpoint`
+instead.
 """
 
 import collections
@@ -109,7 +110,7 @@ def _with_state(adapter: Any, state: Any) -> Any:
     found = state.get("static") if isinstance(state, dict) else None
     if found != static or state.keys() - {"static"} != held.keys():
         raise error(
-            "the stored adapter is not of the kind of the adapter it is restored into.",
+            "the stored adapter is not of the same kind as the one it is restored into.",
             got=found if found != static else f"arrays {sorted(state.keys() - {'static'})}",
             want=static if found != static else f"arrays {sorted(held)}",
             do="restore into the adapters of the same split: method, rank, alpha and layout must agree.",

@@ -18,7 +18,7 @@ PyTree = Any
 
 
 def is_array(x: object) -> bool:
-    """Whether ``x`` is an array, abstract and stored ones included. Python scalars do not count."""
+    """Whether ``x`` is an array, including abstract and stored ones. Python scalars do not count."""
     return isinstance(x, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct | Stored)
 
 
@@ -67,7 +67,7 @@ def flatten_with_paths(tree: PyTree, is_leaf=None) -> tuple[list[tuple[str, Any]
     twice = [path for path, count in seen.items() if count > 1]
     if twice:
         raise error(
-            "two leaves have one path.",
+            "two leaves have the same path.",
             path=twice,
             want="a different path for each leaf, since adapters are keyed by path",
             do="rename a key; keys that contain '/' can collide with nested ones.",
