@@ -151,7 +151,7 @@ def test_garbage_in_the_metrics_file(tmp_path):
     ):
         file.write_text(text)
         with pytest.raises(
-            lx.LoraError, match=r"metrics_file holds something else(.|\n)*line [12]:(.|\n)*move it away"
+            lx.LoraError, match=r"metrics_file contains something other(.|\n)*line [12]:(.|\n)*move it away"
         ):
             fit(tmp_path / "run", 2, metrics_file=file)
         assert file.read_text() == text

@@ -103,11 +103,11 @@ def test_create_refuses_what_can_not_train():
         (list(lora.values()), "not a dict of adapters"),
         (lora | {"u": jnp.ones(2), "v": 1}, r"u: \w+\n +v: int\n"),
         (dropped, r"dropout(.|\n)*path: +w\n"),
-        ({}, "no leaf of lora trains"),
+        ({}, "lora has no trainable leaf"),
     ]:
         with pytest.raises(LoraError, match=text):
             TrainState.create(lora=bad, tx=ADAM, key=KEY)
     for key in (0, None, jnp.zeros(2), jax.random.split(KEY, 2)):
-        with pytest.raises(LoraError, match=r"not one PRNG key(.|\n)*jax.random.key"):
+        with pytest.raises(LoraError, match=r"not a single PRNG key(.|\n)*jax.random.key"):
             TrainState.create(lora=lora, tx=ADAM, key=key)
     TrainState.create(lora=lora, tx=ADAM, key=jax.random.PRNGKey(0))

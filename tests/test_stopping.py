@@ -163,7 +163,7 @@ def test_fewer_steps_than_were_taken(tmp_path):
     ids=["dict", "numpy", "jax", "str", "bytes", "a call that gives one"],
 )
 def test_one_batch_is_no_source_of_batches(source):
-    with pytest.raises(lx.LoraError, match=r"not a source(.|\n)*one batch at most(.|\n)*\[batch\]"):
+    with pytest.raises(lx.LoraError, match=r"not a source(.|\n)*at most one batch(.|\n)*\[batch\]"):
         fit(STEP, new_state(), PARAMS, source, steps=2)
     with pytest.raises(lx.LoraError, match=r"not a source(.|\n)*a NoneType"):
         fit(STEP, new_state(), PARAMS, lambda start: None, steps=2)
@@ -171,7 +171,7 @@ def test_one_batch_is_no_source_of_batches(source):
 
 @pytest.mark.parametrize("score", [None, "good", {"loss": None}, [1.0]])
 def test_an_evaluation_that_gives_no_number(score):
-    with pytest.raises(lx.LoraError, match=r"eval_fn returned something else(.|\n)*loss: a \w+\n"):
+    with pytest.raises(lx.LoraError, match=r"eval_fn did not return scores(.|\n)*loss: a \w+\n"):
         fit(STEP, new_state(), PARAMS, batches, steps=2, eval_fn=lambda *_: score)
 
 
@@ -181,10 +181,10 @@ def test_a_step_that_returns_nothing_or_does_not_count():
         return dataclasses.replace(new, step=state.step), metrics
 
     for step, text in [
-        (lambda *args: None, r"returned something else(.|\n)*a NoneType"),
-        (lambda *args: run.KEEPING_STEP(*args)[0], r"returned something else(.|\n)*a TrainState"),
-        (lambda *args: (*run.KEEPING_STEP(*args), 1), r"returned something else(.|\n)*a tuple of 3"),
-        (not_counting, r"does not count(.|\n)*state.step 0 after step 1(.|\n)*apply_gradients"),
+        (lambda *args: None, r"did not return \(state, metrics\)(.|\n)*a NoneType"),
+        (lambda *args: run.KEEPING_STEP(*args)[0], r"did not return \(state, metrics\)(.|\n)*a TrainState"),
+        (lambda *args: (*run.KEEPING_STEP(*args), 1), r"did not return \(state(.|\n)*a tuple of 3"),
+        (not_counting, r"wrong step count(.|\n)*state.step 0 after step 1(.|\n)*apply_gradients"),
     ]:
         with pytest.raises(lx.LoraError, match=text):
             fit(step, new_state(), PARAMS, batches, steps=2)

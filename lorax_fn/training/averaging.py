@@ -86,6 +86,7 @@ def over_micro_batches(
     )
 
     def mean(m):
+        # Metrics are [count, ...]; the weights [count] become [count, 1, ...].
         along = weights.reshape(-1, *(1,) * (m.ndim - 1))
         return _divided(jnp.sum(_times(m, along), 0), total).astype(m.dtype) if is_float(m) else m[-1]
 
@@ -146,8 +147,9 @@ def micro_batches(batch: PyTree, count: int) -> PyTree:
     )
 
     def split(x):
-        # Micro-batch i has examples i, i + count, ...: axis 0 keeps its sharding (explicit mesh axes allow no
-        # other split), and a mesh of devices takes the same examples as a single device.
+        # [B, ...] -> [B / count, count, ...] -> [count, B / count, ...]: micro-batch i has the examples i,
+        # i + count, ... So axis 0 keeps its sharding (explicit mesh axes allow no other split), and a mesh of
+        # devices takes the same examples as a single device.
         x = jnp.asarray(x)
         return jnp.swapaxes(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 0, 1)
 

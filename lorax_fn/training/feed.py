@@ -1,4 +1,4 @@
-"""The source of batches of `fit`, and how it returns to its position after a restart."""
+"""The source of batches for `fit`, and how it returns to its position after a restart."""
 
 import base64
 import json
@@ -22,7 +22,7 @@ class Feed:
         _check_source(batches, called=callable(batches))
         self.batches: Any = batches
         self.taken = 0
-        self.fresh = True  # whether no batch was taken from the current pass yet
+        self.fresh = True  # whether no batch has been taken from the current pass yet
         self.calls = callable(batches) and not hasattr(batches, "__iter__")
         self.iterator: Any = None
 
@@ -31,7 +31,7 @@ class Feed:
 
         Args:
           position: the result of `position`, or None.
-          done: how many steps were taken so far, which is where a callable starts.
+          done: how many steps have been taken so far, which is where a callable starts.
           skip: whether a plain iterator is at its beginning, so that batches taken before must be dropped.
 
         Returns:
@@ -70,7 +70,7 @@ class Feed:
             raise error(
                 "there are fewer batches than were trained on before the checkpoint.",
                 got=f"{self.taken} batches",
-                want=f"{position['taken']}, and those to go on with",
+                want=f"{position['taken']}, and more to continue with",
                 do="pass the same batches as when it was saved; a plain iterator must be at its beginning.",
             ) from None
         return self.taken
@@ -99,7 +99,7 @@ def _check_source(batches: Any, *, called: bool) -> None:
     if one or not (called or hasattr(batches, "__iter__") or hasattr(batches, "__next__")):
         raise error(
             "batches are not a source of batches.",
-            got=f"a {type(batches).__name__}" + (", which is one batch at most" if one else ""),
+            got=f"a {type(batches).__name__}" + (", which is at most one batch" if one else ""),
             want="an iterable, an iterator, or batches(start) -> iterator",
             do="fit(step, state, params, [batch], steps=10).",
         )
@@ -115,7 +115,7 @@ def _encode(state: Any) -> Any:
     except TypeError:
         pass
     raise error(
-        "get_state() of the batches gave something that a checkpoint can't hold.",
+        "get_state() of the batches returned something that a checkpoint can't store.",
         got=f"a {type(state).__name__}",
         want="bytes, or JSON (dicts with string keys, lists, numbers, strings, bools, None)",
         do="return JSON from get_state, or pickle it to bytes.",

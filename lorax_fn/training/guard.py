@@ -42,7 +42,7 @@ class _Kept:
 
 
 class Guard:
-    """Keeps a good state, and detects states that are not."""
+    """Keeps a good state, and detects states that are not good."""
 
     def __init__(self, step: Callable, state: PyTree, params: PyTree, number: int):
         self.step, self.params = step, params
@@ -69,7 +69,7 @@ class Guard:
         self.steps.append(taken)
 
     def finite(self, state: PyTree) -> Any:
-        """Whether all numbers are finite that were finite in the first state, as a bool on the device."""
+        """Whether all leaves that were finite in the first state still are, as a bool on the device."""
         return _check(state, self.floats)
 
     def accepts(self, taken: Taken) -> bool:

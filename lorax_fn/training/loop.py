@@ -47,7 +47,7 @@ def fit(
     unit: str = "examples",
     nan_guard: bool = True,
 ) -> TrainState:
-    """Trains until ``state.step == steps``: progress, metrics, evaluation, checkpoints, exact resume.
+    """Trains until ``state.step == steps``, with metrics, evaluation, checkpoints and exact resume.
 
     If ``checkpoint_dir`` contains checkpoints, training continues from the newest intact one. Running the
     same program again gives the same adapters, bit for bit, as an uninterrupted run.
@@ -68,13 +68,14 @@ def fit(
         run again when it ends; or a plain iterator. To resume the latter two, the batches taken before are
         read and dropped, so they must come in the same order, and a plain iterator must be at its beginning
         (unless ``state`` is the one in the checkpoint).
-      steps: the step count at the end, which includes steps before a restart.
+      steps: the step count at the end, including steps before a restart.
       eval_fn: ``eval_fn(state, params)`` returns a score or a dict of scores. It is called every ``every``
         steps and at the end; a single score is called ``loss``.
       every: how many steps apart evaluations are.
-      save_every: how many steps apart checkpoints are; None is ``every``. One is also written at the end, and
-        at each evaluation that is among the ``keep_best`` best.
-      best: the score that compares evaluations; lower is better, or higher with a minus: ``"-accuracy"``.
+      save_every: how many steps apart checkpoints are; None means ``every``. One is also written at the end,
+        and at each evaluation that is among the ``keep_best`` best.
+      best: the score by which evaluations are compared. Lower is better; with a minus sign, as in
+        ``"-accuracy"``, higher is better.
       keep_best: how many checkpoints of the best evaluations to keep in addition to ``max_to_keep``.
       patience: stop after this many evaluations in a row without a new best; None never stops. A score that
         is not finite is never a new best.
@@ -86,7 +87,7 @@ def fit(
         scalars are left out.
       callbacks: each is called with a copy of every such row, a dict, one step late.
       progress: True shows a tqdm bar, False nothing. None shows a bar if tqdm is installed, else plain lines.
-      count: ``count(batch)`` is how many ``unit`` a batch contains; None is axis 0 of its first leaf.
+      count: ``count(batch)`` is how many ``unit`` a batch contains; None takes axis 0 of its first leaf.
       unit: what is counted, for example ``"tokens"``.
       nan_guard: stop if ``loss``, ``grad_norm`` or a number in the state is not finite (but was at the
         start). This keeps a state every few steps, which takes memory for a copy of adapters and optimizer
@@ -156,7 +157,7 @@ def fit(
 
 
 class _Run:
-    """One call of `fit`: the state, its progress, and the pending step, whose metrics were not read yet."""
+    """One call of `fit`: the state, its progress, and the pending step, whose metrics are not read yet."""
 
     log: Log
     guard: Guard | None = None
@@ -183,7 +184,7 @@ class _Run:
                     path=self.snapshots.folder,
                     got=f"a state at step {given}, checkpoints up to step {self.done}",
                     want="a state at step 0, or the one that was saved last",
-                    do="pass another checkpoint_dir to go on from this state.",
+                    do="pass another checkpoint_dir to continue from this state.",
                 )
             notes.append(f"resumed at step {self.done} from {self.snapshots.folder}")
         if self.done > steps:
@@ -240,7 +241,7 @@ class _Run:
         name, sign = (best[1:], -1.0) if best.startswith("-") else (best, 1.0)
         if name not in found:
             raise error(
-                "eval_fn gives no score of this name.",
+                "eval_fn returned no score of this name.",
                 got=f"best={best!r}, scores {sorted(found)}",
                 do=f"best={sorted(found)[0]!r}, or with '-' before the name if higher is better.",
             )
@@ -258,18 +259,18 @@ class _Run:
         return any(step == self.done for _, step in self.tracker.best[:keep])
 
     def check_count(self) -> None:
-        """Raises a `LoraError` if the state does not count the steps that were taken."""
+        """Raises a `LoraError` if ``state.step`` is not the number of steps that were taken."""
         if _number(self.state.step) != self.done:
             raise error(
-                "the step does not count.",
+                "the step returned a state with a wrong step count.",
                 got=f"state.step {_number(self.state.step)} after step {self.done}",
                 want=f"state.step {self.done}",
                 do="return dataclasses.replace(state, step=state.step + 1, ...), "
-                "or what lx.apply_gradients gives.",
+                "or what lx.apply_gradients returns.",
             )
 
     def save(self) -> None:
-        """Checks the state and begins to save it, unless this step is saved already."""
+        """Checks the state and begins to save it, unless this step has been saved already."""
         if self.done in (self.saved, self.begun):
             return
         self.settle()
@@ -306,7 +307,7 @@ def _checked(out: Any) -> tuple[Any, Any]:
     if isinstance(out, tuple) and len(out) == 2 and hasattr(out[0], "step"):
         return out
     raise error(
-        "the step returned something else.",
+        "the step did not return (state, metrics).",
         got=f"a tuple of {len(out)}" if isinstance(out, tuple) else f"a {type(out).__name__}",
         want='(state, {"loss": loss, ...}), as the steps of make_train_step return',
         do='return state, {"loss": loss}.',

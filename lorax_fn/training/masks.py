@@ -1,4 +1,4 @@
-"""Masks of the leaves that train, trees of only these leaves, and optimizers that change only these."""
+"""Masks of trainable leaves, trees of only these leaves, and optimizers that change only these."""
 
 import inspect
 import operator
@@ -14,10 +14,10 @@ from lorax_fn.core.trees import PyTree, is_float, named_leaves
 
 
 def mask(tree: PyTree) -> PyTree:
-    """A mask that is True on the leaves that train and False on all others.
+    """A mask that is True on trainable leaves and False on all others.
 
-    A leaf trains if it is a float array of an `Adapter` and its field is not in the class's ``frozen`` tuple.
-    PRNG keys and integers never train, nor does any leaf outside an adapter.
+    A leaf is trainable if it is a float array of an `Adapter` and its field is not in the class's ``frozen``
+    tuple. PRNG keys and integers are never trainable, and neither is any leaf outside an adapter.
 
     Beware: ``optax.masked(tx, lx.mask)`` by itself passes the *raw gradients* of the False leaves through,
     and `optax.apply_updates` then adds them to the frozen weights. Use `train_only`, which zeroes them.
@@ -50,7 +50,7 @@ def _mask_node(node: object) -> PyTree:
 
 
 def trainable(lora: dict[str, Adapter]) -> dict[str, Adapter]:
-    """The leaves of ``lora`` that train, with None in place of all others.
+    """The trainable leaves of ``lora``, with None in place of all others.
 
     In a custom loop, give this to the optimizer. With the whole ``lora``, `optax.adamw` would also decay the
     frozen factors of LoRA-FA, VeRA and LoRA-XS, although their gradient is zero. Gradients from
@@ -85,7 +85,7 @@ def with_trainable(lora: dict[str, Adapter], trained: dict[str, Adapter]) -> dic
     """``lora`` with its trainable leaves replaced by those of ``trained``: the inverse of `trainable`.
 
     Args:
-      lora: ``dict[str, Adapter]``, from which the leaves that do not train are taken.
+      lora: ``dict[str, Adapter]``, from which the leaves that are not trainable are taken.
       trained: a tree with the structure of ``trainable(lora)``.
 
     Returns:
@@ -117,12 +117,12 @@ def check_trained(tree: PyTree, want: PyTree, name: str) -> None:
     got, wanted = ({path for path, _ in named_leaves(x)} for x in (tree, want))
     more, less = sorted(got - wanted), sorted(wanted - got)
     raise error(
-        f"{name} are not the leaves of lora that train.",
+        f"{name} are not the trainable leaves of lora.",
         path=[*more, *less] or "(the containers differ)",
-        got=[*("a leaf that does not train" for _ in more), *("nothing" for _ in less)]
+        got=[*("a leaf that is not trainable" for _ in more), *("nothing" for _ in less)]
         or type(tree).__name__,
         want="the structure of lx.trainable(lora)",
-        do="start from lx.trainable(lora), or take the gradients that lx.value_and_grad gives.",
+        do="start from lx.trainable(lora), or take the gradients from lx.value_and_grad.",
     )
 
 
@@ -140,8 +140,8 @@ def train_only(
     """Wraps an optimizer so that leaves where `mask` is False get an update of exactly zero, and no state.
 
     ``optax.masked(tx, mask)`` by itself would pass the raw gradients of those leaves through, and
-    `optax.apply_updates` would add them to the weights. A global-norm clip inside ``tx`` sees only the leaves
-    that train.
+    `optax.apply_updates` would add them to the weights. A global-norm clip inside ``tx`` sees only the
+    trainable leaves.
 
     Args:
       tx: any optax transformation (chains, ``inject_hyperparams``, ``MultiSteps``, ...); extra arguments such
@@ -176,7 +176,7 @@ def train_only(
 
 
 def own_promotion(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """Runs an optimizer under JAX's standard dtype promotion, as optax's Adam fails under the strict one.
+    """Runs an optimizer under JAX's standard dtype promotion, since optax's Adam fails under a strict one.
 
     Only the extra arguments that its update accepts are passed on: `optax.contrib.sam`, for one, does not
     accept ``value``.

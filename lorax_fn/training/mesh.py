@@ -23,7 +23,7 @@ Step = TypeVar("Step")
 
 
 def _loss_first(make: Callable[Arguments, Step]) -> Callable[Arguments, Step]:
-    """Raises a `LoraError` with the correct call for the argument order of 0.1, where the mesh came first."""
+    """Raises a `LoraError` with the correct call for the argument order of version 0.1, mesh first."""
 
     @functools.wraps(make)
     def checked(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Step:
@@ -70,10 +70,10 @@ def mesh_train_step(
       mesh: for instance ``jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"))``.
       rules: ``{pattern: jax.P(...)}``, such as ``{"bias": jax.P(), "attn/*": jax.P("fsdp", "tensor")}``, with
         patterns like the targets of `split`, and one entry per axis of the weight. The first match wins. A
-        rule to which earlier ones leave nothing is refused, except for ``"*"`` at the end.
+        rule that is left with nothing by earlier ones is an error, except for ``"*"`` at the end.
       accumulate: how many micro-batches to split each batch into.
-      weight: ``weight(batch) -> number``, as in `make_train_step`, for micro-batches only, as the devices of
-        a mesh compute one mean over the whole batch.
+      weight: ``weight(batch) -> number``, as in `make_train_step`, but for micro-batches only, since the
+        devices of a mesh compute one mean over the whole batch.
       batch: ``jax.P`` for all leaves of the batch, or a tree of them that is a prefix of the batch. None
         shards axis 0 over the mesh axes named ``"data"`` and ``"fsdp"``.
 
@@ -81,10 +81,10 @@ def mesh_train_step(
       A `MeshStep`, called as ``step(state, params, batch)``, which is compiled once and donates the state.
 
     Raises:
-      LoraError: the arguments are in the order of 0.1; a spec names an axis that the mesh does not have; or
-        ``batch=None`` on a mesh without a data axis. When the step runs: a pattern of ``rules`` matches
-        nothing, or only leaves that earlier ones decide; an axis is not divisible by its mesh axes; the state
-        was consumed by a step; the call is inside ``jax.jit``; or as for `make_train_step`.
+      LoraError: the arguments are in the order of version 0.1; a spec names an axis that the mesh does not
+        have; or ``batch=None`` on a mesh without a data axis. When the step runs: a pattern of ``rules``
+        matches nothing, or only leaves that earlier ones decide; an axis is not divisible by its mesh axes;
+        the state was consumed by a step; the call is inside ``jax.jit``; or as for `make_train_step`.
 
     Example:
       >>> import jax, jax.numpy as jnp, lorax_fn as lx, optax
@@ -113,7 +113,7 @@ def mesh_train_step(
         axes = tuple(name for name in BATCH_AXES if name in mesh.shape)
         if not axes:
             raise error(
-                "no axis of the mesh is known to be one of data.",
+                "the mesh has no axis with a known name for data.",
                 got=tuple(mesh.shape),
                 want=f"an axis named one of {BATCH_AXES}, or batch=",
                 do=f"batch=jax.P({mesh.axis_names[0]!r}), which shards axis 0 of every leaf of the batch.",
@@ -125,7 +125,7 @@ def mesh_train_step(
     return MeshStep(mesh, dict(rules), batch, accumulate, step)
 
 
-# With eq=False, a step is compared by identity, and has a hash although it contains dicts.
+# With eq=False, a step is compared by identity and is hashable although it contains dicts.
 @dataclasses.dataclass(frozen=True, eq=False)
 class MeshStep:
     """A train step on a mesh, the result of `mesh_train_step`: ``step(state, params, batch)``.
@@ -164,11 +164,11 @@ class MeshStep:
     def __call__(self, state: TrainState, params: PyTree, batch: PyTree) -> tuple[TrainState, dict]:
         if any(is_tracer(x) for x in jax.tree.leaves((state, params, batch))):
             raise error(
-                "a mesh step is inside jax.jit, or another transformation of JAX.",
+                "a mesh step was called inside jax.jit or another JAX transformation.",
                 got="traced arguments",
                 want="arrays, because the step is already compiled, and donates its state",
                 do="call it directly: state, metrics = step(state, params, batch); "
-                "step.lower(state, params, batch) gives the program.",
+                "step.lower(state, params, batch) returns the program.",
             )
         check_alive(state, "state")
         batch = self._put_batch(batch)
@@ -225,7 +225,7 @@ class MeshStep:
 
 
 def _put(tree: PyTree, where: PyTree) -> PyTree:
-    """``jax.device_put`` that can also put keys on a mesh of several processes, which JAX's cannot."""
+    """``jax.device_put`` that, unlike JAX's, can also put keys on a mesh of several processes."""
     if jax.process_count() == 1:
         return jax.device_put(tree, where)
 

@@ -29,7 +29,7 @@ def scalars(metrics: PyTree) -> dict:
     """
     if not isinstance(metrics, dict) or "loss" not in metrics:
         raise error(
-            "the step's metrics hold no loss.",
+            "the step's metrics have no loss.",
             got=sorted(metrics) if isinstance(metrics, dict) else f"a {type(metrics).__name__}",
             want='(state, {"loss": loss, ...}), as the steps of make_train_step return',
             do='return state, {"loss": loss}.',
@@ -56,7 +56,7 @@ def scores(found: Any) -> dict[str, float]:
     strange = [f"{name}: {_kind(x)}" for name, x in named.items() if not _is_number(x)]
     if strange or not named:
         raise error(
-            "eval_fn returned something else.",
+            "eval_fn did not return scores.",
             got=strange or "an empty dict",
             want="a scalar, or a dict of scalars",
             do="return jnp.mean(...) of it.",
@@ -115,7 +115,7 @@ def read_rows(path: pathlib.Path) -> list[dict]:
             raise ValueError("not a row, nor a part of one")
     except (OSError, ValueError, RecursionError) as failure:
         raise error(
-            "metrics_file holds something else than the metrics of fit.",
+            "metrics_file contains something other than the metrics of fit.",
             path=path,
             got=f"line {len(rows) + 1}: {type(failure).__name__}: {str(failure)[:200]}",
             want="a JSON object with a step on each line, or no file",
@@ -125,7 +125,7 @@ def read_rows(path: pathlib.Path) -> list[dict]:
 
 
 class Log:
-    """Hands each row of metrics to the bar, the file and the callbacks."""
+    """Passes each row of metrics to the bar, the file and the callbacks."""
 
     def __init__(
         self,
@@ -161,7 +161,7 @@ class Log:
         self.clock.append((time.perf_counter(), amount))
 
     def speed(self) -> float | None:
-        """Units per second over the last steps; None before the second step, as the first one compiles."""
+        """Units per second over the last steps; None before the second step, since the first compiles."""
         if len(self.clock) < 2:
             return None
         seconds = self.clock[-1][0] - self.clock[0][0]

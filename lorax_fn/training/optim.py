@@ -1,4 +1,4 @@
-"""Optimizer transformations that know of A and B: LoRA+, LoRA-FA's gradient, Riemannian preconditioning."""
+"""Optimizer transformations for A and B: LoRA+, LoRA-FA's gradient and Riemannian preconditioning."""
 
 import dataclasses
 import math
@@ -21,7 +21,7 @@ def loraplus(tx_or_lr: Any, ratio: Any = 16.0) -> optax.GradientTransformationEx
     """LoRA+: B learns ``ratio`` times as fast as A.
 
     Hayou et al., "LoRA+" (https://arxiv.org/abs/2402.12354): ``lr_B = ratio * lr_A``. The updates of all
-    output-side fields (``b``, LoHa's ``b1`` and ``b2``) are multiplied by ``ratio``, and with them decoupled
+    output-side fields (``b``, LoHa's ``b1`` and ``b2``) are multiplied by ``ratio``, including decoupled
     weight decay inside ``tx_or_lr``, as in a second parameter group. With ratio 1 it is ``tx_or_lr`` itself.
 
     Args:
@@ -68,11 +68,11 @@ def loraplus(tx_or_lr: Any, ratio: Any = 16.0) -> optax.GradientTransformationEx
 def lora_fa_gradient(lora: dict[str, Adapter], eps: float = 1e-8) -> optax.GradientTransformationExtraArgs:
     """LoRA-FA's gradient: the gradient of B whose step makes dW best follow the gradient of W, with A frozen.
 
-    As PEFT's ``create_lorafa_optimizer``, for LoRA-FA (https://arxiv.org/abs/2308.03303):
+    Like PEFT's ``create_lorafa_optimizer``, for LoRA-FA (https://arxiv.org/abs/2308.03303):
     ``g_B <- (A^T A + eps I)^-1 g_B / s^2``. Put it before the optimizer: ``chain(this, adamw(lr))``.
 
     Args:
-      lora: the adapters that will train. A never changes, so the inverses, ``[*s, r, r]``, are computed once,
+      lora: the adapters to train. A never changes, so the inverses, ``[*s, r, r]``, are computed only once,
         here.
       eps: added to the diagonal.
 
@@ -113,7 +113,7 @@ def lora_fa_gradient(lora: dict[str, Adapter], eps: float = 1e-8) -> optax.Gradi
 
 
 def riemannian(damping: float = 1e-2) -> optax.GradientTransformationExtraArgs:
-    """Preconditions the gradient of each factor by the other, so that training depends only on ``A B``.
+    """Preconditions each factor's gradient by the other factor, so that training depends only on ``A B``.
 
     Zhang and Pilanci, "Riemannian Preconditioned LoRA" (https://arxiv.org/abs/2402.02347), equation (4):
     ``g_A <- g_A (B B^T + d I)^-1`` and ``g_B <- (A^T A + d I)^-1 g_B``, in float32. Put it before the
@@ -146,8 +146,8 @@ def riemannian(damping: float = 1e-2) -> optax.GradientTransformationExtraArgs:
             raise error(
                 "riemannian needs both factors.",
                 path=jax.tree_util.keystr(path, simple=True, separator="/"),
-                got="no params" if adapter is None else "LoRAFA, whose A does not train",
-                want="tx.update(grads, state, lora) with adapters whose A and B train",
+                got="no params" if adapter is None else "LoRAFA, whose A is frozen",
+                want="tx.update(grads, state, lora) with adapters whose A and B are trained",
                 do="pass params, or use lx.optim.lora_fa_gradient(lora) for LoRA-FA.",
             )
         stack = len(grad.layout.stack)
@@ -162,7 +162,7 @@ def riemannian(damping: float = 1e-2) -> optax.GradientTransformationExtraArgs:
 
 
 def _is_fa(adapter: Any) -> bool:
-    """Whether an adapter has factors A and B of which only B trains."""
+    """Whether an adapter has factors A and B of which only B is trained."""
     return adapter.owns_factors and "a" in adapter.frozen
 
 

@@ -63,7 +63,7 @@ def unreplicate(tree: PyTree) -> PyTree:
     wrong = [path for path, leaf in named_leaves(tree, "batch") if not np.ndim(leaf)]
     if wrong:
         raise error(
-            "a leaf has no axis of devices.",
+            "a leaf has no device axis.",
             path=wrong,
             got="shape ()",
             want="shape (devices, ...)",
@@ -100,7 +100,7 @@ def shard(batch: PyTree, devices: Sequence[Any] | None = None) -> PyTree:
     check_divisible(
         batch,
         count,
-        "the batch can't be dealt out to the devices.",
+        "the batch can't be distributed over the devices.",
         want=f"axis 0 a multiple of {count}, the number of devices",
         do="change the batch size",
     )
@@ -179,13 +179,13 @@ def pmap_train_step(
 
 
 def _check_replicated(arguments: dict, count: int) -> None:
-    """Explains an error of pmap, if arguments lack the device axis, more clearly than pmap itself."""
+    """If arguments lack the device axis, explains pmap's error more clearly than pmap itself does."""
     check_arrays_only(arguments["params"])
     named = [(path, np.shape(x)) for path, x in named_leaves(arguments)]
     wrong = [(path, shape) for path, shape in named if shape[:1] != (count,)]
     if wrong:
         raise error(
-            "the arguments of a pmapped step have no axis of devices.",
+            "the arguments of a pmapped step have no device axis.",
             path=[path for path, _ in wrong],
             got=[f"shape {shape}" for _, shape in wrong],
             want=f"shape ({count}, ...)",

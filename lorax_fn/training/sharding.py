@@ -36,7 +36,7 @@ def shardings(lora: PyTree, params_shardings: PyTree) -> PyTree:
 
     Raises:
       LoraError: a sharded axis is not divisible by its mesh axes; an adapter has no weight; or a leaf of
-        ``params_shardings`` has no ``NamedSharding``, or one of another mesh.
+        ``params_shardings`` has no ``NamedSharding``, or has one on another mesh.
 
     Example:
       >>> import jax, jax.numpy as jnp, lorax_fn as lx
@@ -102,7 +102,7 @@ def _check_known(adapters: Mapping[str, Adapter], given: Mapping[str, Any], fill
         raise error(
             "there is no adapter to shard.",
             got="a tree without any",
-            want="lora, or a tree that holds it, first; params_shardings second",
+            want="lora, or a tree that contains it, first; params_shardings second",
             do="lx.shardings(lora, params_shardings).",
         )
     lost = [path for path in adapters if path not in given]
@@ -111,7 +111,7 @@ def _check_known(adapters: Mapping[str, Adapter], given: Mapping[str, Any], fill
             "an adapter has no leaf in params_shardings.",
             path=lost,
             want=[f"one of {nearest(path, list(given))}" for path in lost],
-            do="give the shardings of the params that this lora was split from.",
+            do="pass the shardings of the params that this lora was split from.",
         )
 
 
@@ -199,7 +199,7 @@ def check_specs(specs: Mapping[Any, Any], mesh: Any, argument: str) -> None:
 
 
 def rule_shardings(mesh: Any, rules: Mapping[Any, PartitionSpec], params: PyTree) -> PyTree:
-    """A tree like ``params`` of ``NamedSharding``, by the first rule that matches a leaf, else replicated."""
+    """A ``NamedSharding`` for each leaf of ``params``, by the first rule that matches it, else replicated."""
     leaves = arrays(params)
     specs: dict[str, PartitionSpec] = {}
     idle: dict[str, str] = {}  # rules whose leaves are all decided by earlier ones
@@ -230,7 +230,7 @@ def rule_shardings(mesh: Any, rules: Mapping[Any, PartitionSpec], params: PyTree
 
 
 def _placed(leaf: Any, mesh: Any, spec: PartitionSpec) -> Any:
-    """A leaf's sharding; for a stored weight one per array, whose scales may be too few for all devices."""
+    """A leaf's sharding; for a stored weight, one per array, since its scales may be too few to divide."""
     if not is_stored(leaf):
         return NamedSharding(mesh, spec)
 

@@ -25,8 +25,8 @@ class TrainState:
 
     Args:
       lora: the ``dict[str, Adapter]`` to train.
-      opt_state: state of ``train_only(tx)`` for ``trainable(lora)``: none for leaves that don't train.
-      step: int32 scalar, how many steps were taken.
+      opt_state: state of ``train_only(tx)`` for ``trainable(lora)``; other leaves have none.
+      step: int32 scalar, how many steps have been taken.
       key: PRNG key; step ``i`` uses ``fold_in(key, i)``, and the key itself never changes.
       extra: any tree that the model updates (batch statistics, Haiku state, NNX rngs), or None.
 
@@ -63,7 +63,7 @@ class TrainState:
 
         Raises:
           LoraError: ``lora`` is not a dict of adapters, came out of `dropout`, was consumed by a step, or has
-            no leaf that trains; ``key`` is not a PRNG key.
+            no trainable leaf; ``key`` is not a PRNG key.
 
         Example:
           >>> import jax, jax.numpy as jnp, lorax_fn as lx, optax
@@ -88,7 +88,7 @@ class TrainState:
 def _check_trains(lora: dict) -> None:
     if not any(jax.tree.leaves(mask(lora))):
         raise error(
-            "no leaf of lora trains.",
+            "lora has no trainable leaf.",
             got=f"{len(lora)} adapters",
             want="at least one float leaf that is not frozen",
             do="look at lx.mask(lora); a filter may have dropped every adapter.",

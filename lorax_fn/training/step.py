@@ -1,4 +1,4 @@
-"""One training step, and its two halves: the gradients of what trains, and the update of the adapters."""
+"""One training step, and its two halves: gradients of the trainable leaves, and the adapters' update."""
 
 import dataclasses
 import inspect
@@ -22,7 +22,7 @@ ARRAYS_ONLY = "arrays, static = eqx.partition(model, eqx.is_array), or graphdef,
 
 
 def value_and_grad(loss_fn: Callable[..., Any]) -> Callable[..., tuple[Any, dict[str, Adapter]]]:
-    """Builds ``f(params, lora, ...) -> (value, grads)`` with gradients of the leaves of ``lora`` that train.
+    """Builds ``f(params, lora, ...) -> (value, grads)`` with gradients for the trainable leaves of ``lora``.
 
     This is the first half of `make_train_step`, for custom loops: several losses, preferences, rollouts,
     accumulation. `apply_gradients` is the second half.
@@ -33,7 +33,7 @@ def value_and_grad(loss_fn: Callable[..., Any]) -> Callable[..., tuple[Any, dict
 
     Returns:
       A function with the arguments of ``loss_fn``. ``value`` is everything that ``loss_fn`` returned;
-      ``grads`` has the structure of ``trainable(lora)``, with None for leaves that do not train.
+      ``grads`` has the structure of ``trainable(lora)``, with None for leaves that are not trainable.
 
     Raises:
       LoraError: when the function runs: ``lora`` is not a dict of adapters, or the loss is not a float
@@ -73,8 +73,8 @@ def apply_gradients(
 
     Args:
       state: a state from `TrainState.create` with the same ``tx``.
-      grads: gradients from `value_and_grad`, or from ``jax.grad`` with respect to the whole ``lora``, whose
-        gradients of leaves that do not train are ignored.
+      grads: gradients from `value_and_grad`, or from ``jax.grad`` with respect to the whole ``lora``, of
+        which those for leaves that are not trainable are ignored.
       tx: the optimizer; it is wrapped in `train_only`.
       value: the loss, for optimizers that need it (``optax.contrib.reduce_on_plateau``), or None.
 
@@ -83,7 +83,7 @@ def apply_gradients(
       ``extra``.
 
     Raises:
-      LoraError: ``grads`` have another structure, or ``tx`` is not an optimizer.
+      LoraError: ``grads`` have a different structure, or ``tx`` is not an optimizer.
 
     Example:
       >>> import jax, jax.numpy as jnp, lorax_fn as lx, optax
@@ -140,7 +140,7 @@ def make_train_step(
         None weighs all parts equally.
 
     Returns:
-      The step. ``metrics`` is a dict of ``loss``; ``grad_norm``, float32, over the leaves that train; and
+      The step. ``metrics`` is a dict of ``loss``; ``grad_norm``, float32, over the trainable leaves; and
       ``aux`` if ``loss_fn`` returns one. The key of a step is ``fold_in(state.key, state.step)``, which is
       also folded with the index along ``axis_name`` and the index of the micro-batch, if there are any.
 
@@ -165,7 +165,7 @@ def make_train_step(
         raise error(
             "accumulate is not a count.", got=repr(accumulate), want="an int of 1 or more", do="accumulate=1."
         )
-    train_only(tx)  # Raises now what `apply_gradients` would raise in the first step.
+    train_only(tx)  # This raises now what `apply_gradients` would raise in the first step.
 
     def step(state: TrainState, params: PyTree, batch: PyTree) -> tuple[TrainState, dict]:
         check_arrays_only(params)
@@ -216,7 +216,7 @@ def _read_loss(out: Any, extra: PyTree) -> tuple[jax.Array, tuple[PyTree, dict]]
         form = "(loss, (extra, aux)), as the state holds extra"
     if not good:
         raise error(
-            "loss_fn returned something else.",
+            "loss_fn did not return a loss in the expected form.",
             got=_describe(out),
             want=form,
             do="return the loss first; put everything else into aux (any tree).",
@@ -286,7 +286,7 @@ def check_arrays_only(params: PyTree) -> None:
     wrong = [(path, leaf) for path, leaf in flatten_with_paths(params)[0] if not is_array(leaf)]
     if wrong:
         raise error(
-            "params of a train step hold arrays only.",
+            "params of a train step must contain only arrays.",
             path=[path for path, _ in wrong],
             got=[f"a {type(leaf).__name__}" for _, leaf in wrong],
             want="arrays",
@@ -309,5 +309,5 @@ def _check_extra(old: PyTree, new: PyTree) -> None:
             path=paths or "(the containers differ)",
             got=[now.get(path, "nothing") for path in paths] or jax.tree.structure(new),
             want=[was.get(path, "nothing") for path in paths] or jax.tree.structure(old),
-            do="return extra with the keys, shapes and dtypes that it came with.",
+            do="return extra with the same keys, shapes and dtypes that it had.",
         )

@@ -58,7 +58,7 @@ class Best:
 
 
 class Terminated(BaseException):
-    """SIGTERM came while `fit` waited for a batch. No `except Exception` of a source of batches sees it."""
+    """SIGTERM came while `fit` waited for a batch; an `except Exception` in the source does not catch it."""
 
 
 class Termination:
@@ -70,7 +70,7 @@ class Termination:
 
     def __call__(self, step: int) -> bool:
         """Whether to stop after ``step``, with the same answer in all processes."""
-        if self.several:  # JAX's own handler agrees on one step with all processes.
+        if self.several:  # JAX's own handler makes all processes agree on one step.
             self.came = self.came or multihost_utils.reached_preemption_sync_point(step)
         return self.came
 
@@ -81,7 +81,7 @@ class Termination:
 
     @contextlib.contextmanager
     def breakable(self) -> Iterator[None]:
-        """A block that may wait for long, which SIGTERM interrupts."""
+        """A block that may wait for a long time, which SIGTERM interrupts."""
         self.waiting = True
         try:
             if self.came and not self.several:

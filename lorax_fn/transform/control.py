@@ -132,9 +132,7 @@ def checkpoint(walk, eqn, values):
     return _leaving(walk.in_one_piece(eqn, run, *walk.entering(values)), values)
 
 
-LOOP = np.uint32(
-    0xFFFFFFFF
-)  # folded into dropout keys ahead of the iteration number; no draw has this number
+LOOP = np.uint32(0xFFFFFFFF)  # folded into dropout keys ahead of the iteration number; no draw has it
 
 
 def _any_dropped(values: Any) -> bool:
