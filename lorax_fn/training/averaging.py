@@ -123,7 +123,7 @@ def over_devices(part: Part, before: PyTree, weighs: jax.Array | None, axis_name
 
 
 def check_divisible(batch: PyTree, count: int, problem: str, *, want: str, do: str) -> None:
-    """Raises where axis 0 of a leaf can't be split into ``count`` equal parts."""
+    """Raises a `LoraError` if axis 0 of a leaf can't be split into ``count`` equal parts."""
     named = [(path, np.shape(leaf)) for path, leaf in named_leaves(batch, "batch")]
     wrong = [(path, shape) for path, shape in named if not shape or shape[0] % count]
     if wrong:

@@ -26,10 +26,11 @@ def adapt(fn: Callable, *, argnum: int = 0, fallback: str = "warn") -> Callable:
     factored form, ``x @ W + scale * (x @ A) @ B`` (equation 3 of Hu et al.,
     https://arxiv.org/abs/2106.09685). Neither ``W + AB`` nor, in the gradient with respect to ``lora``, a
     cotangent of ``W`` is ever built. As under `jax.jit`, ``fn`` is traced once per set of argument types, and
-    what it closes over is read at that time only: a number, array or attribute that changes afterwards is not
-    seen, even in eager calls, so pass such things as arguments. Arrays and Python floats are traced, except
-    that a float which ``fn`` needs as a number, as in ``if rate > 0``, is static. Bools, integers, strings
-    and callables are static, and so is every leaf of ``params`` that is not an array.
+    what it closes over is read, and what it prints is printed, only at that time: a number, array or
+    attribute that changes afterwards is not seen, even in eager calls, so pass such things as arguments.
+    Arrays and Python floats are traced, except that a float which ``fn`` needs as a number, as in
+    ``if rate > 0``, is static. Bools, integers, strings and callables are static, and so is every leaf of
+    ``params`` that is not an array.
 
     It works inside and around every JAX transformation. Called eagerly, it runs operation by operation. What
     ``fn`` writes into Variables of a Flax NNX module is written into the module that was passed, as in an

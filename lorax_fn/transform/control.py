@@ -153,8 +153,8 @@ def while_loop(walk, eqn, values):
 
     def run(walk, cond_consts, body_consts, init):
         carry = _Carry(walk, eqn, body_jaxpr, m, len(init))
-        # Carried weights that the body hands on unchanged stay outside the loop's state: the body closes over
-        # them, still factored.
+        # Carried weights that the body passes on unchanged stay outside the loop's state: the body closes
+        # over them, still factored.
         constant, moving = carry.parted(init)
         # A counter is needed only where dropout has to draw anew in every iteration.
         counter = jnp.uint32(0) if _any_dropped((*body_consts, *constant)) else None
@@ -215,7 +215,7 @@ def scan(walk, eqn, values):
 
     def run(walk, consts, init, xs):
         carry = _Carry(walk, eqn, jaxpr, n, m)
-        # A carried value that every iteration hands on unchanged is a constant of the loop: a weight among
+        # A carried value that every iteration passes on unchanged is a constant of the loop: a weight among
         # those stays factored, and the loop carries only the others.
         constant, moving = carry.parted(init)
         # Weights that every iteration sees whole get its number folded into their keys; slices have their own

@@ -150,9 +150,9 @@ def handed_on(jaxpr: Any) -> list[int | None]:
     for eqn in jaxpr.eqns:
         name = eqn.primitive.name
         if name in (NAMES["jit"], NAMES["remat"], NAMES["scan"]):
-            # An inner function hands an operand on if one of its results is that operand.
+            # An inner function passes an operand on if one of its results is that operand.
             inner = handed_on(opened(eqn.params["jaxpr"])[0])
-            if name == NAMES["scan"]:  # carries that every iteration hands on unchanged, and slices
+            if name == NAMES["scan"]:  # carries that every iteration passes on unchanged, and slices
                 n, m = scan_counts(eqn)
                 carried = [i if i == n + k else None for k, i in enumerate(inner[:m])]
                 inner = carried + [i if i is not None and i >= n + m else None for i in inner[m:]]

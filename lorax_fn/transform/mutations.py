@@ -59,7 +59,7 @@ class Watched:
 
 
 def unchanged(trace: Any, given: Sequence[Any], tree: Any) -> list[int]:
-    """Places of those changes among a trace's results that are the values which the Variables already had.
+    """Places, among a trace's results, of changes that give a Variable the value which it already had.
 
     A layer loop of NNX writes the weights that it was given back into their Variables.
     """

@@ -1,4 +1,4 @@
-"""Weights with the factors of many adapters side by side, of which each use picks one or mixes all.
+"""Weights that hold the factors of many adapters, from which each use picks one or mixes all.
 
 The factors of a bank run along one more axis, `PICK`. If there is a part ``pick``, a number, a product picks
 that adapter's factors right where it contracts them: under `jax.vmap` over the number, each row of the batch

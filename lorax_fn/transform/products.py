@@ -334,7 +334,7 @@ def _stacked(factors: list, sizes: list[int], axis: int, side: str) -> list[Part
 
 
 def _blocks(factors: list, sizes: list[int], axis: int, side: str) -> list[Part]:
-    """Along an input or output axis, blocks of one factor side by side in the rank: exact, at summed rank."""
+    """Along an input or output axis one factor becomes block-diagonal: exact, at the sum of the ranks."""
     known = [(sum(sizes[:i]), f) for i, f in enumerate(factors) if f is not None]
     joined = []
     for name in "ab":

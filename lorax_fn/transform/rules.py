@@ -101,8 +101,8 @@ def _scaled(walk, eqn, values):
         return [dataclasses.replace(w, base=one(eqn, *bases))]
     # ``by`` has as many axes as the weight, most of them of size 1: [1, m] scales columns, [1, 1] everything.
     operation = jnp.divide if eqn.primitive is prims.div_p else jnp.multiply
-    # It goes into a factor if no axis along which it varies belongs to the other factor alone: what varies
-    # along inputs goes into a, along outputs into b, along a stack or nowhere into either.
+    # It may go into a factor if no axis along which ``by`` varies belongs to the other factor alone: what
+    # varies along inputs goes into a, along outputs into b, along a stack or nowhere into either.
     varies = [i for i, size in enumerate(jnp.shape(by)) if size != 1]
     # The factor b is tried first: VeRA's a is shared along a stack, and would be copied for each entry.
     for name, other in (("b", "a"), ("a", "b")):

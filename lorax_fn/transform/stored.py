@@ -63,7 +63,7 @@ def built(x: Any) -> Any:
 
 
 def abstract(x: Any) -> Any:
-    """What to trace the program on: an array itself, or the type of the array that ``x`` stands for."""
+    """What to trace the program on: an array itself, or the type (with sharding) that ``x`` stands for."""
     return jax.eval_shape(built, x) if is_unbuilt(x) else x
 
 

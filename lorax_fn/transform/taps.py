@@ -1,4 +1,4 @@
-"""Taps: differentiating a program reads off what its weights contract.
+"""Taps: finding out what a program's weights contract, by differentiating the program.
 
 A tapped weight has ``B = 0``, so it computes as before. In the backward pass `echo` replaces the cotangent of
 ``h = x @ A`` by ``h`` itself, and the gradient with respect to ``A`` is then ``sum x^T x A`` over all uses of

@@ -327,7 +327,7 @@ _VIEWS: dict[str, Callable] = {
 ONLY_WHERE = {**dict.fromkeys(SCALING, _scales), "reduce_sum": _sums_ones}
 
 
-# Control flow. Views that it does not hand on are noted where they enter.
+# Control flow. Views that it does not pass on are noted where they enter it.
 
 
 def _call(name: str):
@@ -348,7 +348,7 @@ def _cond(reader: Reader, eqn: Any, views: list, times: int, fixed: list):
 
 
 def _carry(reader: Reader, eqn: Any, body: Any, first: int, views: list, times: int) -> list:
-    """The carried views that the loop hands on unchanged; the others are followed no further."""
+    """The carried views that the loop passes on unchanged; the others are followed no further."""
     same = [i == first + k for k, i in enumerate(jx.handed_on(body)[: len(views)])]
     for view, kept in zip(views, same, strict=True):
         reader.leave(eqn.primitive.name, reader.line(eqn), [] if kept else [view], times)
