@@ -203,7 +203,7 @@ def test_arguments_of_another_form_are_refused_with_the_remedy():
             lx.mesh_train_step(loss_fn, TX, mesh=mesh, rules=bad)
     with pytest.raises(lx.LoraError, match=r"batch= has values that are not specs(.|\n)*path: +\['x'\]"):
         lx.mesh_train_step(loss_fn, TX, mesh=mesh, rules={}, batch={"x": P("rows")})
-    with pytest.raises(lx.LoraError, match=r"one of data(.|\n)*batch=jax.P\('rows'\)"):
+    with pytest.raises(lx.LoraError, match=r"known name for data(.|\n)*batch=jax.P\('rows'\)"):
         lx.mesh_train_step(loss_fn, TX, mesh=jax.make_mesh((8,), ("rows",)), rules={})
     for rules, text in [
         ({"upp": P()}, r"rules= matches nothing(.|\n)*up/kernel"),
