@@ -286,7 +286,7 @@ def check_arrays_only(params: PyTree) -> None:
     wrong = [(path, leaf) for path, leaf in flatten_with_paths(params)[0] if not is_array(leaf)]
     if wrong:
         raise error(
-            "params of a train step must contain only arrays.",
+            "params of a train step must contain arrays only.",
             path=[path for path, _ in wrong],
             got=[f"a {type(leaf).__name__}" for _, leaf in wrong],
             want="arrays",
