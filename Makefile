@@ -77,11 +77,11 @@ PEFT := torch==2.13.0 peft==0.21.2 bitsandbytes==0.50.2 transformers==5.24.0 dif
 	@touch $@
 
 test-peft: .venv-peft/.installed
-	.venv-peft/bin/python -m pytest -n 2 tests/test_peft_parity.py tests/test_peft_files.py tests/test_peft_combining.py tests/test_huggingface_parity.py tests/test_kohya_parity.py \
+	.venv-peft/bin/python -m pytest -n 2 tests/test_peft_parity.py tests/test_peft_files.py tests/test_peft_combining.py tests/test_huggingface_parity.py tests/test_kohya_parity.py tests/test_presets.py \
 	  tests/test_bitsandbytes.py $(ARGS)
 
 # Models of others. The two do not install beside each other, and gemma's own requirements take too long to resolve.
-MODEL_BASE := jax flax optax orbax-checkpoint chex numpy pytest pytest-xdist hypothesis einops
+MODEL_BASE := jax flax optax orbax-checkpoint chex numpy safetensors pytest pytest-xdist hypothesis einops
 
 .venv-tunix/.installed: pyproject.toml
 	@$(NEWEST_PYTHON) -m venv --clear .venv-tunix

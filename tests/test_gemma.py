@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from decoders import check_tree
 from flops import RANK, check_flops
 from merged_oracle import check_model
 
@@ -31,17 +32,19 @@ def loose_promotion():
         yield
 
 
-def transformer(kv_heads: int, transposed: bool) -> tuple:
+def transformer(kv_heads: int, transposed: bool, **options) -> tuple:
     gm = pytest.importorskip(
         "gemma.gm", reason="gemma is not installed: make test-extra", exc_type=ImportError
     )
     kinds = gm.nn.AttentionType
-    config = gm.nn.config.TransformerConfig(
+    sizes = dict(
         num_embed=19, embed_dim=16, hidden_dim=24, num_heads=HEADS, head_dim=8, num_kv_heads=kv_heads,
         final_logit_softcap=30.0, attn_logits_soft_cap=50.0, use_post_attn_norm=True, use_post_ffw_norm=True,
         use_qk_norm=True, sliding_window_size=3, transpose_gating_einsum=transposed,
         attention_types=(kinds.LOCAL_SLIDING, kinds.GLOBAL),
     )  # fmt: skip
+    options = {key: value(kinds) if callable(value) else value for key, value in options.items()}
+    config = gm.nn.config.TransformerConfig(**sizes | options)
     model = gm.nn.Transformer(config=config, dtype=jnp.float32, tokens="tokens")
     params = jax.eval_shape(model.init, jax.random.key(0), TOKENS)
     return lambda params, tokens: model.apply(params, tokens).logits, params, (TOKENS,)
@@ -70,3 +73,31 @@ def test_gemma(kv_heads, transposed):
     check(fn, params, args, layouts | embedding, targets=["layer_*", "embedder"])
     with pytest.raises(lx.LoraError, match=r"(?s)is open.*layer_0/attn/attn_vec_einsum/w.*usage"):
         lx.split(params, rank=2)
+
+
+FIRST = dict(
+    final_logit_softcap=None, attn_logits_soft_cap=None, use_post_attn_norm=False, use_post_ffw_norm=False,
+    use_qk_norm=False, attention_types=lambda kinds: (kinds.GLOBAL, kinds.GLOBAL),
+)  # fmt: skip
+THIRD = dict(
+    final_logit_softcap=None,
+    attn_logits_soft_cap=None,
+    attention_types=lambda kinds: (kinds.LOCAL_SLIDING, kinds.LOCAL_SLIDING),
+)
+PRESETS = [  # case, number of key heads, whether the gate is (2, hidden, width), and the rest of the config
+    ("gemma", 1, False, FIRST),
+    ("gemma with as many keys", HEADS, False, FIRST),
+    ("gemma2", 2, False, dict(use_qk_norm=False)),
+    ("gemma2", 2, True, dict(use_qk_norm=False)),
+    ("gemma2 with as many keys", HEADS, True, dict(use_qk_norm=False)),
+    ("gemma3", 2, True, THIRD),
+]
+
+
+@pytest.mark.parametrize(("case", "kv_heads", "transposed", "options"), PRESETS)
+def test_the_preset_fills_the_model_with_a_checkpoint_of_transformers(
+    case, kv_heads, transposed, options, tmp_path
+):
+    fn, like, _ = transformer(kv_heads, transposed, **options)
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, "float32"), like)
+    check_tree(case, "gemma", like, "params/", lambda params: fn(params, TOKENS), tmp_path)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from decoders import check_tree
 from flax import nnx
 from flops import RANK, check_flops
 from merged_oracle import check_model
@@ -132,3 +133,30 @@ def test_gemma(kv_heads):
             "attn/kv_einsum/w": lx.Layout((), (2,), (0, 1, 3)),
         }
     check(*model, in_layers(attention | out | MLP) | EMBEDDING, targets=["layers", "embedder"])
+
+
+GEMMA_1 = SIZES | dict(
+    num_embed=VOCAB, final_logit_softcap=None, use_post_attn_norm=False, use_post_ffw_norm=False,
+    attention_types=lambda module: (module.AttentionType.GLOBAL,) * 2,
+)  # fmt: skip
+LLAMA = SIZES | dict(vocab_size=VOCAB, rope_theta=1_000_000, norm_eps=1e-6)
+PRESETS = {
+    "llama": ("llama3", LLAMA | dict(weight_tying=False), "Llama3"),
+    "llama tied": ("llama3", LLAMA | dict(weight_tying=True), "Llama3"),
+    "qwen3": ("qwen3", LLAMA | dict(use_tied_embedding=True), "Qwen3"),
+    "gemma": ("gemma", GEMMA_1 | dict(num_kv_heads=1), "Gemma"),
+    "gemma with as many keys": ("gemma", GEMMA_1 | dict(num_kv_heads=HEADS), "Gemma"),
+    "gemma2": ("gemma", GEMMA, "Gemma"),
+    "gemma2 with as many keys": ("gemma", GEMMA | dict(num_kv_heads=HEADS), "Gemma"),
+    "gemma3": (
+        "gemma3",
+        SIZES | dict(num_embed=VOCAB, sliding_window_size=3, param_dtype=np.dtype("float32")),
+        "Gemma3",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", PRESETS)
+def test_the_preset_fills_the_model_with_a_checkpoint_of_transformers(case, tmp_path):
+    logits, state, _ = tunix(*PRESETS[case])
+    check_tree(case, "tunix", state, "", lambda params: logits(params, TOKENS), tmp_path)

@@ -1,23 +1,23 @@
-"""Names of others and paths of ours: a mapping is a dict of pairs, and this file says what they mean.
+"""Other programs' names and our paths: a mapping is a dict of pairs, and this file says what they mean.
 
-    "model.layers.{i}.self_attn.q_proj": "params/layer_{i}/attn/q/kernel"   one module a leaf
+    "model.layers.{i}.self_attn.q_proj": "params/layer_{i}/attn/q/kernel"   one module per leaf
     "model.layers.{i}.self_attn.q_proj": "params/layers/attn/q/kernel"      {i} runs along a stack axis
     "model.layers.{i}.self_attn.q_proj": "layer_{i}/qkv/w[0]"               entry 0 of a stack axis
     "transformer.h.{i}.attn.c_attn[0/3]^T": "layer_{i}/q/kernel"            the first third of a fused weight
 
 The name on the left is a torch module, whose ``weight`` is meant, or a tensor: it then ends in ``.weight``,
-``.bias`` or ``=`` (``"vit.embeddings.cls_token="``). A bias beside a weight of ours follows without a word.
+``.bias`` or ``=`` (``"vit.embeddings.cls_token="``). The bias beside one of our weights needs no pair.
 ``[a:b/n@g]`` on either side takes units ``a`` to ``b`` of the ``n`` into which each of ``g`` groups of
 outputs is cut (``@1`` may be left out): ``[0/3]`` is q of q, k and v one after the other, ``[0/3@16]``
-that of 16 heads with a q, k and v each. ``^T`` says that torch stores this weight (in, out), as GPT-2 does;
-``^E`` that it is an Embedding where its name does not say so, as T5's ``shared``. Shapes need no words: a
-weight's `Layout` says which of its axes are inputs and outputs.
+that of 16 heads that have a q, k and v each. ``^T`` says that torch stores this weight (in, out), as GPT-2
+does; ``^E`` that it is an Embedding where its name does not say so, as T5's ``shared``. Shapes need not be
+stated: a weight's `Layout` says which of its axes are inputs and outputs.
 """
 
 import dataclasses
 import itertools
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -32,20 +32,28 @@ _BRACE = re.compile(r"\{(\w+)\}")
 
 
 class Preset(dict):
-    """A mapping for a family of models, of which some pairs may match nothing in a given tree.
+    """A mapping for a family of models; some of its pairs may match nothing in a given tree.
 
     Args:
       pairs: names of others and paths of ours.
       layouts: ``{path: Layout}``, with the placeholders of the paths, where conventions leave one open.
+      by_shapes: of ``{path: leaf}`` of a whole tree, the layouts that follow from their shapes together.
+      convolutions: which of ``layouts`` are of convolutions.
     """
 
-    def __init__(self, pairs: Mapping[str, str], layouts: Mapping[str, Layout] | None = None):
+    def __init__(
+        self,
+        pairs: Mapping[str, str],
+        layouts: Mapping[str, Layout] | None = None,
+        by_shapes: Callable[[Mapping[str, Any]], dict[str, Layout]] | None = None,
+        convolutions: Collection[str] = (),
+    ):
         super().__init__(pairs)
-        self.layouts = dict(layouts or {})
+        self.layouts, self.by_shapes, self.convolutions = dict(layouts or {}), by_shapes, set(convolutions)
 
     def layouts_of(self, leaves: Mapping[str, Any]) -> dict[str, Layout]:
         """The layouts of those leaves that have as many axes."""
-        found = {}
+        found = {} if self.by_shapes is None else self.by_shapes(leaves)
         for path, layout in self.layouts.items():
             pattern = _pattern(path)
             found |= {
@@ -54,6 +62,10 @@ class Preset(dict):
                 if pattern.fullmatch(leaf) and len(x.shape) == layout.ndim
             }
         return found
+
+    def is_convolution(self, path: str) -> bool:
+        """Whether a leaf is said to be the kernel of a convolution."""
+        return any(_pattern(known).fullmatch(path) for known in self.convolutions)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,15 +87,15 @@ class Units:
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """One tensor of others, or some of its outputs, and where it lies in a tree of ours.
+    """One tensor of another program, or some of its outputs, and its place in one of our trees.
 
     Args:
       tensor: its full name.
       path: the leaf.
       entry: the index along the first stack axes of the leaf; ``()`` is the whole leaf.
-      theirs: which outputs of their tensor; None is all.
+      theirs: which outputs of that tensor; None is all.
       ours: which outputs of the leaf's entry; None is all.
-      turned: whether their weight is stored (in, out).
+      turned: whether that tensor is stored (in, out).
       embedding: whether their module is said to be an Embedding.
       same: whether both are stored alike, as in a tree made from a torch state dict.
     """
@@ -106,11 +118,11 @@ class Place:
 def find_places(
     mapping: Mapping[str, str] | None, leaves: Mapping[str, Any], layouts: Mapping[str, Layout]
 ) -> list[Place]:
-    """Every tensor that a mapping speaks of, in the mapping's order.
+    """Every tensor that a mapping names, in the mapping's order.
 
     Raises:
-      LoraError: the mapping is not a dict of such pairs, a pair matches no leaf, or two say the same thing
-        twice.
+      LoraError: the mapping is not a dict of such pairs, a pair matches no leaf, or two pairs name the same
+        tensor or the same part of a leaf.
     """
     if mapping is None:
         return [Place(path.replace("/", "."), path, same=True) for path in leaves]
@@ -251,7 +263,7 @@ def _check_once(places: list[Place]) -> None:
         for key in ((place.tensor, place.theirs), (place.path, place.entry, place.ours)):
             if key in seen:
                 raise error(
-                    "two pairs of mapping= speak of one thing.",
+                    "two pairs of mapping= name the same thing.",
                     path=[seen[key].path, place.path],
                     got=[seen[key].tensor, place.tensor],
                     want="one place for each tensor",

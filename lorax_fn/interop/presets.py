@@ -1,171 +1,14 @@
-"""Mappings for families of models, as tables of names; `preset` puts one together for a kind of tree.
-
-Each line of a family is a kind and names of torch modules: ``k`` a Linear, ``c`` GPT-2's Conv1D, ``v`` a
-convolution, ``e`` an embedding, ``E`` one whose name does not say so, ``s`` a norm whose weight Flax calls
-scale, ``w`` one that is called weight, ``p`` a bare parameter, ``b`` a bias without a weight of its own.
-``(q|k)`` stands for either. A tree of transformers' Flax models has the same names with ``/`` between them.
-"""
+"""Mappings for families of models: `preset` makes one of a family's table for a kind of tree."""
 
 import itertools
 import re
+from collections.abc import Mapping
+from typing import Any
 
 from lorax_fn.core.errors import error
 from lorax_fn.core.layouts import Layout
+from lorax_fn.interop.families import FAMILIES, RENAMED, SAME
 from lorax_fn.interop.places import Preset
-
-_GATED = """
-e model.embed_tokens
-k model.layers.{i}.self_attn.(q|k|v|o)_proj
-w model.layers.{i}.self_attn.(q|k)_norm
-k model.layers.{i}.mlp.(gate|up|down)_proj
-w model.layers.{i}.(input_layernorm|post_attention_layernorm)
-w model.layers.{i}.(pre|post)_feedforward_layernorm
-w model.norm
-k lm_head
-"""
-
-_BERT = """
-e {name}.embeddings.(word|position|token_type)_embeddings
-s {name}.embeddings.LayerNorm
-k {name}.encoder.layer.{i}.attention.self.(query|key|value)
-k {name}.encoder.layer.{i}.(attention.output|intermediate|output).dense
-s {name}.encoder.layer.{i}.(attention.output|output).LayerNorm
-k {name}.pooler.dense
-k (classifier|qa_outputs|classifier.dense|classifier.out_proj)
-"""
-
-_CLIP = """
-e text_model.embeddings.(token|position)_embedding
-p vision_model.embeddings.class_embedding
-v vision_model.embeddings.patch_embedding
-e vision_model.embeddings.position_embedding
-k (text|vision)_model.encoder.layers.{i}.self_attn.(q|k|v|out)_proj
-k (text|vision)_model.encoder.layers.{i}.mlp.(fc1|fc2)
-s (text|vision)_model.encoder.layers.{i}.(layer_norm1|layer_norm2)
-s (text_model.final_layer_norm|vision_model.pre_layrnorm|vision_model.post_layernorm)
-k (visual|text)_projection
-p logit_scale
-"""
-
-_UNET = """
-v (conv_in|conv_out)
-s conv_norm_out
-k (time_embedding|add_embedding).(linear_1|linear_2)
-v {part}_blocks.{i}.resnets.{j}.(conv1|conv2|conv_shortcut)
-k {part}_blocks.{i}.resnets.{j}.time_emb_proj
-s {part}_blocks.{i}.resnets.{j}.(norm1|norm2)
-v {part}_blocks.{i}.(down|up)samplers.0.conv
-s {part}_blocks.{i}.attentions.{j}.norm
-k {part}_blocks.{i}.attentions.{j}.(proj_in|proj_out)
-k {part}_blocks.{i}.attentions.{j}.transformer_blocks.{k}.(attn1|attn2).(to_q|to_k|to_v|to_out.0)
-k {part}_blocks.{i}.attentions.{j}.transformer_blocks.{k}.(ff.net.0.proj|ff.net.2)
-s {part}_blocks.{i}.attentions.{j}.transformer_blocks.{k}.(norm1|norm2|norm3)
-v mid_block.resnets.{j}.(conv1|conv2)
-k mid_block.resnets.{j}.time_emb_proj
-s mid_block.resnets.{j}.(norm1|norm2)
-s mid_block.attentions.{j}.norm
-k mid_block.attentions.{j}.(proj_in|proj_out)
-k mid_block.attentions.{j}.transformer_blocks.{k}.(attn1|attn2).(to_q|to_k|to_v|to_out.0)
-k mid_block.attentions.{j}.transformer_blocks.{k}.(ff.net.0.proj|ff.net.2)
-s mid_block.attentions.{j}.transformer_blocks.{k}.(norm1|norm2|norm3)
-"""
-
-FAMILIES = {
-    "llama": _GATED,
-    "mistral": _GATED,
-    "qwen2": _GATED,
-    "qwen3": _GATED,
-    "gemma": _GATED,
-    "gemma2": _GATED,
-    "gemma3": _GATED,
-    "phi": """
-e model.embed_tokens
-k model.layers.{i}.self_attn.(q_proj|k_proj|v_proj|dense)
-k model.layers.{i}.mlp.(fc1|fc2)
-s model.layers.{i}.input_layernorm
-s model.final_layernorm
-k lm_head
-""",
-    "phi3": """
-e model.embed_tokens
-k model.layers.{i}.self_attn.(qkv_proj|o_proj)
-k model.layers.{i}.mlp.(gate_up_proj|down_proj)
-w model.layers.{i}.(input_layernorm|post_attention_layernorm)
-w model.norm
-k lm_head
-""",
-    "gpt2": """
-e transformer.(wte|wpe)
-s transformer.h.{i}.(ln_1|ln_2)
-c transformer.h.{i}.attn.(c_attn|c_proj)
-c transformer.h.{i}.mlp.(c_fc|c_proj)
-s transformer.ln_f
-k lm_head
-""",
-    "opt": """
-e model.decoder.(embed_tokens|embed_positions)
-s model.decoder.final_layer_norm
-k model.decoder.(project_in|project_out)
-k model.decoder.layers.{i}.self_attn.(q|k|v|out)_proj
-k model.decoder.layers.{i}.(fc1|fc2)
-s model.decoder.layers.{i}.(self_attn_layer_norm|final_layer_norm)
-k lm_head
-""",
-    "bert": _BERT.replace("{name}", "bert")
-    + """
-k cls.predictions.(transform.dense|decoder)
-s cls.predictions.transform.LayerNorm
-b cls.predictions
-""",
-    "roberta": _BERT.replace("{name}", "roberta")
-    + "k lm_head.(dense|decoder)\ns lm_head.layer_norm\nb lm_head",
-    "t5": """
-E shared
-k (encoder|decoder).block.{i}.layer.0.SelfAttention.(q|k|v|o)
-E (encoder|decoder).block.{i}.layer.0.SelfAttention.relative_attention_bias
-k decoder.block.{i}.layer.1.EncDecAttention.(q|k|v|o)
-k encoder.block.{i}.layer.1.DenseReluDense.(wi|wi_0|wi_1|wo)
-k decoder.block.{i}.layer.2.DenseReluDense.(wi|wi_0|wi_1|wo)
-w (encoder|decoder).block.{i}.layer.{j}.layer_norm
-w (encoder|decoder).final_layer_norm
-k lm_head
-""",
-    "vit": """
-p vit.embeddings.(cls_token|position_embeddings)
-v vit.embeddings.patch_embeddings.projection
-k vit.encoder.layer.{i}.attention.attention.(query|key|value)
-k vit.encoder.layer.{i}.(attention.output|intermediate|output).dense
-s vit.encoder.layer.{i}.layernorm_(before|after)
-s vit.layernorm
-k classifier
-""",
-    "clip": _CLIP,
-    "whisper": """
-v model.encoder.(conv1|conv2)
-e model.(encoder|decoder).embed_positions
-e model.decoder.embed_tokens
-k model.(encoder|decoder).layers.{i}.self_attn.(q|k|v|out)_proj
-k model.decoder.layers.{i}.encoder_attn.(q|k|v|out)_proj
-k model.(encoder|decoder).layers.{i}.(fc1|fc2)
-s model.(encoder|decoder).layers.{i}.(self_attn_layer_norm|final_layer_norm)
-s model.decoder.layers.{i}.encoder_attn_layer_norm
-s model.(encoder|decoder).layer_norm
-k proj_out
-""",
-    "unet": _UNET,
-    "flux": """
-k (x_embedder|context_embedder|proj_out|norm_out.linear)
-k time_text_embed.(timestep_embedder|text_embedder|guidance_embedder).(linear_1|linear_2)
-k transformer_blocks.{i}.(norm1.linear|norm1_context.linear)
-k transformer_blocks.{i}.attn.(to_q|to_k|to_v|to_out.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)
-w transformer_blocks.{i}.attn.(norm_q|norm_k|norm_added_q|norm_added_k)
-k transformer_blocks.{i}.(ff|ff_context).(net.0.proj|net.2)
-k single_transformer_blocks.{i}.(norm.linear|proj_mlp|proj_out)
-k single_transformer_blocks.{i}.attn.(to_q|to_k|to_v)
-w single_transformer_blocks.{i}.attn.(norm_q|norm_k)
-""",
-}
-SAME = {"sd": "unet", "sdxl": "unet", "llama3": "llama"}
 
 _GEMMA_NORMS = {
     "gemma": {"post_attention_layernorm": "pre_ffw_norm"},
@@ -175,30 +18,29 @@ _GEMMA_NORMS = {
         "post_feedforward_layernorm": "post_ffw_norm",
     },
 }
-_LEAF = {
-    "k": "kernel",
-    "c": "kernel",
-    "v": "kernel",
-    "e": "embedding",
-    "E": "embedding",
-    "s": "scale",
-    "w": "weight",
-}
+_LEAF = {**dict.fromkeys("kcvx", "kernel"), **dict.fromkeys("eE", "embedding"), "s": "scale", "w": "weight"}
 _HEADS = Layout((), (0,), (1, 2))  # (D, H, d)
 _OUT = Layout((), (0, 1), (2,))  # (H, d, D)
+_IN_OUT, _OUT_IN = Layout((), (0,), (1,)), Layout((), (1,), (0,))
 
 
-def preset(family: str, tree: str = "flax", *, prefix: str = "") -> Preset:
+def preset(family: str, tree: str = "flax", *, prefix: str = "", theirs: str = "") -> Preset:
     """A mapping for a family of models and a kind of tree.
 
     Args:
       family: ``"llama"``, ``"mistral"``, ``"qwen2"``, ``"qwen3"``, ``"gemma"``, ``"gemma2"``, ``"gemma3"``,
-        ``"phi"``, ``"phi3"``, ``"gpt2"``, ``"opt"``, ``"bert"``, ``"roberta"``, ``"t5"``, ``"vit"``,
-        ``"clip"``, ``"whisper"``, ``"unet"`` (SD and SDXL) or ``"flux"``.
+        ``"mixtral"``, ``"qwen2_moe"``, ``"qwen3_moe"``, ``"phi"``, ``"phi3"``, ``"gpt2"``, ``"opt"``,
+        ``"bert"``, ``"roberta"``, ``"t5"``, ``"vit"``, ``"clip"``, ``"whisper"``, ``"unet"`` (SD and SDXL) or
+        ``"flux"``. ``"vit5"``, ``"mixtral5"``, ``"qwen2_moe5"`` and ``"qwen3_moe5"`` lead to the same paths
+        from the modules of transformers 5, whose names PEFT's adapters bear, while its checkpoints keep the
+        older ones.
       tree: ``"flax"``: torch's names with ``/``, and ``kernel``, ``embedding`` or ``scale`` last, as the Flax
-        models of transformers and diffusers have; ``"tunix"``: google-tunix; ``"gemma"``: google-deepmind's
-        gemma; ``"examples"``: the scanned Llama of this repository's examples.
+        models of transformers and diffusers have, and the experts of a layer in one leaf; ``"tunix"``:
+        google-tunix; ``"gemma"``: google-deepmind's gemma; ``"examples"``: the scanned Llama of this
+        repository's examples.
       prefix: what stands before every path, such as ``"params/"``.
+      theirs: what stands before every name of theirs, such as ``"language_model."`` in the checkpoints of
+        Gemma 3 with images.
 
     Returns:
       A dict of pairs that may have more of them than a model has leaves, with the layouts that need words.
@@ -213,7 +55,8 @@ def preset(family: str, tree: str = "flax", *, prefix: str = "") -> Preset:
     """
     family = SAME.get(family, family)
     makers = {"flax": _flax, "tunix": _tunix, "gemma": _gemma, "examples": _examples}
-    if family not in FAMILIES or tree not in makers:
+    family, new = (family[:-1], True) if family[:-1] in RENAMED and family[-1] == "5" else (family, False)
+    if family not in FAMILIES or tree not in makers or (new and tree != "flax"):
         raise error(
             "there is no such preset.",
             got=f"preset({family!r}, {tree!r})",
@@ -221,18 +64,22 @@ def preset(family: str, tree: str = "flax", *, prefix: str = "") -> Preset:
             do="write the pairs yourself: ten lines of {module: path} do for most models.",
         )
     pairs, layouts = makers[tree](family)
-    found = {name: prefix + path for name, path in pairs.items()}
-    return Preset(found, {prefix + path: layout for path, layout in layouts.items()})
+    pairs = _renamed(pairs, family) if new else pairs
+    found = {theirs + name: prefix + path for name, path in pairs.items()}
+    layouts = {prefix + path: layout for path, layout in layouts.items()}
+    convolutions = [path for path in layouts if tree == "flax" and not layouts[path].stack]
+    by_shapes = _BY_SHAPES.get((family, tree)) or _BY_SHAPES.get(tree)
+    return Preset(found, layouts, by_shapes, convolutions)
 
 
 def _flax(family: str) -> tuple[dict[str, str], dict[str, Layout]]:
     pairs, layouts = {}, {}
-    for line in FAMILIES[family].replace("{part}", "(down|up)").split("\n"):
+    for line in FAMILIES[family].split("\n"):
         if not line:
             continue
         kind, _, text = line.partition(" ")
         for name in _alternatives(text):
-            path = name.replace(".", "/")
+            path = _flax_path(family, name.replace("{e}.", "") if kind == "x" else name)
             if kind == "b":
                 pairs[f"{name}.bias"] = f"{path}/bias"
             elif kind == "p":
@@ -241,10 +88,58 @@ def _flax(family: str) -> tuple[dict[str, str], dict[str, Layout]]:
                 mark = {"c": "^T", "E": "^E"}.get(kind, "")
                 pairs[name + mark] = f"{path}/{_LEAF[kind]}"
             if kind == "v":
-                layouts[f"{path}/kernel"] = Layout((), (0, 1, 2), (3,))
-                if family == "whisper":
-                    layouts[f"{path}/kernel"] = Layout((), (0, 1), (2,))
+                axes = (0, 1) if family == "whisper" else (0, 1, 2)
+                layouts[f"{path}/kernel"] = Layout((), axes, (len(axes),))
+            elif kind == "x":
+                layouts[f"{path}/kernel"] = Layout((0,), (1,), (2,))
     return pairs, layouts
+
+
+def _flax_path(family: str, name: str) -> str:
+    """In transformers a number is a level of its own, ``layers/0``; in diffusers it is not, ``resnets_0``."""
+    if family == "unet":
+        name = re.sub(r"\.(\{\w\}|\d)(?=\.|$)", r"_\1", name)
+    return name.replace(".", "/")
+
+
+def _renamed(pairs: Mapping[str, str], family: str) -> dict[str, str]:
+    """The same paths under the modules' names in transformers 5, with gate_up before down, as PEFT nests."""
+    new = {}
+    for name, path in pairs.items():
+        for old, now in RENAMED[family].items():
+            name = name.replace(old, now)
+        new[name] = path
+    return dict(sorted(new.items(), key=lambda pair: "experts.down_proj" in pair[0]))
+
+
+def _conv1d_layouts(leaves: Mapping[str, Any]) -> dict[str, Layout]:
+    """GPT-2's kernels, (out, in) in transformers' Flax model and (in, out) in others: c_attn shows which.
+
+    It has three outputs for each input, so that nothing need be guessed for the square c_proj beside it.
+    """
+    kernels = {p: x for p, x in leaves.items() if re.fullmatch(r".*/(c_attn|c_proj|c_fc|q_attn)/kernel", p)}
+    found = {
+        _OUT_IN if x.shape[0] == 3 * x.shape[1] else _IN_OUT
+        for path, x in kernels.items()
+        if path.endswith("/attn/c_attn/kernel") and len(x.shape) == 2
+    }
+    return dict.fromkeys(kernels, found.pop()) if len(found) == 1 else {}
+
+
+def _gating_layouts(leaves: Mapping[str, Any]) -> dict[str, Layout]:
+    """Gemma's gate and up, (2, F, D) or (2, D, F) as its config says: ``linear``, (F, D), shows which."""
+    found = {}
+    for path, x in leaves.items():
+        below = leaves.get(path.removesuffix("gating_einsum") + "linear")
+        if path.endswith("mlp/gating_einsum") and len(x.shape) == 3 and below is not None:
+            f, d = below.shape
+            turned = tuple(x.shape[1:]) == (f, d)
+            if f != d:
+                found[path] = Layout((), (2,), (0, 1)) if turned else Layout((), (1,), (0, 2))
+    return found
+
+
+_BY_SHAPES = {("gpt2", "flax"): _conv1d_layouts, "gemma": _gating_layouts}
 
 
 def _alternatives(text: str) -> list[str]:
@@ -306,6 +201,8 @@ def _gemma(family: str) -> tuple[dict[str, str], dict[str, Layout]]:
     pairs[f"{layer}.self_attn.q_proj"] = f"{attn}/q_einsum/w"
     pairs[f"{layer}.self_attn.k_proj"] = f"{attn}/kv_einsum/w[0/2]"
     pairs[f"{layer}.self_attn.v_proj"] = f"{attn}/kv_einsum/w[1/2]"
+    for i, x in enumerate("qkv"):  # with ".weight" they are other keys of the dict for the same tensors
+        pairs[f"{layer}.self_attn.{x}_proj.weight"] = f"{attn}/qkv_einsum/w[{i}/3]"
     pairs[f"{layer}.self_attn.o_proj"] = f"{attn}/attn_vec_einsum/w"
     pairs[f"{layer}.self_attn.q_norm"] = f"{attn}/_query_norm/scale"
     pairs[f"{layer}.self_attn.k_norm"] = f"{attn}/_key_norm/scale"
@@ -315,6 +212,7 @@ def _gemma(family: str) -> tuple[dict[str, str], dict[str, Layout]]:
     layouts = {
         f"{attn}/q_einsum/w": Layout((), (1,), (0, 2)),
         f"{attn}/kv_einsum/w": Layout((), (2,), (0, 1, 3)),
+        f"{attn}/qkv_einsum/w": Layout((), (2,), (0, 1, 3)),
         f"{attn}/attn_vec_einsum/w": _OUT,
         "layer_{i}/mlp/linear": Layout((), (0,), (1,)),
     }

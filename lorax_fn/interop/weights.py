@@ -23,7 +23,7 @@ from lorax_fn.targets.roles import Role, classify
 
 
 class Leaves:
-    """What is known of a tree: its leaves, what each is, and its layout."""
+    """What is known of a tree: its leaves, and the kind and layout of each."""
 
     def __init__(self, params: PyTree, layout: Any = None, stacked: Mapping[str, int] | None = None):
         self.by_path = arrays(params)
@@ -33,7 +33,7 @@ class Leaves:
             self._stack(path, count)
 
     def _stack(self, path: str, count: int) -> None:
-        """A mapping says that the first axes of a kernel are stacked: then two more are a linear weight."""
+        """Where a mapping says that the first axes of a kernel are stacked, two more make a linear weight."""
         leaf, name = self.by_path[path], components(path)[-1]
         if path in self.layouts or name not in WEIGHT_NAMES or len(leaf.shape) != count + 2:
             return
@@ -48,7 +48,7 @@ class Leaves:
         self.roles[path] = dataclasses.replace(self.roles[path], layout=layout, kind=kind)
 
     def settle(self, place: Place, table: bool) -> None:
-        """A layout that convention left open, of a weight of which a file has an adapter.
+        """Settles a layout that conventions left open, for a weight that a file adapts.
 
         PEFT adapts no transposed convolution, and gives the factors of an embedding names of their own.
         """
@@ -73,7 +73,7 @@ class Leaves:
         return layout
 
     def entry_shape(self, place: Place) -> tuple[int, ...]:
-        """The shape of the part of a leaf that ``place`` speaks of, before any cut along outputs."""
+        """The shape of the part of a leaf that ``place`` names, before any cut along outputs."""
         shape = tuple(self.by_path[place.path].shape)
         gone = self.entry_axes(place)
         return tuple(size for i, size in enumerate(shape) if i not in gone)
@@ -89,7 +89,7 @@ class Leaves:
 
 
 def known(params: PyTree, mapping: Mapping[str, str] | None, layout: Any) -> tuple[Leaves, list[Place]]:
-    """The leaves of a tree, with the stack axes that the mapping tells of, and all places."""
+    """The leaves of a tree, with the stack axes that the mapping implies, and all places."""
     if layout is None and isinstance(mapping, Preset):
         layout = mapping.layouts_of(arrays(params))
     leaves = Leaves(params, layout)
@@ -98,6 +98,10 @@ def known(params: PyTree, mapping: Mapping[str, str] | None, layout: Any) -> tup
     if any(path not in leaves.layouts for path in stacked):
         leaves = Leaves(params, layout, stacked)
         places = find_places(mapping, leaves.by_path, leaves.layouts)
+    if isinstance(mapping, Preset):
+        for path, axes in leaves.layouts.items():
+            if len(axes.inputs) > 1 and mapping.is_convolution(path):
+                leaves.turn(path, axes, "convolution")
     for place in places:
         if place.embedding and leaves.layouts.get(place.path) == Layout((), (1,), (0,)):
             leaves.turn(place.path, Layout((), (0,), (1,)), "embedding")
@@ -107,22 +111,22 @@ def known(params: PyTree, mapping: Mapping[str, str] | None, layout: Any) -> tup
 def known_by_adapters(
     params: PyTree, lora: Mapping[str, Any], mapping: Mapping[str, str] | None
 ) -> tuple[Leaves, list[Place]]:
-    """As `known`, by what adapters tell of their leaves; ``params`` may be None."""
+    """As `known`, from what adapters say of their leaves; ``params`` may be None."""
     stacked = [path for path, adapter in lora.items() if adapter.is_stacked]
     if stacked:
         raise error(
-            "these adapters are several side by side, as lx.stack makes them.",
+            "these adapters hold several side by side, as lx.stack makes them.",
             path=stacked,
             want="one adapter for each leaf",
             do="save each of lx.unstack(lora) by itself.",
         )
     if params is None and isinstance(mapping, Mapping) and not isinstance(mapping, Preset):
-        mapping = Preset(mapping)  # pairs of leaves that are not adapted find nothing here
+        mapping = Preset(mapping)  # pairs of leaves that are not adapted match nothing here
     return known(_abstract(lora) if params is None else params, mapping, _layouts(lora))
 
 
 def _abstract(lora: Mapping[str, Any]) -> dict[str, Any]:
-    """The leaves that adapters tell of themselves, for a mapping to speak of."""
+    """Abstract leaves of the shapes that adapters have, for a mapping to match."""
     return {path: jax.ShapeDtypeStruct(_shape(x), "float32") for path, x in lora.items()}
 
 
