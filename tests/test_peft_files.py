@@ -185,3 +185,82 @@ def test_pissa_goes_through_to_plain(tmp_path):
     model = peft.PeftModel.from_pretrained(base, tmp_path).merge_and_unload()
     for path, want in lx.merge(params, lora).items():
         np.testing.assert_allclose(want, value(model.get_parameter(path)), atol=1e-5)
+
+
+class Layers(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.h = torch.nn.ModuleList(torch.nn.ModuleDict({"up": torch.nn.Linear(12, 20)}) for _ in range(3))
+
+    def forward(self, x):
+        return sum(layer["up"](x) for layer in self.h)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        functools.partial(peft.LoHaConfig, r=2, alpha=6),
+        functools.partial(peft.LoKrConfig, r=2, alpha=6),
+        functools.partial(peft.VeraConfig, r=5),
+    ],
+)
+def test_layers_of_peft_fill_one_leaf(config, tmp_path):
+    """LoHa, LoKr and VeRA: one module per layer there, one stacked weight here, and back."""
+    torch.manual_seed(0)
+    base = Layers()
+    kernel = np.stack([value(layer["up"].weight).T for layer in base.h])
+    params = {"up": {"kernel": jnp.asarray(kernel)}}
+    model = peft.get_peft_model(base, config(target_modules=["up"]))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = torch.randn(parameter.shape)
+    model.save_pretrained(tmp_path / "theirs")
+    mapping, layout = {"h.{i}.up": "up/kernel"}, {"up": lx.Layout((0,), (1,), (2,))}
+    lora = lx.peft.load(tmp_path / "theirs", params, mapping=mapping, layout=layout)
+    lx.peft.save(tmp_path / "ours", lora, mapping=mapping)
+    torch.manual_seed(0)
+    for merged in (model, peft.PeftModel.from_pretrained(Layers(), tmp_path / "ours")):
+        want = np.stack([value(layer["up"].weight).T for layer in merged.merge_and_unload().h])
+        np.testing.assert_allclose(lx.merge(params, lora)["up"]["kernel"], want, atol=1e-5)
+        assert np.abs(want - kernel).max() > 0.1
+
+
+class Grouped(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(4, 6, 3, groups=2)
+
+    def forward(self, x):
+        return self.conv(x)
+
+
+def test_a_convolution_in_groups_is_refused_as_peft_refuses_to_merge_it(tmp_path):
+    """PEFT's A acts on all channels, W on its own group's: the two are no one weight."""
+    base = Grouped()
+    params = {name: jnp.asarray(value(p)) for name, p in base.named_parameters()}
+    model = peft.get_peft_model(base, lora_config(target_modules=["conv"]))
+    model.save_pretrained(tmp_path)
+    with pytest.raises(lx.LoraError, match="in 2 groups: A acts on all channels"):
+        lx.peft.load(tmp_path, params)
+    with pytest.raises(NotImplementedError, match="groups > 1"):
+        model.merge_and_unload()
+
+
+def test_vera_of_ours_shares_its_factors_in_peft(tmp_path):
+    """Our A of fewer inputs is a corner of the largest but for one factor, which goes into d."""
+    torch.manual_seed(0)
+    base = NETS["dense"][0]()
+    params = {name: jnp.asarray(value(p)) for name, p in base.named_parameters()}
+    _, lora = lx.split(params, 5, method="vera")
+    rng = np.random.default_rng(0)
+    lora = {
+        p: dataclasses.replace(
+            x, gain=jnp.asarray(rng.normal(size=x.gain.shape), "float32"), d=x.d * rng.normal()
+        )
+        for p, x in lora.items()
+    }
+    lx.peft.save(tmp_path, lora)
+    model = peft.PeftModel.from_pretrained(base, tmp_path).merge_and_unload()
+    for path, want in lx.merge(params, lora).items():
+        np.testing.assert_allclose(value(model.get_parameter(path)), want, atol=1e-5)
+        np.testing.assert_allclose(lx.merge(params, lx.peft.load(tmp_path, params))[path], want, atol=1e-5)

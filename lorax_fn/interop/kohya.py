@@ -33,6 +33,7 @@ from lorax_fn.interop.peft_methods import low_rank_piece, lycoris_adapter
 from lorax_fn.interop.peft_write import Writing
 from lorax_fn.interop.pieces import Piece, outputs_of, side_by_side, to_adapter, unit_index
 from lorax_fn.interop.places import Place
+from lorax_fn.interop.stacks import cut, joined
 from lorax_fn.interop.weights import Leaves, known, known_by_adapters, to_matrix
 
 METADATA = "lora_adapter_metadata"  # where diffusers keeps PEFT's config
@@ -55,11 +56,11 @@ def load(
       path: the ``.safetensors`` file.
       params: the base of that component.
       component: ``"unet"``, ``"transformer"``, ``"text_encoder"``, ``"text_encoder_2"`` or
-        ``"text_encoder_3"``; keys of other components are passed over.
+        ``"text_encoder_3"``; keys of other components are ignored.
       mapping: pairs of a module's name, as in diffusers or transformers, and a path; None is the names
         themselves.
       layout: as in `lorax_fn.split`.
-      strict: False passes over keys that have no place.
+      strict: False ignores keys that have no place.
 
     Returns:
       ``{path: Adapter}`` in the tree's order.
@@ -107,7 +108,7 @@ def save(
       keep_others: whether an older file at ``path`` keeps the keys of its other components.
 
     Raises:
-      LoraError: an adapter has no form in such a file, or a leaf no name.
+      LoraError: an adapter cannot be expressed in such a file, or a leaf has no name.
 
     Example:
       >>> import tempfile, jax.numpy as jnp, lorax_fn as lx
@@ -162,13 +163,14 @@ class _Reading:
                 modules.setdefault(found[0], {})[found[1]] = x
         if not modules:
             raise error(
-                "there is nothing of this component in a key layout that is known.",
+                "no key of this component has a known layout.",
                 got=sorted(tensors)[:4] or "no key at all",
                 want=f"keys that end in one of {', '.join(known_ends())}",
                 do="check component=.",
             )
         lora: dict[str, Any] = {}
         pieces: dict[str, list[tuple[Place, Piece]]] = {}
+        others: dict[str, list[tuple[Place, Any]]] = {}  # LoHa and LoKr
         for name, parts in modules.items():
             places = self._places(name)
             if not places:
@@ -176,15 +178,20 @@ class _Reading:
                 continue
             for place in places:
                 try:
-                    self._one(place, dict(parts), lora, pieces)
+                    self._one(place, dict(parts), others, pieces)
                 except ValueError as failure:
                     self.wrong.append(f"{name}: {failure}")
+        for path, found in others.items():
+            try:
+                lora[path] = joined(found, self.leaves.layouts[path], self.leaves.by_path[path].shape)
+            except ValueError as failure:
+                self.wrong.append(f"{path}: {failure}")
         if self.wrong or (self.unexpected and self.strict):
             facts = {"shape": self.wrong, "extra": self.unexpected if self.strict else []}
             raise error(
                 "this file does not fit these params, and nothing was loaded.",
                 **{name: lines for name, lines in facts.items() if lines},
-                do="check params, component= and mapping=; strict=False passes over keys that have no place.",
+                do="check params, component= and mapping=; strict=False ignores keys that have no place.",
             )
         for path, found in pieces.items():
             lora[path] = self._joined(path, found)
@@ -202,7 +209,7 @@ class _Reading:
             )
         return places
 
-    def _one(self, place: Place, parts: dict, lora: dict, pieces: dict) -> None:
+    def _one(self, place: Place, parts: dict, others: dict, pieces: dict) -> None:
         self.leaves.settle(place, False)
         layout, shape = self.leaves.entry_layout(place), self.leaves.entry_shape(place)
         kind = self.leaves.kind(place.path)
@@ -215,14 +222,13 @@ class _Reading:
         if alpha is not None and alpha.size != 1:
             raise ValueError(f"alpha of shape {alpha.shape}")
         if any(part.startswith(("hada", "lokr")) for part in parts):
-            if place.entry or place.theirs or place.ours:
-                raise ValueError(
-                    "LoHa and LoKr of a stacked or fused weight have no form here: merge it instead"
-                )
             rank = _lycoris_rank(parts)
             both_whole = "lokr_w1" in parts and "lokr_w2" in parts  # LyCORIS then takes no alpha at all
             number = float(rank) if alpha is None or both_whole else float(alpha.reshape(()))
-            lora[place.path] = lycoris_adapter(parts, layout, shape, kind, number, rank)
+            made: Any = lycoris_adapter(parts, layout, shape, kind, number, rank, place)
+            if place.theirs is not None:
+                made = cut(made, unit_index(place.theirs, made.b1.shape[-1], place.module))
+            others.setdefault(place.path, []).append((place, made))
             return
         down, up, mid = (parts.get(name) for name in ("down", "up", "mid"))
         if down is None or up is None:
@@ -306,7 +312,7 @@ def _metadata(metadata: Mapping[str, str], component: str) -> dict[str, Any]:
 def _check_writable(tensors: Mapping[str, Any], facts: Mapping[str, Any], style: str) -> None:
     if style == "diffusers" and facts["peft_type"] != "LORA":
         raise error(
-            "diffusers reads no LoHa and no LoKr.",
+            "diffusers reads neither LoHa nor LoKr.",
             got=facts["peft_type"],
             do='style="kohya" for other programs, or fold it: lx.merge(params, lora).',
         )

@@ -11,6 +11,7 @@ from lorax_fn.core.errors import error
 from lorax_fn.core.layouts import Layout
 from lorax_fn.interop.pieces import Piece
 from lorax_fn.interop.places import Place
+from lorax_fn.interop.stacks import FLAT
 from lorax_fn.interop.weights import our_inputs, torch_inputs
 from lorax_fn.methods.loha import LoHa
 from lorax_fn.methods.lokr import LoKr
@@ -33,11 +34,7 @@ def low_rank_piece(
       ValueError: with the sizes that do not fit, where they do not.
     """
     stack, n, m = layout.shapes(shape)
-    count, n, m = math.prod(stack), math.prod(n), math.prod(m)
-    if place.theirs is not None:
-        m = m * place.theirs.count // (place.theirs.last - place.theirs.first)
-    elif place.ours is not None:
-        m = m * (place.ours.last - place.ours.first) // place.ours.count
+    count, n, m = math.prod(stack), math.prod(n), module_outputs(math.prod(m), place)
     scaling = "rslora" if config.get("use_rslora") else "lora"
     if "lora_E" in parts:
         a, b, values = (parts[name] for name in ("lora_A", "lora_B", "lora_E"))
@@ -55,12 +52,18 @@ def low_rank_piece(
     if rank is not None and found != rank:
         raise ValueError(f"rank {found}, where the config says {rank}")
     sizes = [shape[i] for i in layout.inputs]
-    if a.ndim > 2:  # a convolution: (r, in, *window) and (out, r / groups, 1, 1)
+    if a.ndim > 2:  # a convolution: (r, in, *window) and (out, r, 1, 1)
+        if b.ndim > 1 and 0 < b.shape[1] < found:
+            raise ValueError(
+                f"A {a.shape}, B {b.shape} of a convolution in {found // b.shape[1]} groups: A acts on all "
+                "channels and the weight on those of its group, so that no change of the weight is the same "
+                "(PEFT cannot merge it, either)"
+            )
         if kind == "convolution" or len(sizes) == a.ndim - 1:
             torch_order = sizes if layout.outputs[0] < min(layout.inputs) else [sizes[-1], *sizes[:-1]]
             if list(a.shape[1:]) != torch_order:
                 raise ValueError(f"A {a.shape}, B {b.shape} for a weight {shape} of inputs {torch_order}")
-        b = _ungrouped(b.reshape(*b.shape[:2], -1)[:, :, 0] if b.size == math.prod(b.shape[:2]) else b, found)
+        b = b.reshape(b.shape[:2]) if b.size == math.prod(b.shape[:2]) else b
         a = torch_inputs(a.reshape(found, -1).T, layout, shape) if a.size == found * n else a
     else:
         a = a.T
@@ -71,6 +74,15 @@ def low_rank_piece(
     if magnitude is not None and magnitude.size != m:
         raise ValueError(f"a magnitude of shape {magnitude.shape} for {m} outputs")
     return Piece(a, b.T, alpha, found, scaling, None if magnitude is None else magnitude.reshape(m))
+
+
+def module_outputs(m: int, place: Place) -> int:
+    """How many outputs a module has, of which the entry of a leaf, or a part of it, has ``m``."""
+    if place.theirs is not None:
+        return m * place.theirs.count // (place.theirs.last - place.theirs.first)
+    if place.ours is not None:
+        return m * (place.ours.last - place.ours.first) // place.ours.count
+    return m
 
 
 def _experts(a, b, alpha, rank, scaling, sizes, stack) -> Piece:
@@ -85,21 +97,6 @@ def _experts(a, b, alpha, rank, scaling, sizes, stack) -> Piece:
     a = np.moveaxis(a.reshape(*stack, r, n), -2, -1)
     b = np.moveaxis(b.reshape(m, r, *stack), (0, 1), (-1, -2))
     return Piece(a, b, alpha, r, scaling)
-
-
-def _ungrouped(b: np.ndarray, rank: int) -> np.ndarray:
-    """B of a convolution in groups, whose outputs see their own group's ranks alone: zeros elsewhere."""
-    if b.ndim != 2 or b.shape[1] == 0 or rank % b.shape[1]:
-        raise ValueError(f"B {b.shape} for rank {rank}")
-    groups = rank // b.shape[1]
-    if groups == 1:
-        return b
-    if b.shape[0] % groups:
-        raise ValueError(f"B {b.shape} for {groups} groups")
-    whole = np.zeros((groups, b.shape[0] // groups, groups, b.shape[1]), b.dtype)
-    for g, block in enumerate(np.split(b, groups)):
-        whole[g, :, g] = block
-    return whole.reshape(b.shape[0], rank)
 
 
 def _check(*pairs: Any) -> None:
@@ -119,15 +116,31 @@ def lycoris_adapter(
     kind: str,
     alpha: float,
     rank: int | None,
+    place: Place,
 ) -> Adapter:
-    """LoHa or LoKr of one module."""
+    """LoHa or LoKr of one module; a LoHa's layout is `FLAT`, and `lorax_fn.interop.stacks` puts it on a leaf.
+
+    Raises:
+      ValueError: with the reason, where the parts do not fit or are of no adapter here.
+    """
     if layout.stack:
-        raise ValueError(f"a stacked weight {shape}: merge this adapter instead")
-    return (_loha if "hada_w1_a" in parts else _lokr)(parts, layout, shape, kind, alpha, rank)
+        raise ValueError(f"a parameter {shape} that is a stack itself (experts): merge it in PEFT instead")
+    if any(name.startswith("hada_") for name in parts):
+        return _loha(parts, layout, shape, kind, alpha, rank, place)
+    _check_whole(place, "LoKr")
+    return _lokr(parts, layout, shape, kind, alpha, rank)
 
 
-def _loha(parts, layout, shape, kind, alpha, rank) -> LoHa:
+def _check_whole(place: Place, name: str) -> None:
+    if place.theirs is not None or place.ours is not None:
+        raise ValueError(
+            f"{name} of a fused weight, whose parts are no {name}: merge it in PEFT (merge_and_unload)"
+        )
+
+
+def _loha(parts, layout, shape, kind, alpha, rank, place) -> LoHa:
     _, n, m = layout.shapes(shape)
+    n, m = math.prod(n), module_outputs(math.prod(m), place)
     factors = []
     for i in "12":
         up, down, core = (parts.get(f"hada_{name}") for name in (f"w{i}_a", f"w{i}_b", f"t{i}"))
@@ -139,13 +152,13 @@ def _loha(parts, layout, shape, kind, alpha, rank) -> LoHa:
             down = np.einsum("ij...,jn->in...", core, down).reshape(core.shape[0], -1)
             up = up.T
         r = down.shape[0]
-        _check(up, (math.prod(m), r), down, (r, math.prod(n)))
+        _check(up, (m, r), down, (r, n))
         if rank is not None and r != rank:
             raise ValueError(f"rank {r}, where the config says {rank}")
         down = torch_inputs(down.T, layout, shape) if kind == "convolution" else down.T
-        factors += [down.reshape(*n, r), up.T.reshape(r, *m)]
+        factors += [down, up.T]
     a1, b1, a2, b2 = factors
-    return LoHa(a1, b1, a2, b2, alpha, a1.shape[-1], "lora", layout)
+    return LoHa(a1, b1, a2, b2, alpha, a1.shape[-1], "lora", FLAT)
 
 
 def _lokr(parts, layout, shape, kind, alpha, rank) -> LoKr:
@@ -182,8 +195,11 @@ def _lokr(parts, layout, shape, kind, alpha, rank) -> LoKr:
     return LoKr(w1.T, down.T, up.T, *facts)
 
 
-def vera_adapter(parts: Mapping, shared: Mapping, layout: Layout, shape: tuple[int, ...]) -> VeRA:
+def vera_adapter(
+    parts: Mapping, shared: Mapping, layout: Layout, shape: tuple[int, ...], place: Place
+) -> VeRA:
     """VeRA: every module has its corner of one A and one B."""
+    _check_whole(place, "VeRA")
     if len(shared) != 2:
         raise error(
             "this VeRA file lacks its shared factors, which PEFT draws again from torch's own generator.",

@@ -1,4 +1,4 @@
-"""Tensors of a PEFT file as adapters of a tree: every key finds its place, or all that do not are listed."""
+"""Tensors of a PEFT file as adapters of a tree: every key has a place, or all that have none are listed."""
 
 import math
 import re
@@ -14,9 +14,10 @@ from lorax_fn.core.stored import dense
 from lorax_fn.core.trees import is_abstract
 from lorax_fn.interop.peft_config import PREFIX, is_targeted, unused_keys, value_of
 from lorax_fn.interop.peft_keys import REQUIRED, by_module, has, registered, token_ids
-from lorax_fn.interop.peft_methods import low_rank_piece, lycoris_adapter, vera_adapter
+from lorax_fn.interop.peft_methods import low_rank_piece, lycoris_adapter, module_outputs, vera_adapter
 from lorax_fn.interop.pieces import Piece, covered, outputs_of, side_by_side, to_adapter, unit_index
 from lorax_fn.interop.places import Place
+from lorax_fn.interop.stacks import cut, joined
 from lorax_fn.interop.weights import Leaves, entry_of, from_torch, outputs_axis, to_matrix
 from lorax_fn.methods.whole import Full, Rows
 
@@ -31,6 +32,7 @@ class Reading:
             self.places.setdefault(place.tensor, []).append(place)
         self.lora: dict[str, Adapter] = {}
         self.pieces: dict[str, list[tuple[Place, Piece]]] = {}
+        self.others: dict[str, list[tuple[Place, Any]]] = {}  # LoHa, LoKr and VeRA
         self.unexpected: list[str] = []
         self.missing: list[str] = []
         self.misshaped: list[str] = []
@@ -46,10 +48,15 @@ class Reading:
         for name, x in plain.items():
             self._plain(name, x)
         self._missing_modules(set(modules) | set(parameters))
-        self._check_patterns([m for m in modules if m])
+        self._check_patterns([parameters.get(m, m) for m in modules if m])
         self._raise()
         for path, found in self.pieces.items():
             self.lora[path] = self._joined(path, found)
+        for path, others in self.others.items():
+            try:
+                self._put(path, joined(others, self.leaves.layouts[path], self.leaves.by_path[path].shape))
+            except ValueError as failure:
+                self.misshaped.append(f"{path}: {failure}")
         self._raise()
         return {path: self.lora[path] for path in self.leaves.by_path if path in self.lora}
 
@@ -92,19 +99,22 @@ class Reading:
 
     def _fits(self, parts: Mapping[str, np.ndarray], parameter: str) -> bool:
         place = self._places_of(parameter)[0]
-        shape = self.leaves.entry_shape(place)
+        shape, layout = self.leaves.entry_shape(place), self.leaves.entry_layout(place)
+        sizes = shape[-2:] if layout is None else self._sizes(place, layout)
         a, b = parts.get("lora_A.weight"), parts.get("lora_B.weight")
-        return (
-            a is not None
-            and b is not None
-            and a.ndim == b.ndim == 2
-            and sorted((a.shape[1], b.shape[0])) == sorted(shape[-2:])
-        )
+        if a is None or b is None or not a.ndim == b.ndim == 2:
+            return False
+        return sorted((a.shape[1], b.shape[0])) == sorted(sizes)
+
+    def _sizes(self, place: Place, layout: Layout) -> tuple[int, int]:
+        """How many inputs and outputs the module of a place has."""
+        _, n, m = layout.shapes(self.leaves.entry_shape(place))
+        return math.prod(n), module_outputs(math.prod(m), place)
 
     def _places_of(self, module: str) -> list[Place]:
         return self.places.get(f"{module}.weight", []) or self.places.get(module, [])
 
-    # --- what each key gives
+    # --- what each key becomes
 
     def _module(self, module: str, parts: dict, parameter: str | None, shared: Mapping) -> None:
         lonely = [f"{module}.{REQUIRED[p]}" for p in parts if p in REQUIRED and not has(parts, REQUIRED[p])]
@@ -133,7 +143,7 @@ class Reading:
                 self.leaves.settle(place, table)
             if table and self.leaves.layouts.get(place.path) == Layout((), (1,), (0,)):
                 self.leaves.turn(place.path, Layout((), (0,), (1,)), "embedding")
-            self._adapted(module, place, parts, parameter is not None, shared)
+            self._adapted(parameter or module, place, parts, parameter is not None, shared)
         if bias is not None:
             self._lora_bias(module, bias, parts)
 
@@ -146,16 +156,14 @@ class Reading:
         named = (f"{PREFIX}{module}", self.misshaped)
         try:
             if any(name.startswith(("hada_", "lokr_", "vera_")) for name in parts):
-                whole = place.entry == () and place.theirs is None and place.ours is None
-                if not whole:
-                    self.misshaped.append(
-                        f"{named[0]}: {self.config['peft_type']} of a fused or stacked weight; merge it"
-                    )
-                elif "vera_lambda_b" in parts:
-                    self._put(place.path, vera_adapter(parts, shared, layout, shape))
+                made: Any
+                if "vera_lambda_b" in parts:
+                    made = vera_adapter(parts, shared, layout, shape, place)
                 else:
-                    made = lycoris_adapter(parts, layout, shape, kind, alpha, rank)
-                    self._put(place.path, made)
+                    made = lycoris_adapter(parts, layout, shape, kind, alpha, rank, place)
+                if place.theirs is not None:
+                    made = cut(made, unit_index(place.theirs, made.b1.shape[-1], module))
+                self.others.setdefault(place.path, []).append((place, made))
                 return
             piece = low_rank_piece(parts, layout, shape, kind, alpha, rank, self.config, place)
         except ValueError as failure:
@@ -174,7 +182,8 @@ class Reading:
             first = config.get("init_r") or config.get("r")
             if not isinstance(first, int) or first < 1:
                 raise error(
-                    "an AdaLoRA config without init_r has no scale.", do="add the init_r it was made with."
+                    "an AdaLoRA config without init_r has no scale.",
+                    do="add the init_r with which it was made.",
                 )
             alpha = float(config["lora_alpha"])
             return (alpha if alpha > 0 else float(first)) / (first + 1e-5), None
@@ -201,8 +210,7 @@ class Reading:
         a, b = parts.get("lora_A.weight"), parts.get("lora_B.weight")
         if not bare or a is None or b is None:
             return layout
-        stack, n, m = layout.shapes(shape)
-        if (a.shape[1], b.shape[0]) != (math.prod(n), math.prod(m)):
+        if (a.shape[1], b.shape[0]) != self._sizes(place, layout):
             return Layout(layout.stack, layout.outputs, layout.inputs)  # PEFT's inputs are the last axis
         return layout
 
@@ -222,7 +230,7 @@ class Reading:
         self._put(place.path, Rows(values, tuple(ids), axis))
 
     def _lora_bias(self, module: str, bias: np.ndarray, parts: Mapping) -> None:
-        """PEFT adds ``scale * bias`` to the output: the same as a base bias that is so much larger."""
+        """PEFT adds ``scale * bias`` to the output, which equals a base bias that is larger by as much."""
         places = self.places.get(f"{module}.bias", [])
         alpha, rank = self._numbers(module, parts)
         b = parts.get("lora_B.weight")
@@ -369,7 +377,7 @@ class Reading:
                 "patterns of this config match no module of the file.",
                 got=[f"{name}: {', '.join(map(repr, keys))}" for name, keys in idle.items()],
                 nearest=[m for keys in idle.values() for key in keys for m in nearest(key, plain, 1)],
-                do="correct adapter_config.json; or strict=False, as PEFT passes over them.",
+                do="correct adapter_config.json; or strict=False, since PEFT ignores them.",
             )
 
     def _raise(self) -> None:
