@@ -115,4 +115,6 @@ def test_weights_of_bitsandbytes_are_their_codes(tmp_path):
         weight = model.get_submodule(f"model.layers.0.{module}").weight
         want = functional.dequantize_4bit(weight.data, weight.quant_state).float().numpy().T
         assert isinstance(params[path], lx.Quantized)
+        size = sum(x.nbytes for x in jax.tree.leaves(params[path]))
+        assert 8 * size / want.size == 4.5  # the scales of the second level are numbers here
         np.testing.assert_array_equal(lx.dequantize(params)[path].reshape(want.shape), want)

@@ -1,6 +1,7 @@
 """What `lx.peft` refuses: files that do not fit, unknown mathematics, what no server would serve."""
 
 import dataclasses
+import itertools
 import json
 
 import jax
@@ -122,7 +123,7 @@ def test_a_pickle_is_refused_with_the_reason(tmp_path):
         ({"init_lora_weights": "pissa"}, "path_initial_model_for_weight_conversion"),
         ({"rank_pattern": {"no_such": 4}}, "no_such"),
         ({"rank_pattern": {"q_proj": -1}}, "rank_pattern"),
-        ({"rank_pattern": {"((a+)+)+": 4}}, "for ever"),
+        ({"rank_pattern": {"((a+)+)+": 4}}, "forever"),
         ({"rank_pattern": {"(": 4}}, "not a regular expression"),
         ({"target_parameters": 3}, "target_parameters"),
         ({"bias": "some"}, "bias='some'"),
@@ -180,6 +181,25 @@ def test_patterns_match_in_the_order_and_the_way_of_peft(patterns, module, want)
     assert value_of(module, patterns, 1) == want
 
 
+def test_a_mapping_may_speak_of_leaves_that_are_not_adapted(tmp_path):
+    """With and without params, of a dict and of a preset: the same file; but each adapted leaf needs a pair."""
+    params = {"layers": {n: {"kernel": jnp.ones((2, 4, 6))} for n in "qkv"}, "norm": {"scale": jnp.ones(4)}}
+    mapping = {f"model.layers.{{i}}.{n}_proj": f"layers/{n}/kernel" for n in "qkv"}
+    mapping["model.norm"] = "norm/scale"
+    layout = {n: lx.Layout((0,), (1,), (2,)) for n in "qkv"}
+    _, lora = lx.split(params, 2, targets=["q", "v"], layout=layout)
+    lx.peft.save(tmp_path / "a", lora, mapping=mapping)
+    lx.peft.save(tmp_path / "b", lora, mapping=mapping, params=params)
+    one, two = (read_tensors(tmp_path / f / "adapter_model.safetensors") for f in "ab")
+    assert len(one) == 8 and one.keys() == two.keys() and all(np.array_equal(one[k], two[k]) for k in one)
+    assert lx.peft.config(tmp_path / "b")["target_modules"] == ["q_proj", "v_proj"]
+    for folder in "ab":
+        back = lx.peft.load(tmp_path / folder, params, mapping=mapping, layout=layout)
+        assert back.keys() == lora.keys()
+    with pytest.raises(lx.LoraError, match="(?s)no pair of mapping= names these leaves.*layers/v/kernel"):
+        lx.peft.save(tmp_path / "c", lora, mapping={k: v for k, v in mapping.items() if "v_proj" not in k})
+
+
 # Servers -------------------------------------------------------------------------------------------------
 
 
@@ -212,6 +232,54 @@ def test_a_server_gets_one_accepted_rank_by_exact_zeros(tmp_path, target):
 def test_what_a_server_refuses_is_refused_before_anything_is_written(tmp_path, make, options, match):
     with pytest.raises(lx.LoraError, match=match):
         lx.peft.save(tmp_path / "a", make(), params=PARAMS, target="vllm", **options)
+    assert not (tmp_path / "a").exists()
+
+
+EXPERTS = {
+    "layers/experts/gate_up": jnp.zeros((2, 3, 4, 12)),
+    "layers/experts/down": jnp.zeros((2, 3, 6, 4)),
+}
+PER_EXPERT = {
+    f"model.layers.{{i}}.mlp.experts.{{e}}.{n}_proj": f"layers/experts/{path}"
+    for n, path in (("gate", "gate_up[0/2]"), ("up", "gate_up[1/2]"), ("down", "down"))
+}
+
+
+def experts_lora():
+    layout = {"*": lx.Layout((0, 1), (2,), (3,))}
+    lora = lx.split(EXPERTS, 2, targets=["experts"], layout=layout)[1]
+    return jax.tree.map(lambda x: x + jax.random.normal(jax.random.key(1), x.shape), lora)
+
+
+@pytest.mark.parametrize("target", ["vllm", "sglang"])
+def test_a_server_gets_one_module_for_each_expert(tmp_path, target):
+    lora = experts_lora()
+    lx.peft.save(tmp_path, lora, mapping=PER_EXPERT, target=target, max_lora_rank=8)
+    config, tensors = lx.peft.config(tmp_path), read_tensors(tmp_path / "adapter_model.safetensors")
+    assert config["target_modules"] == ["down_proj", "gate_proj", "up_proj"]
+    assert not config["target_parameters"] and len(tensors) == 2 * 3 * 3 * 2
+    scale = config["lora_alpha"] / config["r"]
+    for i, e, (name, path, half) in itertools.product(
+        range(2), range(3), (("gate", "gate_up", 0), ("up", "gate_up", 1), ("down", "down", None))
+    ):
+        key = f"base_model.model.model.layers.{i}.mlp.experts.{e}.{name}_proj"
+        got = scale * tensors[f"{key}.lora_B.weight"] @ tensors[f"{key}.lora_A.weight"]
+        want = lora[f"layers/experts/{path}"].delta()[i, e].T
+        want = want if half is None else jnp.split(want, 2)[half]
+        np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+def test_experts_in_one_parameter_are_refused_by_servers_with_the_pairs_to_write(tmp_path):
+    mapping = {
+        f"model.layers.{{i}}.mlp.experts.{n}_proj=": f"layers/experts/{n}" for n in ("gate_up", "down")
+    }
+    lora = experts_lora()
+    lx.peft.save(tmp_path / "peft", lora, mapping=mapping)  # PEFT itself takes them
+    for given in (mapping, None):
+        with pytest.raises(
+            lx.LoraError, match=r"(?s)one module for each expert.*\.\{e\}\.gate_proj.*\[1/2\]"
+        ):
+            lx.peft.save(tmp_path / "a", lora, mapping=given, target="vllm", max_lora_rank=8)
     assert not (tmp_path / "a").exists()
 
 

@@ -1,8 +1,10 @@
 """Weights that bitsandbytes stored in 4 bits, as `Quantized`: the same codes on our axes, no float copy.
 
 Dettmers et al., "QLoRA" (https://arxiv.org/abs/2305.14314). Its blocks follow the rows of a torch weight, so
-they lie along one input axis of ours. The scales of its second level are grouped in another way than ours and
-are kept as the float32 numbers that they stand for.
+they lie along one input axis of ours. Its second level groups 256 consecutive blocks of a torch weight,
+across rows, whereas `Quantized` groups 256 blocks along one output axis, so that the scales of one cannot be
+those of the other. Each block therefore keeps the float32 number that its code stands for: 4.5 bits per
+weight with blocks of 64, instead of 4.127, and every weight is exactly what bitsandbytes makes of it.
 """
 
 import json
@@ -37,7 +39,7 @@ def belongs(name: str, used: set[str]) -> bool:
 def stored(
     table: Any, name: str, layout: Layout | None, shape: tuple[int, ...], dtype: Any
 ) -> Quantized | None:
-    """The weight ``name`` as `Quantized` on the axes of a leaf; None where it is an ordinary tensor.
+    """The weight ``name`` as `Quantized` on the axes of a leaf; None if it is an ordinary tensor.
 
     Raises:
       LoraError: it is of another format than nf4, or its blocks do not lie along one axis of the leaf.

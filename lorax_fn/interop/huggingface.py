@@ -1,4 +1,4 @@
-"""Base weights of Hugging Face checkpoints: `load` into any tree, tensor by tensor; `save` for others."""
+"""Base weights of Hugging Face checkpoints: `load` them into any tree, tensor by tensor, and `save` them."""
 
 import math
 import os
@@ -32,7 +32,7 @@ from lorax_fn.interop.weights import (
 from lorax_fn.quantization.blocks import encode
 from lorax_fn.quantization.formats import check_options
 
-# Buffers that older checkpoints hold: what every program computes by itself.
+# Buffers of older checkpoints, which every program computes by itself.
 _BUFFERS = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|attn\.(masked_)?bias|position_ids|num_batches_tracked)")
 _HEADS = re.compile(r"(.*\.)?(lm_head|embed_tokens|embed_out|decoder|shared|word_embeddings)\.(weight|bias)")
 
@@ -51,11 +51,12 @@ def load(
     strict: bool = True,
     revision: str | None = None,
 ) -> PyTree:
-    """Reads base weights into a tree of given shapes, tensor by tensor: never more than one beside the tree.
+    """Reads base weights into a tree of given shapes, holding one tensor at a time beside the tree.
 
     Args:
       path: a folder with ``model.safetensors``, or shards and their index; or ``org/name`` on the Hub.
-        Weights that bitsandbytes stored in 4 bits come as `Quantized`, without a float copy.
+        Weights that bitsandbytes stored in 4 bits come as `Quantized`, without a float copy; their scales are
+        float32 (4.5 bits per weight), also where the file has codes for them (4.127).
       like: the tree to fill, of arrays or `jax.ShapeDtypeStruct`, as ``jax.eval_shape(model.init, ...)``
         gives.
       mapping: pairs of a module's name and a path, see `lorax_fn.interop.mappings`; None is the names
@@ -66,7 +67,7 @@ def load(
       quantize: ``"nf4"``, ``"int4"`` or ``"int8"``: linear weights are quantized as they are read.
       block: weights that share a scale, where ``quantize`` is given.
       targets: which weights to quantize, as in `lorax_fn.quantize`.
-      strict: False passes over tensors that have no place in ``like``.
+      strict: False ignores tensors that have no place in ``like``.
       revision: branch, tag or commit on the Hub.
 
     Returns:
@@ -118,7 +119,7 @@ def save(
       params: arrays in the dtypes to write.
       mapping: as in `load`; every leaf needs a place.
       layout: as in `lorax_fn.split`.
-      config: what ``config.json`` is to hold, such as the base model's; None writes none.
+      config: the contents of ``config.json``, such as the base model's; None writes no such file.
       shard_bytes: the largest file.
 
     Raises:
@@ -252,7 +253,7 @@ def _checked(table: Table, leaves: Leaves, places: list[Place], strict: bool) ->
         if not (bitsandbytes.is_stored_there(table, found[0]) or _shape_fits(place, leaves, got)):
             shapes.append(f"{found[0]} {got}, where {wanted} fits {place.path}")
     covered = {place.path for place in places}
-    missing += [f"{path}: no pair of mapping= speaks of it" for path in leaves.by_path if path not in covered]
+    missing += [f"{path}: no pair of mapping= names it" for path in leaves.by_path if path not in covered]
     missing += _gaps(leaves, places)
     used = set(sources.values())
     extra = [name for name in table if name not in used and not _BUFFERS.fullmatch(name)]
@@ -264,13 +265,13 @@ def _checked(table: Table, leaves: Leaves, places: list[Place], strict: bool) ->
             "this checkpoint does not fit the tree, and nothing was loaded.",
             **{name: lines for name, lines in facts.items() if lines},
             do="correct mapping= or like=; layout=lx.usage(fn, params, *args) says which axes weights "
-            "contract; strict=False passes over what is extra.",
+            "contract; strict=False ignores what is extra.",
         )
     return sources
 
 
 def _names(place: Place, rename: Any) -> list[str]:
-    """What a tensor may be called: older files have gamma and beta; a parameter has no weight."""
+    """The names that a tensor may have: older files say gamma and beta; a parameter has no ``.weight``."""
     name = rename(place.tensor)
     older = re.sub(r"\.weight$", ".gamma", re.sub(r"\.bias$", ".beta", name))
     return [name, name.removesuffix(".weight"), older]
@@ -336,7 +337,7 @@ def _gaps(leaves: Leaves, places: list[Place]) -> list[str]:
 
 
 def _tied(table: Table, name: str, used: set[str]) -> bool:
-    """Whether a head or embedding is but a second copy of one that has its place."""
+    """Whether a head or embedding is a second copy of one that has a place."""
     if not _HEADS.fullmatch(name):
         return False
     same = [n for n in used if table.shape(n) == table.shape(name) and table.dtype(n) == table.dtype(name)]

@@ -1,7 +1,7 @@
-"""What vLLM and SGLang take of an adapter, checked before anything is written.
+"""What vLLM and SGLang accept in an adapter, checked before anything is written.
 
-Their loaders refuse saved modules, DoRA, biases and ranks above a limit; and a server that finds no key it
-knows serves the base in silence. So all of it is settled here.
+Their loaders refuse saved modules, DoRA, biases and ranks above a limit, and a server that recognizes no key
+silently serves the base. So all of this is checked here.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ HEADS = ("lm_head", "embed_out", "output_layer", "score", "classifier")
 
 
 def check_target(target: str, max_lora_rank: int | None) -> None:
-    """Raises where the target is unknown, or the server's largest rank is not said or none that it takes."""
+    """Raises where the target is unknown, or the server's largest rank is missing or not one it accepts."""
     if target not in TARGETS:
         raise error(
             "unknown target.", got=repr(target), want=f"one of {', '.join(TARGETS)}", do='target="peft".'
@@ -33,7 +33,9 @@ def check_target(target: str, max_lora_rank: int | None) -> None:
     if target == "peft":
         if max_lora_rank is not None:
             raise error(
-                "max_lora_rank= is a server's.", got='target="peft"', do='target="vllm", or leave it out.'
+                "max_lora_rank= is an option of servers.",
+                got='target="peft"',
+                do='target="vllm", or leave it out.',
             )
         return
     if max_lora_rank is None:
@@ -54,14 +56,15 @@ def check_target(target: str, max_lora_rank: int | None) -> None:
 def for_server(
     lora: Mapping[str, Adapter], target: str, limit: int | None, leaves: Leaves, places: list[Place]
 ) -> dict[str, Adapter]:
-    """The adapters as the server takes them: one accepted rank for all, padded with exact zeros.
+    """The adapters as the server accepts them: one rank for all, padded with exact zeros.
 
     Raises:
-      LoraError: something that the server refuses, with what to do instead.
+      LoraError: the server refuses some of them; the message says what to do instead.
     """
     if target == "peft" or limit is None:
         return dict(lora)
     named = {place.path: place for place in places}
+    _check_experts(lora, target, leaves, named)
     merged = "fold it: lx.merge(params, lora), and serve the weights that lx.huggingface.save writes."
     refused = []
     for path, adapter in lora.items():
@@ -88,6 +91,28 @@ def for_server(
             do=f"adapt without them (exclude=), or {merged}",
         )
     return _padded({path: adapter for path, adapter in lora.items()}, target, limit)
+
+
+def _check_experts(
+    lora: Mapping[str, Adapter], target: str, leaves: Leaves, named: Mapping[str, Place]
+) -> None:
+    """A parameter that holds all experts of a layer is one LoRA in PEFT; servers want one for each expert."""
+    whole = {}
+    for path in lora:
+        place = named.get(path, Place(path, path, same=True))
+        layout = leaves.entry_layout(place) if path in leaves.by_path else None
+        if isinstance(lora[path], LowRank) and layout is not None and layout.stack:
+            whole[path] = place.module
+    if whole:
+        path, module = next(iter(whole.items()))
+        raise error(
+            f"{target} wants one module for each expert.",
+            path=list(whole),
+            got=[f"{name}: one parameter for all experts" for name in whole.values()],
+            want='a mapping whose names run along the experts, as lx.mappings.preset("qwen3_moe") has',
+            do=f'mapping={{"{module.rpartition(".")[0]}.{{e}}.gate_proj": {path!r}, ...}}; two halves of one '
+            f"leaf are {path + '[0/2]'!r} and {path + '[1/2]'!r}.",
+        )
 
 
 def _padded(lora: dict[str, Any], target: str, limit: int) -> dict[str, Adapter]:
