@@ -15,6 +15,7 @@ try:
 except ImportError as missing:
     sys.exit(f"The command needs another package ({missing.name}): pip install 'lorax_fn[cli]'")
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -33,24 +34,31 @@ app = typer.Typer(
 )
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 Out = Annotated[pathlib.Path, typer.Option("--out", "-o", help="Where the result goes; must not exist yet.")]
-ROW = ("path", "method", "rank", "alpha", "scale", "norm", "values")
+Base = Annotated[
+    str | None,
+    typer.Option(help="A checkpoint of the base, by whose names and shapes adapters are read."),
+]
+ROW = ("path", "dtype", "shape", "method", "numbers", "rank", "alpha", "scale", "norm", "values")
 
 
 @app.command()
 def inspect(
-    paths: Annotated[list[str], typer.Argument(help="Adapters or checkpoints.")], as_json: AsJson = False
+    paths: Annotated[list[str], typer.Argument(help="Adapters or checkpoints.")],
+    base: Base = None,
+    as_json: AsJson = False,
 ) -> None:
     """Shows what is in adapters: config, methods, ranks, norms and the largest singular values."""
     found = []
+    params = _weights(base, as_json)
     for path in _progress(paths, "reading", as_json):
         kind = anything.kind_of(path)
         facts: dict[str, Any] = {"path": path, "kind": kind}
         if kind == "checkpoint":
-            with open_checkpoint(pathlib.Path(path)) as table:
+            with anything.tensors_of(path) as table:
                 facts["tensors"] = {name: [table.dtype(name), *table.shape(name)] for name in table}
         else:
             facts["config"] = lx.peft.config(path) if kind == "peft" else None
-            facts["adapters"] = [_row(name, x) for name, x in anything.read(path).items()]
+            facts["adapters"] = [_row(name, x) for name, x in _read(path, params).items()]
         found.append(facts)
     if as_json:
         print(json.dumps(found))
@@ -62,7 +70,7 @@ def inspect(
             if value not in (None, False, [], {}):
                 console.print(f"  {name}: {value}", markup=False, highlight=False)
         rows = facts.get("adapters") or [
-            {"path": n, "values": x} for n, x in facts.get("tensors", {}).items()
+            {"path": n, "dtype": x[0], "shape": x[1:]} for n, x in facts.get("tensors", {}).items()
         ]
         console.print(_table(rows))
 
@@ -80,7 +88,7 @@ def merge(
 ) -> None:
     """Merges PEFT adapters into the weights of a checkpoint and writes another checkpoint."""
     _free(out)
-    params = _weights(base, as_json)
+    params = _weights(base, as_json) or {}
     for path in adapters:
         params = lx.merge(params, lx.peft.load(path, params))
     lx.huggingface.save(out, params)
@@ -95,9 +103,7 @@ def convert(
     source: Annotated[str, typer.Argument(help="An adapter of lorax_fn, PEFT or Kohya.")],
     out: Out,
     to: Annotated[str, typer.Option(help="peft, orbax or kohya.")],
-    base: Annotated[
-        str | None, typer.Option(help="The base's checkpoint, by whose names a Kohya file is read.")
-    ] = None,
+    base: Base = None,
     component: Annotated[str | None, typer.Option(help="Of a Kohya file: unet, text_encoder, ...")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -105,13 +111,14 @@ def convert(
     if to not in ("peft", "orbax", "kohya"):
         raise typer.BadParameter(f"{to!r} is not one of peft, orbax, kohya", param_hint="--to")
     _free(out)
-    lora = _adapter(source, base, component, as_json)
+    params = _weights(base, as_json)
+    lora = _read(source, params, component)
     if to == "peft":
-        lx.peft.save(out, lora)
+        lx.peft.save(out, lora, params=params)
     elif to == "orbax":
         lx.checkpoint.save(out, lora)
     else:
-        lx.kohya.save(out, lora, component=component or "unet")
+        lx.kohya.save(out, lora, component=component or "unet", params=params)
     _done({"out": str(out), "to": to, "adapters": len(lora)}, as_json)
 
 
@@ -119,10 +126,12 @@ def convert(
 def diff(
     one: Annotated[str, typer.Argument(help="An adapter.")],
     other: Annotated[str, typer.Argument(help="Another.")],
+    base: Base = None,
     as_json: AsJson = False,
 ) -> None:
     """Compares two adapters change by change. Exit code 1 where they differ."""
-    a, b = anything.read(one), anything.read(other)
+    params = _weights(base, as_json)
+    a, b = _read(one, params), _read(other, params)
     rows = []
     for path in sorted(a.keys() | b.keys()):
         if path not in a or path not in b:
@@ -149,33 +158,42 @@ def diff(
 def combine(
     adapters: Annotated[list[str], typer.Argument(help="LoRA adapters, each a path or path:weight.")],
     out: Out,
+    base: Base = None,
     as_json: AsJson = False,
 ) -> None:
     """Adds adapters with weights, exactly, at the sum of their ranks; writes a PEFT adapter."""
     _free(out)
     weighted = [_weighted(text) for text in adapters]
-    loras = [(weight, anything.read(path)) for weight, path in _progress(weighted, "reading", as_json)]
+    params = _weights(base, as_json)
+    loras = [(weight, _read(path, params)) for weight, path in _progress(weighted, "reading", as_json)]
     made = lx.combine(loras)
-    lx.peft.save(out, made)
+    lx.peft.save(out, made, params=params)
     _done({"out": str(out), "adapters": len(made), "of": [f"{w:g}:{p}" for w, p in weighted]}, as_json)
 
 
 # --- parts
 
 
-def _adapter(source: str, base: str | None, component: str | None, as_json: bool) -> dict[str, Any]:
-    if anything.kind_of(source) != "kohya" or base is None:
-        return anything.read(source, component)
-    return lx.kohya.load(source, _weights(base, as_json), component=component or "unet")
+def _read(path: str, params: dict[str, Any] | None, component: str | None = None) -> dict[str, Any]:
+    """The adapters at a path, by the base's names and shapes where there is a base."""
+    kind = anything.kind_of(path)
+    if params is None or kind not in ("peft", "kohya"):
+        return anything.read(path, component)
+    if kind == "peft":
+        return lx.peft.load(path, params)
+    return lx.kohya.load(path, params, component=component or anything.components_of(path)[0])
 
 
-def _weights(base: str, quiet: bool) -> dict[str, Any]:
+def _weights(base: str | None, quiet: bool) -> dict[str, Any] | None:
+    if base is None:
+        return None
     with open_checkpoint(pathlib.Path(base)) as table:
         return {name: jnp.array(table[name]) for name in _progress(list(table), "weights", quiet)}
 
 
 def _row(path: str, adapter: Any) -> dict[str, Any]:
-    row: dict[str, Any] = {"path": path, "method": type(adapter).__name__}
+    count = sum(x.size for x in jax.tree.leaves(adapter) if hasattr(x, "size"))
+    row: dict[str, Any] = {"path": path, "method": type(adapter).__name__, "numbers": count}
     for name in ("rank", "alpha", "scale"):
         value = getattr(adapter, name, None)
         row[name] = np.asarray(value).tolist() if value is not None else None
@@ -196,8 +214,6 @@ def _change(adapter: Any) -> np.ndarray | None:
 
 
 def _same(x: Any, y: Any) -> bool:
-    import jax
-
     if jax.tree.structure(x) != jax.tree.structure(y):
         return False
     return all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True))
@@ -217,10 +233,11 @@ def _free(out: pathlib.Path) -> None:
 
 
 def _progress(items: list, what: str, quiet: bool) -> Iterable:
-    """A bar on the terminal's standard error where there is something to wait for."""
-    if quiet or len(items) < 2:
+    """A bar on standard error where that is a terminal and there is something to wait for."""
+    console = rich.console.Console(stderr=True)
+    if quiet or len(items) < 2 or not console.is_terminal:
         return items
-    return rich.progress.track(items, what, console=rich.console.Console(stderr=True), transient=True)
+    return rich.progress.track(items, what, console=console, transient=True)
 
 
 def _table(rows: list[dict[str, Any]]) -> Any:

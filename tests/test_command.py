@@ -92,3 +92,46 @@ def test_mistakes_are_one_message_and_exit_code_2(folder, tmp_path):
         not in command("convert", folder / "one", "--to", "x", "--out", tmp_path / "y", code=2).stderr
     )
     assert "inspect" in command("--help").stdout and "weight" in command("combine", "--help").stdout
+
+
+def conv1d():
+    """An adapter of a square Conv1D of GPT-2, whose orientation only the config tells, and its base."""
+    params = {"h.0.c_proj.weight": jnp.arange(36.0).reshape(6, 6), "h.0.k_proj.weight": jnp.ones((4, 6))}
+    layout = {"c_proj": lx.Layout((), (0,), (1,))}
+    _, lora = lx.split(params, 2, layout=layout)
+    return params, jax.tree.map(lambda x: x + jnp.arange(x.size, dtype=x.dtype).reshape(x.shape), lora)
+
+
+def test_a_square_conv1d_keeps_its_orientation_on_the_way(tmp_path):
+    params, lora = conv1d()
+    lx.peft.save(tmp_path / "a", lora, params=params)
+    assert lx.peft.config(tmp_path / "a")["fan_in_fan_out"]
+    command("convert", tmp_path / "a", "--to", "orbax", "--out", tmp_path / "o")
+    command("convert", tmp_path / "o", "--to", "peft", "--out", tmp_path / "b")
+    for folder in ("a", "b"):
+        got = lx.merge(params, lx.peft.load(tmp_path / folder, params))
+        for path, want in lx.merge(params, lora).items():
+            np.testing.assert_allclose(got[path], want, rtol=1e-5, err_msg=folder)
+
+
+def test_adapters_that_need_their_base_take_it(tmp_path):
+    """Experts in one parameter: their file does not tell which axis is which."""
+    params = {"mlp.experts.down_proj": jnp.ones((3, 6, 4))}
+    _, lora = lx.split(params, 2, layout={"*": lx.Layout((0,), (2,), (1,))})
+    lora = jax.tree.map(lambda x: x + 0.5, lora)
+    lx.peft.save(tmp_path / "a", lora)
+    lx.huggingface.save(tmp_path / "base", params)
+    assert "--base" in command("inspect", tmp_path / "a", code=2).stderr
+    found = json.loads(command("inspect", tmp_path / "a", "--base", tmp_path / "base", "--json").stdout)
+    assert found[0]["adapters"][0]["numbers"] == 3 * 2 * (6 + 4)
+    command("combine", f"{tmp_path / 'a'}:2", "--base", tmp_path / "base", "--out", tmp_path / "c")
+    (got,) = lx.delta(lx.peft.load(tmp_path / "c", params)).values()
+    np.testing.assert_allclose(got, 2 * lora["mlp.experts.down_proj"].delta(), atol=1e-4)
+
+
+def test_a_single_file_of_weights_is_shown_and_a_missing_base_is_an_error(folder, tmp_path):
+    file = folder / "base" / "model.safetensors"
+    (found,) = json.loads(command("inspect", file, "--json").stdout)
+    assert found["kind"] == "checkpoint" and found["tensors"]["layers.0.up_proj.weight"] == ["F32", 6, 4]
+    done = command("merge", tmp_path / "none", folder / "one", "--out", tmp_path / "m", code=2)
+    assert done.stderr.startswith("error: this file cannot be read.") and "Traceback" not in done.stderr

@@ -58,6 +58,8 @@ def open_checkpoint(folder: pathlib.Path) -> Iterator[Table]:
 
 
 def _files(folder: pathlib.Path) -> tuple[list[str], dict[str, str] | None]:
+    if not folder.is_dir():
+        raise unreadable(folder, "no such folder", "check the path.")
     if (folder / INDEX).is_file():
         index = read_json(folder / INDEX).get("weight_map")
         if not isinstance(index, dict) or not index:

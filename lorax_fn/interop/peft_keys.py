@@ -36,7 +36,7 @@ REQUIRED = {
 def by_module(
     tensors: Mapping[str, np.ndarray],
 ) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, np.ndarray], list[str]]:
-    """Parts of adapters by module, all other tensors by name, and a line for each name of no PEFT file."""
+    """Parts of adapters by module, other tensors by name, and a line for each name that is not PEFT's."""
     modules: dict[str, dict[str, np.ndarray]] = {}
     plain: dict[str, np.ndarray] = {}
     strange = []
@@ -58,14 +58,20 @@ def by_module(
     return modules, plain, strange
 
 
+def is_conv1d_name(module: str) -> bool:
+    """Whether a module has a name that GPT-2 gives its Conv1D, whose weight is (in, out)."""
+    name = module.rpartition(".")[2]
+    return re.fullmatch(r"c(_.*)?|q_attn|.*conv1d.*", name, re.IGNORECASE) is not None
+
+
 def has(parts: Mapping, names: str) -> bool:
     return any(name in parts for name in names.split(" or "))
 
 
 def registered(parameters: list[str], by_name: bool) -> list[str]:
-    """The parameters of one module in the order in which it registers them, on which PEFT nests their layers.
+    """The parameters of one module in the order in which it registers them, by which PEFT nests their layers.
 
-    A mapping's own order is taken for it; without one, only Hugging Face's gate_up before down is known.
+    With a mapping it is the mapping's order; without one, only Hugging Face's gate_up before down is known.
     """
     if not by_name:
         return parameters
@@ -81,7 +87,7 @@ def registered(parameters: list[str], by_name: bool) -> list[str]:
 
 
 def token_ids(module: str, config: Mapping[str, Any]) -> list[int] | None:
-    """The rows that ``trainable_token_indices`` names for a module; None where they are no list of ids."""
+    """The rows that ``trainable_token_indices`` names for a module; None where it is not a list of ids."""
     ids = config.get("trainable_token_indices")
     if isinstance(ids, dict):
         ids = next(
@@ -94,7 +100,7 @@ def token_ids(module: str, config: Mapping[str, Any]) -> list[int] | None:
 
 
 def on_device(lora: Mapping[str, Adapter]) -> dict[str, Adapter]:
-    """The adapters with JAX arrays in place of NumPy's, copied: nothing holds on to the file."""
+    """The adapters with JAX arrays instead of NumPy's, copied so that nothing refers to the file."""
 
     def moved(adapter: Any) -> Any:
         arrays = {

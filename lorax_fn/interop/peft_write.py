@@ -1,7 +1,6 @@
-"""Adapters as PEFT's tensors and config: what the format cannot hold is refused, never dropped."""
+"""Adapters as PEFT's tensors and config: what the format cannot express is refused, never dropped."""
 
 import math
-import re
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +10,7 @@ import numpy as np
 from lorax_fn.core.adapters import Adapter
 from lorax_fn.core.errors import error
 from lorax_fn.interop.peft_config import PREFIX
-from lorax_fn.interop.peft_keys import registered
+from lorax_fn.interop.peft_keys import is_conv1d_name, registered
 from lorax_fn.interop.peft_lycoris import write_loha, write_lokr, write_vera
 from lorax_fn.interop.peft_methods import torch_a
 from lorax_fn.interop.pieces import Piece, covered, from_adapter, outputs_of, side_by_side, unit_index
@@ -24,7 +23,7 @@ from lorax_fn.methods.low_rank import LowRank
 from lorax_fn.methods.vera import VeRA
 from lorax_fn.methods.whole import Full, Rows
 
-# What PEFT 0.21 fills in by itself, in files that other readers expect whole.
+# Defaults that PEFT 0.21 writes, which other readers of its files expect.
 DEFAULTS: dict[str, Any] = {
     "auto_mapping": None,
     "base_model_name_or_path": None,
@@ -58,7 +57,7 @@ class Writing:
         for_peft=True,
     ):
         self.lora, self.leaves, self.whole_tree = lora, leaves, whole_tree
-        self.for_peft = for_peft  # or for programs that tell a split from the tensors themselves
+        self.for_peft = for_peft  # or for programs that see a split in the tensors themselves
         self.all_places = places
         self.places: dict[str, list[Place]] = {}
         for place in places:
@@ -76,7 +75,7 @@ class Writing:
         lost = [path for path in self.lora if path not in self.places]
         if lost:
             raise error(
-                "no pair of mapping= speaks of these leaves.",
+                "no pair of mapping= names these leaves.",
                 path=lost,
                 got=sorted({type(self.lora[path]).__name__ for path in lost}),
                 want="a module's name for each adapted leaf",
@@ -85,7 +84,7 @@ class Writing:
         residual = [path for path, x in self.lora.items() if getattr(x, "residual", False)]
         if residual:
             raise error(
-                "these adapters belong to what their init left of the weights, and others have the weights.",
+                "these adapters belong to what their init left of the weights, not to the weights.",
                 path=residual,
                 want="adapters of the original weights",
                 do="plain = lx.ranks.to_plain(params0, params, lora), with the params0 that split was given.",
@@ -119,7 +118,7 @@ class Writing:
                 self._cut(path, adapter, place)
         for module, parts in self.fused.items():
             places = [p for p in self.all_places if p.module == module]
-            m = self._outputs(places[0])
+            m = self.outputs(places[0])
             if not covered(parts, m):
                 parts = [*parts, *self._zero_parts(module, parts, m, dora)]
             self._module(places[0], side_by_side(parts, m))
@@ -146,12 +145,12 @@ class Writing:
         if place.ours is not None:
             piece = outputs_of(piece, unit_index(place.ours, piece.b.shape[-1], path))
         if place.theirs is not None:
-            index = unit_index(place.theirs, self._outputs(place), place.module)
+            index = unit_index(place.theirs, self.outputs(place), place.module)
             self.fused.setdefault(place.module, []).append((index, piece))
         else:
             self._module(place, piece)
 
-    def _outputs(self, place: Place) -> int:
+    def outputs(self, place: Place) -> int:
         """How many outputs the module of others has."""
         layout = self.leaves.entry_layout(place)
         assert layout is not None
@@ -315,12 +314,12 @@ def _numbers_in(names: set[str]) -> set[str]:
 
 
 def _kind(path: str, adapter: Any) -> str | None:
-    """What must be the same for all adapters of a file."""
+    """The kind of an adapter, which must be the same for all adapters of a file."""
     if isinstance(adapter, Full | Rows):
         return None
     if not isinstance(adapter, LowRank):
         raise error(
-            f"a {type(adapter).__name__} has no form in a PEFT file.",
+            f"a {type(adapter).__name__} cannot be expressed in a PEFT file.",
             path=path,
             do="fold it: lx.merge(params, lora), and save the weights with lx.huggingface.save.",
         )
@@ -329,7 +328,7 @@ def _kind(path: str, adapter: Any) -> str | None:
         return names[type(adapter)]
     if not adapter.adds and not (isinstance(adapter, LoRA) and hasattr(adapter, "magnitude")):
         raise error(
-            f"a {type(adapter).__name__} has no form in a PEFT file.",
+            f"a {type(adapter).__name__} cannot be expressed in a PEFT file.",
             path=path,
             do="fold it: lx.merge(params, lora), and save the weights with lx.huggingface.save.",
         )
@@ -341,9 +340,8 @@ def _plain(alpha: float) -> float | int:
 
 
 def _check_conv1d_name(module: str) -> None:
-    """A weight of torch's own tree that is (in, out) is a Conv1D's, or an Embedding's under another name."""
-    name = module.rpartition(".")[2]
-    if not re.fullmatch(r"c(_.*)?|q_attn|.*conv1d.*", name, re.IGNORECASE):
+    """An (in, out) weight in a tree of torch's names is a Conv1D's, or an Embedding's of another name."""
+    if not is_conv1d_name(module):
         raise error(
             "this weight is stored (in, out), as those of GPT-2's Conv1D and of an Embedding are.",
             path=module,
