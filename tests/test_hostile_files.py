@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import lorax_fn as lx
-from lorax_fn.interop.files import read_tensors
+from lorax_fn.interop.files import open_tensors, read_tensors
 
 PARAMS = {"a.q_proj.weight": jnp.ones((6, 4)), "a.v_proj.weight": jnp.ones((5, 4))}
 TENSOR = "adapter_model.safetensors"
@@ -28,6 +28,7 @@ def good(tmp_path_factory):
     lx.peft.save(folder, lora, params=PARAMS)
     lx.kohya.save(folder / "a.safetensors", lora, params=PARAMS)
     lx.huggingface.save(folder, PARAMS)
+    lx.huggingface.save(folder / "shards", PARAMS, shard_bytes=90)
     return folder
 
 
@@ -74,6 +75,40 @@ def test_each_error_of_the_format_is_a_lora_error(name, tmp_path):
     path.write_bytes(FILES[name])
     with pytest.raises(lx.LoraError, match="cannot be read"):
         read_tensors(path)
+
+
+# What the safetensors library calls its errors of reading, and the file above that has each.
+NAMED = {
+    "header too small": "header too small",
+    "header too large": "header too large",
+    "invalid header length": "header length beyond the file",
+    "invalid UTF-8 in header": "header is not utf-8",
+    "invalid JSON in header": "header is not JSON",
+    "invalid shape, data type, or offset": "offsets of another size",
+    "invalid offset for tensor": "overlapping tensors",
+    "incomplete metadata, file not fully covered": "metadata incomplete",
+    "overflow computing buffer size": "shape that overflows",
+    "does not end up at a byte boundary": "four bits that fill no byte",
+}
+
+
+@pytest.mark.parametrize("words", NAMED)
+def test_the_reason_of_the_library_is_in_the_message(words, tmp_path):
+    (tmp_path / "x.safetensors").write_bytes(FILES[NAMED[words]])
+    with pytest.raises(lx.LoraError, match=words):
+        read_tensors(tmp_path / "x.safetensors")
+
+
+def test_a_tensor_or_file_that_is_not_there_is_a_lora_error(tmp_path):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(put_together(one(), bytes(8)))
+    with open_tensors(path) as tensors:
+        for look in (lambda: tensors["y"], lambda: tensors.shape("y"), lambda: tensors.dtype("y")):
+            with pytest.raises(lx.LoraError, match="does not contain tensor y"):
+                look()
+    (tmp_path / "folder.safetensors").mkdir()
+    with pytest.raises(lx.LoraError, match="no such file"):
+        read_tensors(tmp_path / "folder.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -167,23 +202,105 @@ def mutated(raw, rng):
     return bytes(raw)
 
 
+def edited(path, rng):
+    """A whole file again, whose tensors are of other shapes, dtypes, values or names."""
+    from safetensors.numpy import save
+
+    tensors = {name: np.array(x) for name, x in read_tensors(path).items()}
+    for _ in range(rng.randint(1, 2)):
+        name = rng.choice(list(tensors))
+        x = tensors[name]
+        value = rng.choice([0.0, -1.0, np.nan, np.inf, 3e38, 1e-45])
+        with np.errstate(all="ignore"):
+            others = [
+                x.T, x.ravel(), x[None], x[:1] if x.ndim else x, x[:0] if x.ndim else x, np.stack([x, x]),
+                np.full(x.shape, value).astype(x.dtype),
+                x.astype(rng.choice(["f2", "f8", "i1", "i8", "?", "u2"])),
+            ]  # fmt: skip
+        tensors[name] = np.ascontiguousarray(rng.choice(others))
+        if rng.random() < 0.3:
+            end = rng.choice(
+                ["", ".alpha", "2", ".lora_A.weight", ".lora_mid.weight", ".dora_scale", ".hada_w1_a"]
+            )
+            tensors[name.rpartition(".lora")[0] + end] = tensors.pop(name)
+    return save(tensors)
+
+
+def broken(path, rng):
+    return mutated(path.read_bytes(), rng) if rng.random() < 0.5 else edited(path, rng)
+
+
 def peft_file(folder, rng, good):
     facts = json.loads((good / "adapter_config.json").read_text())
     if rng.random() < 0.2:
         wrong = [0, -1, 2**70, "x", [], [[]], {"x": 1}, None, True, {"(a*)*": 3}]
         facts[rng.choice(list(facts))] = rng.choice(wrong)
     (folder / "adapter_config.json").write_text(json.dumps(facts))
-    (folder / TENSOR).write_bytes(mutated((good / TENSOR).read_bytes(), rng))
+    (folder / TENSOR).write_bytes(broken(good / TENSOR, rng))
     return {path: dw.shape for path, dw in lx.delta(lx.peft.load(folder, PARAMS)).items()}
 
 
+WRONG = [
+    *(0, 1, -1, 0.5, 2**31, 2**70, 1e30, None, True, False, "", "x", "(a*)*", "..", "LORA", "VERA", "all"),
+    *("all-linear", "q_proj|v_proj", [], [[]], ["x"], {}, {"x": 1}, {"(a+)+": 3}, {"q_proj": 2}, {".*": 4}),
+]
+
+
+def text_with_mistakes(text, rng):
+    raw = bytearray(text.encode())
+    for _ in range(rng.randint(1, 4)):
+        at = rng.randrange(len(raw))
+        raw[at : at + rng.randint(0, 3)] = bytes(rng.randrange(32, 127) for _ in range(rng.randint(0, 3)))
+    return bytes(raw[: rng.randrange(1, len(raw))] if rng.random() < 0.1 else raw)
+
+
+def config_file(folder, rng, good):
+    """Good tensors under a config of wrong values, missing and unknown fields, or broken text."""
+    facts = json.loads((good / "adapter_config.json").read_text())
+    for _ in range(rng.randint(1, 3)):
+        name = rng.choice([*facts, "layer_replication", "use_qalora", "new_scale", "alpha", "init_r"])
+        if rng.random() < 0.15:
+            facts.pop(name, None)
+        else:
+            facts[name] = rng.choice(WRONG)
+    text = json.dumps(facts)
+    raw = text_with_mistakes(text, rng) if rng.random() < 0.3 else text.encode()
+    (folder / "adapter_config.json").write_bytes(raw)
+    (folder / TENSOR).write_bytes((good / TENSOR).read_bytes())
+    return {path: dw.shape for path, dw in lx.delta(lx.peft.load(folder, PARAMS)).items()}
+
+
+def index_file(folder, rng, good):
+    """Shards under an index that names other files or tensors, or is broken; at times a shard is broken."""
+    for file in (good / "shards").iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    index = folder / "model.safetensors.index.json"
+    facts = json.loads(index.read_text())
+    where = facts["weight_map"]
+    kind, name = rng.randrange(5), rng.choice(list(where))
+    if kind == 0:
+        where[name] = rng.choice(
+            [*where.values(), "../x.safetensors", "/x.safetensors", "gone.safetensors", *WRONG]
+        )
+    elif kind == 1:
+        where[rng.choice(["", "x", name + "x", "\x00"])] = where.pop(name)
+    elif kind == 2:
+        facts[rng.choice(["weight_map", "metadata"])] = rng.choice(WRONG)
+    elif kind == 3:
+        shard = folder / where[name]
+        shard.write_bytes(broken(shard, rng))
+    text = json.dumps(facts)
+    index.write_bytes(text_with_mistakes(text, rng) if kind == 4 else text.encode())
+    return {path: x.shape for path, x in lx.huggingface.load(folder, PARAMS).items()}
+
+
 def weights_file(folder, rng, good):
-    (folder / "model.safetensors").write_bytes(mutated((good / "model.safetensors").read_bytes(), rng))
+    (folder / "model.safetensors").write_bytes(broken(good / "model.safetensors", rng))
     return {path: x.shape for path, x in lx.huggingface.load(folder, PARAMS).items()}
 
 
 def kohya_file(folder, rng, good):
-    (folder / "a.safetensors").write_bytes(mutated((good / "a.safetensors").read_bytes(), rng))
+    (folder / "a.safetensors").write_bytes(broken(good / "a.safetensors", rng))
     return {path: dw.shape for path, dw in lx.delta(lx.kohya.load(folder / "a.safetensors", PARAMS)).items()}
 
 
@@ -207,15 +324,16 @@ def memory_peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-@pytest.mark.parametrize("kind", [peft_file, weights_file, kohya_file])
-@pytest.mark.parametrize("count", [150, pytest.param(3000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", [peft_file, config_file, weights_file, index_file, kohya_file])
+@pytest.mark.parametrize("count", [100, pytest.param(3000, marks=pytest.mark.slow)])
 @pytest.mark.filterwarnings("ignore::lorax_fn.LoraFileWarning")
 def test_a_fuzz_of_mutations_gives_errors_of_ours_alone(good, tmp_path, kind, count):
     before = memory_peak()
     folder = tmp_path / "in"
     folder.mkdir()
     loaded, slowest = fuzz(kind, good, folder, count, seed=count)
-    assert loaded < count / 2 and slowest < 5.0, (loaded, slowest)
+    assert 0 < loaded < 0.8 * count and slowest < 5.0, (loaded, slowest)
     assert memory_peak() - before < 400  # MiB: nothing allocates what a header claims
     files = {"in", "adapter_config.json", TENSOR, "model.safetensors", "a.safetensors"}
+    files |= {path.name for path in (good / "shards").iterdir()}
     assert {p.name for p in pathlib.Path(tmp_path).rglob("*")} <= files

@@ -1,6 +1,6 @@
-"""Safetensors and JSON files as strangers wrote them: read with care, written whole or not at all.
+"""Safetensors and JSON files of unknown origin: read with care, written completely or not at all.
 
-Safetensors is the one format of tensors here: a pickle runs code when it is read. The library of that name
+Safetensors is the only format of tensors here, because reading a pickle runs code. The library of that name
 is imported when a function here is called.
 """
 
@@ -9,6 +9,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -22,7 +23,7 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 class LoraFileWarning(UserWarning):
-    """Something in a file of others has no meaning here and was left out.
+    """Something in another program's file has no meaning here and was ignored.
 
     Example:
       >>> import lorax_fn as lx
@@ -32,7 +33,7 @@ class LoraFileWarning(UserWarning):
 
 
 def needs(module: str, extra: str) -> Any:
-    """Imports an optional module, or says which extra of this package brings it."""
+    """Imports an optional module, or says which extra of this package installs it."""
     import importlib
 
     try:
@@ -73,11 +74,13 @@ class Tensors:
         return dict(self._handle.metadata() or {})
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._handle.get_slice(name).get_shape())
+        with _as_lora_error(self.path):
+            return tuple(self._handle.get_slice(name).get_shape())
 
     def dtype(self, name: str) -> str:
         """The file's own word for a tensor's dtype: ``"F32"``, ``"BF16"``, ``"U8"``."""
-        return str(self._handle.get_slice(name).get_dtype())
+        with _as_lora_error(self.path):
+            return str(self._handle.get_slice(name).get_dtype())
 
     def __getitem__(self, name: str) -> np.ndarray:
         with _as_lora_error(self.path):
@@ -86,14 +89,16 @@ class Tensors:
 
 @contextlib.contextmanager
 def open_tensors(path: str | os.PathLike) -> Iterator[Tensors]:
-    """Opens a safetensors file; whatever is wrong with it is a `LoraError`."""
+    """Opens a safetensors file; anything wrong with it raises `LoraError`."""
     path = pathlib.Path(path)
     refuse_pickle(path)
     if not path.is_file():
         raise unreadable(path, "no such file", "check the path.")
     safetensors = needs("safetensors", "peft")
     with _as_lora_error(path):
-        opened = safetensors.safe_open(str(path), framework="np", backend="pread")
+        # Read, not mapped: a mapped file's pages count as this process's memory. Older ones only map.
+        how = {"backend": "pread"} if _version(safetensors) >= (0, 8) else {}
+        opened = safetensors.safe_open(str(path), framework="np", **how)
         handle = opened.__enter__()
         tensors = Tensors(path, handle)
         _check_sizes(tensors)
@@ -101,6 +106,10 @@ def open_tensors(path: str | os.PathLike) -> Iterator[Tensors]:
         yield tensors
     finally:
         opened.__exit__(None, None, None)
+
+
+def _version(module: Any) -> tuple[int, ...]:
+    return tuple(int(x) for x in re.findall(r"\d+", module.__version__)[:2])
 
 
 def read_tensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
