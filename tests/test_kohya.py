@@ -44,7 +44,7 @@ def test_every_style_and_method_goes_out_and_in(tmp_path, style, method):
     lora = lora_of(method=method)
     file = tmp_path / "a.safetensors"
     if style == "diffusers" and method in ("loha", "lokr"):
-        with pytest.raises(lx.LoraError, match="reads no LoHa"):
+        with pytest.raises(lx.LoraError, match="reads neither LoHa"):
             lx.kohya.save(file, lora, params=PARAMS, style=style)
         return
     lx.kohya.save(file, lora, params=PARAMS, style=style)

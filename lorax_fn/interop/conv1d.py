@@ -11,7 +11,7 @@ from lorax_fn.interop.weights import Leaves
 from lorax_fn.targets.conventions import OUT_IN_NAMES
 from lorax_fn.targets.patterns import components, find, union
 
-# Modules of these names are ordinary ones in every model that bears them.
+# Modules of these names are ordinary ones in every model that has them.
 LINEAR = {
     *"qkvo",
     *(f"{x}_proj" for x in ("q", "k", "v", "o", "out", "up", "gate", "down")),
@@ -24,8 +24,8 @@ LINEAR = {
 def turn_conv1d(tensors: Mapping[str, Any], leaves: Leaves, layout: Any) -> None:
     """Where a config says ``fan_in_fan_out``, some modules are Conv1D: A's width tells which.
 
-    PEFT writes the flag of whichever module came last, so at least one module is a Conv1D. Of square weights
-    that is certain where no module is seen to be an ordinary one, or where one name is left.
+    PEFT writes the flag of whichever module came last, so at least one module is a Conv1D. Which of the
+    square weights are is certain if no module is clearly an ordinary one, or if only one name is left.
 
     Raises:
       LoraError: a square weight may be either.

@@ -1,4 +1,4 @@
-"""One leaf from its parts, one after the other: no more than one part is held beside the tree."""
+"""One leaf from its parts, one after the other: at most one part is held beside the tree."""
 
 import functools
 from collections.abc import Sequence

@@ -1,6 +1,6 @@
-"""The Hugging Face Hub: what does not lie on disk and reads ``org/name`` is fetched by ``huggingface_hub``.
+"""The Hugging Face Hub: a path that does not exist and reads ``org/name`` is fetched by ``huggingface_hub``.
 
-Cache, token and endpoint are that library's own affair.
+Cache, token and endpoint are configured in that library.
 """
 
 import os

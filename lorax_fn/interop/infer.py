@@ -10,7 +10,7 @@ from lorax_fn.core.errors import error
 from lorax_fn.core.trees import PyTree, arrays
 from lorax_fn.interop.weights import Leaves
 
-# One word for what different programs call differently; an empty one says nothing.
+# One word for what programs call by different names; an empty one carries no meaning.
 _WORDS = {
     **dict.fromkeys(("query", "wq"), "q"),
     **dict.fromkeys(("key", "wk"), "k"),
@@ -41,10 +41,10 @@ def infer_mapping(
       layout: as in `lorax_fn.split`.
 
     Returns:
-      A dict of pairs to read, correct and keep.
+      A dict of pairs, to be read, corrected and kept.
 
     Raises:
-      LoraError: two tensors, or two leaves, are as likely; or nothing fits a leaf. All are listed.
+      LoraError: two tensors, or two leaves, are equally likely; or nothing fits a leaf. All are listed.
 
     Example:
       >>> import jax.numpy as jnp, lorax_fn as lx
@@ -129,7 +129,7 @@ def _fits(theirs: tuple[int, tuple[int, ...]], ours: tuple[int, tuple[int, ...]]
 
 
 def _alike(name: str, path: str) -> float:
-    """The share of the words of both names that they have in common; a bias is alike to biases alone."""
+    """The share of words that two names have in common; a bias is similar only to biases."""
     if name.endswith("bias") != (path.rpartition("/")[2] in ("bias", "b")):
         return 0.0
     a, b = _words(name), _words(path)

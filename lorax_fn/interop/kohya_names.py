@@ -1,7 +1,7 @@
-"""What Kohya, LyCORIS, ComfyUI and diffusers call one module: names are made from ours, never taken apart.
+"""What Kohya, LyCORIS, ComfyUI and diffusers call a module: their names are made from ours, never parsed.
 
-In ``lora_unet_down_blocks_0_attentions_0_proj_in`` nothing tells dots from underscores. So every module of
-the tree is given all of its possible names, and a file's keys are looked up among them.
+In ``lora_unet_down_blocks_0_attentions_0_proj_in`` dots and underscores look the same. So all possible names
+of every module of the tree are listed, and a file's keys are looked up among them.
 """
 
 import re
@@ -73,7 +73,7 @@ def written_name(module: str, component: str, style: str) -> str:
 
 
 def names_of(module: str, component: str) -> list[str]:
-    """Everything that a module may be called in a file."""
+    """All names that a module may have in a file."""
     modules = [module]
     if component == "unet" and (older := ldm_name(module)) is not None:
         modules += older

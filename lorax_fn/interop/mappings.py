@@ -1,6 +1,6 @@
-"""How names of others become paths of ours: `preset` for families of models, `infer_mapping` for a proposal.
+"""Other programs' names as our paths: `preset` for families of models, `infer_mapping` for a proposal.
 
-A mapping is a dict that anybody can write; its signs are explained in `lorax_fn.interop.places`. A whole one:
+A mapping is a dict that anybody can write; `lorax_fn.interop.places` explains its notation. An example:
 
     mapping = {
         "model.embed_tokens": "embed/table",

@@ -1,7 +1,7 @@
 """PEFT adapters: `load` and `save` of ``adapter_config.json`` and ``adapter_model.safetensors``.
 
-Neither torch nor peft is needed. `load` gives ordinary adapters; other fields of a config are read by
-`config` and handed back to `save`.
+Neither torch nor peft is needed. `load` returns ordinary adapters; `config` reads the other fields of a
+config, which `save` writes back.
 """
 
 import os
@@ -45,12 +45,12 @@ def load(
     """Reads a PEFT adapter for a parameter tree: the merged weights are PEFT's.
 
     LoRA (linear, embedding, convolution, GPT-2's Conv1D; rsLoRA, DoRA, ranks and alphas by pattern, biases,
-    saved modules, trained tokens, expert parameters), AdaLoRA, LoHa, LoKr and VeRA. Nothing is frozen for
-    having been saved with ``inference_mode``.
+    saved modules, trained tokens, expert parameters), AdaLoRA, LoHa, LoKr and VeRA. ``inference_mode`` in the
+    file freezes nothing.
 
     Args:
       path: the folder, or ``org/name`` of a repository on the Hub.
-      params: the base; abstract leaves will do unless the adapter has a ``lora_bias``.
+      params: the base; its leaves may be abstract unless the adapter has a ``lora_bias``.
       mapping: pairs of a module's name and a path of ours, see `lorax_fn.interop.mappings`; None is the names
         themselves, for trees made from a torch state dict.
       layout: as in `lorax_fn.split`.
@@ -61,8 +61,9 @@ def load(
       ``{path: Adapter}`` in the tree's order; arrays keep the file's dtype.
 
     Raises:
-      LoraError: files are damaged, a pickle, or of an unknown kind; keys are missing, unexpected or of other
-        shapes (all are listed, with the nearest names); or the config asks for what nothing here computes.
+      LoraError: a file is damaged, a pickle, or of an unknown kind; keys are missing, unexpected or of wrong
+        shapes (all are listed, with the nearest names); or the config asks for something that is not
+        implemented here.
 
     Example:
       >>> import tempfile, jax.numpy as jnp, lorax_fn as lx
@@ -99,9 +100,9 @@ def save(
 
     Args:
       path: the folder, made where it is missing.
-      lora: ``{path: Adapter}``; of inits that took a part of W, what `lorax_fn.ranks.to_plain` gives.
-      params: the base, abstract or not. With it target modules are named by the ends of their names where
-        these say the same, and convolutions and embeddings are known by their leaves.
+      lora: ``{path: Adapter}``; for inits that took a part of W, what `lorax_fn.ranks.to_plain` returns.
+      params: the base, abstract or not. With it, target modules are given by the ends of their names where
+        these are unambiguous, and convolutions and embeddings are recognized by their leaves.
       mapping: as in `load`.
       base_model: the name of the base model, for the config and the card.
       target: ``"peft"``; ``"vllm"`` or ``"sglang"`` also checks what the server would refuse.
@@ -110,7 +111,8 @@ def save(
         the next that the server takes.
 
     Raises:
-      LoraError: an adapter has no form in the file, a mapping lacks a leaf, or the server would refuse it.
+      LoraError: an adapter cannot be expressed in the file, the mapping lacks a leaf, or the server would
+        refuse the file.
 
     Example:
       >>> import json, pathlib, tempfile, jax.numpy as jnp, lorax_fn as lx
@@ -195,7 +197,7 @@ def push(path: str | os.PathLike, repo: str, *, private: bool = True, revision: 
 def _check_conv1d(
     facts: Mapping[str, Any], tensors: Mapping[str, Any], leaves: Leaves, layout: Any, mapping: Any
 ) -> None:
-    """Turns the layouts of GPT-2's (in, out) weights in a tree of torch's names, where that is certain."""
+    """Corrects the layouts of GPT-2's (in, out) weights in a tree of torch's names, where that is certain."""
     from lorax_fn.interop.conv1d import turn_conv1d
 
     if mapping is None and alpha_name(facts) == "lora_alpha" and facts.get("fan_in_fan_out"):

@@ -1,4 +1,4 @@
-"""`adapter_config.json`: what its fields mean for the numbers, which of them this package cannot honour."""
+"""`adapter_config.json`: what its fields mean for the numbers, and which of them are not supported here."""
 
 import math
 import re
@@ -52,7 +52,7 @@ HARMLESS = {
     *("unsloth_fixed", "unsloth_version", "velora_config", "loraplus_lr_ratio", "decompose_factor"),
     *("decompose_both", "use_effective_conv2d"),  # what the tensors tell by themselves
 }
-# Fields that this package honours.
+# Fields that have their effect here.
 KNOWN = {
     *("peft_type", "r", "lora_alpha", "alpha", "use_rslora", "use_dora", "bias", "lora_bias", "rank_pattern"),
     *("alpha_pattern", "target_modules", "exclude_modules", "modules_to_save", "target_parameters"),
@@ -74,7 +74,7 @@ FOREIGN = {
     "use_bdlora": "block-diagonal factors",
     "use_qalora": "inputs pooled by groups",
 }
-# What an init of these names took out of W, the adapter's file does not tell.
+# The adapter's file does not contain what an init of these names took out of W.
 RESIDUAL = ("pissa", "olora", "corda", "lora_ga", "loftq")
 _SAYS_SOMETHING = re.compile(
     r"^use_|_config$|scal|alpha|rank|layer|weight|variant|magnitude|norm|pattern|init"
@@ -82,11 +82,11 @@ _SAYS_SOMETHING = re.compile(
 
 
 def check_config(config: Mapping[str, Any], path: Any, strict: bool) -> None:
-    """Refuses a config whose adapter this package would compute otherwise; warns of what it leaves aside.
+    """Refuses a config whose adapter would be computed differently here; warns of fields that are ignored.
 
     Raises:
-      LoraError: the kind is unknown, alpha or another number is missing or not one, or a field changes the
-        mathematics in a way that is not known here.
+      LoraError: the kind is unknown, alpha or another number is missing or not a number, or a field changes
+        the mathematics in a way that is not known here.
     """
     kind = config.get("peft_type")
     if kind not in TYPES:
@@ -101,7 +101,7 @@ def check_config(config: Mapping[str, Any], path: Any, strict: bool) -> None:
     foreign = {name: words for name, words in FOREIGN.items() if config.get(name)}
     if foreign:
         raise error(
-            "fields of this config change what the adapter computes, and nothing here computes that.",
+            "fields of this config change what the adapter computes, in ways that are not implemented here.",
             path=path,
             got=[f"{name}={config[name]!r}: {words}" for name, words in foreign.items()],
             do="merge it in PEFT (merge_and_unload) and read the weights with lx.huggingface.load.",
@@ -123,15 +123,15 @@ def check_config(config: Mapping[str, Any], path: Any, strict: bool) -> None:
             "fields of this config are unknown here and may change what the adapter computes.",
             path=path,
             got=[f"{name}={config[name]!r}" for name in grave],
-            do="update lorax_fn; or load with strict=False, which leaves them aside with a warning.",
+            do="update lorax_fn; or load with strict=False, which ignores them with a warning.",
         )
     if unknown:
-        text = f"{path}: these fields mean nothing here and were left aside: {', '.join(sorted(unknown))}"
+        text = f"{path}: these fields have no meaning here and were ignored: {', '.join(sorted(unknown))}"
         warnings.warn(text, LoraFileWarning, stacklevel=4)
 
 
 def _may_change_numbers(name: str, value: Any) -> bool:
-    """Nothing set changes nothing; neither does free text under a name that speaks of no computation."""
+    """An unset field changes nothing, and neither does free text under a name unrelated to computation."""
     if value is None or value is False or value in ("", [], {}):
         return False
     return not isinstance(value, str) or _SAYS_SOMETHING.search(name) is not None
@@ -167,7 +167,7 @@ def _check_numbers(config: Mapping[str, Any], path: Any) -> None:
         wrong.append(f"bias={config['bias']!r}")
     if wrong:
         raise error(
-            "fields of this config are not what they should be.",
+            "fields of this config have values that they cannot have.",
             path=path,
             got=wrong,
             want="ranks of 1 or more, finite alphas, true or false",
@@ -198,9 +198,13 @@ def value_of(module: str, patterns: Mapping[str, Any] | None, default: Any) -> A
 
 
 def unused_keys(patterns: Mapping[str, Any] | None, modules: Iterable[str]) -> list[str]:
-    """The keys that are not the first match of any module."""
+    """The keys that are not the first match of any module, but for the one that PEFT itself adds."""
     used = {next((k for k in patterns or {} if ends_with(k, module)), None) for module in modules}
-    return [key for key in patterns or {} if key not in used]
+    return [key for key in patterns or {} if key not in used and key != _FUSED_EXPERTS]
+
+
+# Written by PEFT for models with experts wherever gate_proj and up_proj are targets, be they experts or not.
+_FUSED_EXPERTS = r".*\.gate_up_proj"
 
 
 def ends_with(key: str, module: str) -> bool:
@@ -213,13 +217,13 @@ def ends_with(key: str, module: str) -> bool:
 
 
 def _regex(pattern: str) -> re.Pattern:
-    """A regex out of a file: one that could run for ever, or that is none, is an error."""
+    """A regex from a file; one that is invalid or could run forever is an error."""
     own = pattern.removeprefix(r"(.*\.)?")
     nested = re.search(r"[+*}]\)*[+*{]|\([^()]*[+*{|][^()]*\)[+*{]", own)
-    # names are of our own tree, some sixty letters long: six open repetitions end within a second
+    # names come from our own tree and have some sixty letters: six open repetitions end within a second
     if len(pattern) > 4000 or nested or len(re.findall(r"[*+]|\{\d*,\}", own)) > 6:
         raise error(
-            "a pattern of this config may take for ever to match.",
+            "a pattern of this config may take forever to match.",
             got=pattern[:200],
             want="no repetition inside a repetition, and six of them at most",
             do="write it as names of modules.",
@@ -280,7 +284,7 @@ def with_others(
     places: Iterable[Any],
     whole_tree: bool,
 ) -> dict[str, Any]:
-    """Fields of an older config: those that adapters do not decide, and other words for the same numbers."""
+    """The config with those fields of an older one that adapters do not decide, or that say the same."""
     decided = {
         *("peft_type", "r", "lora_alpha", "alpha", "rank_pattern", "alpha_pattern", "use_dora", "use_rslora"),
         *("bias", "lora_bias", "fan_in_fan_out", "modules_to_save", "target_parameters", "target_modules"),

@@ -1,7 +1,8 @@
-"""Adapters of one module as others store them, joined into adapters of our leaves and cut out of them again.
+"""Adapters of single modules, as other programs store them, joined into adapters of our leaves and cut out.
 
-A `Piece` is factors of one torch module in our order of axes, ``a [n, r]`` and ``b [r, m]``, with inputs and
-outputs flattened. Several of them may share one leaf: entries of a stack, or side by side in its outputs.
+A `Piece` holds the factors of one torch module in our order of axes, ``a [n, r]`` and ``b [r, m]``, with
+inputs and outputs flattened. Several of them may share one leaf: entries of a stack, or side by side in its
+outputs.
 """
 
 import dataclasses
@@ -87,7 +88,7 @@ def side_by_side(parts: Sequence[tuple[np.ndarray, Piece]], m: int) -> Piece:
 
 
 def covered(parts: Sequence[tuple[np.ndarray, Any]], m: int) -> bool:
-    """Whether some parts have each of ``m`` outputs exactly once."""
+    """Whether the parts contain each of ``m`` outputs exactly once."""
     found = np.concatenate([index for index, _ in parts]) if parts else np.zeros(0, int)
     return found.size == m and np.array_equal(np.sort(found), np.arange(m))
 

@@ -1,4 +1,4 @@
-"""Leaves of ours as tensors of a checkpoint: fused where others fuse, in shards where they are large."""
+"""Our leaves as tensors of a checkpoint: fused where other programs fuse them, and in shards."""
 
 import math
 from collections.abc import Mapping
@@ -25,7 +25,7 @@ def check_savable(leaves: Leaves, places: list[Place]) -> None:
     stored = [path for path, x in leaves.by_path.items() if is_stored(x)]
     if stored:
         raise error(
-            "quantized weights have no form in a checkpoint of this kind.",
+            "quantized weights cannot be written into a checkpoint of this kind.",
             path=stored,
             do="lx.huggingface.save(path, lx.dequantize(params)).",
         )
@@ -35,7 +35,7 @@ def check_savable(leaves: Leaves, places: list[Place]) -> None:
 
 
 def saved_name(place: Place, leaves: Leaves) -> str:
-    """A stack that no placeholder runs along is one bare parameter, such as experts."""
+    """A stack along which no placeholder runs is one bare parameter, such as experts."""
     layout = leaves.entry_layout(place)
     return place.module if layout is not None and layout.stack and not place.same else place.tensor
 
@@ -47,7 +47,7 @@ def byte_size(places: list[Place], leaves: Leaves) -> int:
 
 
 def to_file(places: list[Place], leaves: Leaves) -> np.ndarray:
-    """One tensor of others, from all the leaves that have a part of it."""
+    """One tensor of the checkpoint, from all the leaves that hold a part of it."""
     parts = []
     for place in places:
         x = entry_of(np.asarray(leaves.by_path[place.path]), leaves.entry_axes(place), place.entry)
