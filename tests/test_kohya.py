@@ -130,7 +130,7 @@ def pair(name, factors):
         (lambda n, t: pair(n, t) | {f"{n}.lora_up.weight": normal(7, 2)}, r"shape: .*\(7, 2\)"),
         (lambda n, t: pair(f"{n}x", t), "(?s)extra: .*nearest"),
         (lambda n, t: pair(n, (t[0] * np.nan, t[1])), "not finite"),
-        (lambda n, t: {f"{n}.glora_a": t[0]}, "key layout"),
+        (lambda n, t: {f"{n}.glora_a": t[0]}, "known layout"),
         (lambda n, t: pair(n, t) | {f"{n}.dora_scale": np.ones((1, 6), "f4")}, "norms by inputs"),
     ],
 )  # fmt: skip

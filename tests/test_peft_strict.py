@@ -182,7 +182,7 @@ def test_patterns_match_in_the_order_and_the_way_of_peft(patterns, module, want)
 
 
 def test_a_mapping_may_speak_of_leaves_that_are_not_adapted(tmp_path):
-    """With and without params, of a dict and of a preset: the same file; but each adapted leaf needs a pair."""
+    """The file is the same with and without params; but each adapted leaf needs a pair."""
     params = {"layers": {n: {"kernel": jnp.ones((2, 4, 6))} for n in "qkv"}, "norm": {"scale": jnp.ones(4)}}
     mapping = {f"model.layers.{{i}}.{n}_proj": f"layers/{n}/kernel" for n in "qkv"}
     mapping["model.norm"] = "norm/scale"
