@@ -166,7 +166,7 @@ def test_no_more_than_the_tree_and_one_tensor_is_in_memory(tmp_path):
         save_file(tensors, tmp_path / f"model-{shard}.safetensors")
     where = {f"l.{i}.up.weight": f"model-{i // 8}.safetensors" for i in range(32)}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
-    for quantize, most in (("", 256 + 64), ("nf4", 33 + 96)):
+    for quantize, most in (("", 256 + 64), ("nf4", 33 + 80)):  # whole in 16 bits it would be 128
         run = [sys.executable, "-c", textwrap.dedent(script), str(tmp_path), quantize]
         done = subprocess.run(run, capture_output=True, text=True, check=True)
         grown, size = map(float, done.stdout.split())
