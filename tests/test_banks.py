@@ -94,6 +94,7 @@ METHODS = {
     "lora": [dict(rank=1), dict(rank=3, alpha=2.0), dict(rank=2, scaling="rslora")],
     "dora": [dict(rank=2, method="dora"), dict(rank=3), dict(rank=1, method="dora", alpha=3.0)],
     "others": [dict(rank=2, method="vera"), dict(rank=2, method="lora_fa"), dict(rank=2, method="loha")],
+    "cores": [dict(rank=2, method="lokr"), dict(rank=2, method="lora_xs"), dict(rank=3)],
 }
 apply = lx.adapt(model, fallback="error")
 
@@ -327,6 +328,33 @@ def test_get_is_what_set_put_there_and_clear_empties():
     assert lx.bank([shapes], capacity=3).slots["table"].a.shape == (3, 11, 2)
     traced = jax.jit(lambda bank, i, lora: bank.set(i, lora))(before, 4, loras[1])
     assert jax.tree.all(jax.tree.map(lambda x, y: bool((x == y).all()), traced.get(4), loras[1]))
+
+
+def test_memory_is_that_of_the_adapters_and_the_base_is_shared():
+    made = [lx.split(PARAMS, rank, layout=LAYOUT, targets=["table", "gate"]) for rank in (1, 2, 2)]
+    for params, _ in made:
+        for kept, given in zip(jax.tree.leaves(params), jax.tree.leaves(PARAMS), strict=True):
+            assert kept is given
+    bank = lx.bank([lora for _, lora in made])
+    one = sum(x.nbytes for x in jax.tree.leaves(made[1][1]))
+    numbers = (
+        4 * 3 * (1 + 1 + 1 + 1 + 3 * 2 + 1)
+    )  # scale, alpha, rank and kind of each slot; gate has two layers
+    assert bank.nbytes == 3 * one + numbers
+    base = {x.unsafe_buffer_pointer() for x in jax.tree.leaves(PARAMS)}
+    assert not base & {x.unsafe_buffer_pointer() for x in jax.tree.leaves(bank)}
+
+
+def test_two_banks_by_rank_class_are_smaller_than_one():
+    """Rows of either class in one call: each has -1 in the bank that it does not use."""
+    loras = [drawn(r, i) for i, r in enumerate((1, 1, 1, 6))]
+    small, large = lx.bank(loras[:3]), lx.bank(loras[3:])
+    assert small.nbytes + large.nbytes < lx.bank(loras).nbytes / 2
+    twice = lx.adapt(apply, fallback="error")
+    i, j = jnp.array([2, -1, 0, -1]), jnp.array([-1, 0, -1, -1])
+    rows = jax.jit(jax.vmap(lambda i, j, x: twice(PARAMS, small[i], large[j], x)))(i, j, TOKENS[:4])
+    for row, lora in enumerate((loras[2], loras[3], loras[0], {})):
+        near(rows[row], apply(PARAMS, lora, TOKENS[row]), 2e-5)
 
 
 @pytest.mark.parametrize(

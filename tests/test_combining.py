@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import lorax_fn as lx
+from lorax_fn.many import combining
 
 PARAMS = {"up": jax.random.normal(jax.random.key(0), (8, 6)), "layers": jnp.ones((2, 6, 5))}
 LAYOUTS = {"up": lx.Layout((), (0,), (1,)), "layers": lx.Layout((0,), (1,), (2,))}
@@ -120,6 +121,23 @@ def test_trimming_methods_follow_their_formulas(method, density, sign, svd):
             b = merged([entries(lora[path].b) for lora in loras], f, name, density, sign)
             want = a @ b
         np.testing.assert_allclose(entries(lx.delta(got)[path]), want, atol=2e-5 * np.abs(want).max())
+
+
+def test_a_large_trimmed_dw_gets_a_randomized_svd(monkeypatch):
+    params = {"kernel": jnp.ones((90, 70))}
+    lora = jax.tree.map(
+        lambda x: jax.random.normal(jax.random.key(x.shape[0]), x.shape), lx.split(params, 4)[1]
+    )
+    monkeypatch.setattr(combining, "EXACT_UP_TO", 64)
+    combining._combined.clear_cache()
+    try:
+        got = lx.delta(lx.combine([(1.0, lora), (0.5, lora)], "magnitude_prune_svd", density=0.3))["kernel"]
+    finally:
+        combining._combined.clear_cache()
+    want = 1.5 * trimmed(np.asarray(lx.delta(lora)["kernel"]), 0.3)
+    size = np.linalg.svd(want, compute_uv=False)
+    best, left = np.sqrt((size[4:] ** 2).sum()), np.linalg.norm(want - np.asarray(got))
+    assert 0.999 * best < left < 1.01 * best
 
 
 def test_dare_drops_at_random_keeps_the_mean_and_follows_its_key():

@@ -1,6 +1,8 @@
 """The serving example over loopback: rows equal generation alone, and one client's mistakes hurt no other."""
 
 import concurrent.futures
+import json
+import logging
 import socket
 import sys
 import threading
@@ -22,7 +24,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 from models.llama import STACKED, TABLE, Llama, LlamaConfig  # noqa: E402
 from serve.app import make_app  # noqa: E402
-from serve.engine import Engine, empty_bank  # noqa: E402
+from serve.engine import Engine, Refused, Request, empty_bank  # noqa: E402
+from serve.loading import load_adapter  # noqa: E402
 
 CONFIG = LlamaConfig(vocab=32, width=16, hidden=24, layers=2, heads=2, kv_heads=1)
 LAYOUT = {"embedding": TABLE, "kernel": STACKED}
@@ -52,11 +55,12 @@ def served(tmp_path_factory):
     folder = tmp_path_factory.mktemp("adapters")
     params = Llama(CONFIG).init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
     loras = {name: adapter(params, i, 1 + i) for i, name in enumerate(NAMES)}
-    for name, lora in loras.items():
-        lx.checkpoint.save(folder / name, lora)
+    for name in NAMES[:2]:
+        lx.checkpoint.save(folder / name, loras[name], params=params)
+    lx.peft.save(folder / "blue", loras["blue"], mapping=lx.mappings.preset("llama", "examples"))
     bank = empty_bank(params, LAYOUT, slots=2, rank=4)
     engine = Engine(
-        CONFIG, params, bank, lambda n: lx.checkpoint.load(folder / n), rows=4, length=24, queue=64
+        CONFIG, params, bank, lambda n: load_adapter(folder / n, params), rows=4, length=24, queue=64
     )
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -117,13 +121,69 @@ def test_streams_and_hang_ups_free_their_row(served):
     assert not any(engine.rows)
 
 
+def wait_for(happens, seconds=30):
+    until = time.time() + seconds
+    while not happens() and time.time() < until:
+        time.sleep(0.01)
+    assert happens()
+
+
+@pytest.mark.parametrize("where", ["answered", "queued"])
+def test_a_client_that_hangs_up_on_a_whole_answer_frees_its_place(served, monkeypatch, where):
+    _, _, client, engine, _ = served
+    wait_for(lambda: not any(engine.rows))
+    fast, others = engine.step, []
+
+    def slow(*args):
+        time.sleep(0.1)
+        return fast(*args)
+
+    monkeypatch.setattr(engine, "step", slow)
+    if where == "queued":
+        others = [Request("base", [1], 23, 0.0, lambda token: None) for _ in engine.rows]
+        for one in others:
+            engine.submit(one)
+        wait_for(lambda: all(engine.rows))
+    body = json.dumps({"model": "base", "prompt": "A", "max_tokens": 23})
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+    with socket.create_connection((client.base_url.host, client.base_url.port)) as line:
+        line.sendall((head + body).encode())
+        wait_for(lambda: len(engine.waiting) == 1 if where == "queued" else any(engine.rows))
+        mine = engine.waiting[0] if where == "queued" else next(row for row in engine.rows if row)
+    wait_for(lambda: mine.cancelled)
+    for one in others:
+        one.cancelled = True
+    wait_for(lambda: not any(engine.rows) and not engine.waiting)
+    assert mine.made < (1 if where == "queued" else 20)
+
+
+def test_hung_up_clients_take_no_place_in_a_full_queue(served, monkeypatch):
+    _, _, _, engine, _ = served
+    monkeypatch.setattr(engine, "limit", 1)
+    monkeypatch.setattr(engine, "_admit", lambda: None)  # nothing leaves the queue
+    gone, new = (Request("base", [1], 1, 0.0, lambda token: None) for _ in range(2))
+    engine.submit(gone)
+    with pytest.raises(Refused):
+        engine.submit(new)
+    gone.cancelled = True
+    engine.submit(new)
+    assert list(engine.waiting) == [new]
+    new.cancelled = True
+
+
 def test_mistakes_are_told_and_hurt_nobody(served):
     params, _, client, engine, folder = served
     (folder / "broken").mkdir()
+    other = Llama(LlamaConfig(vocab=32, width=16, hidden=20, layers=2, heads=2, kv_heads=1))
+    other = other.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
+    lx.checkpoint.save(folder / "narrow", adapter(other, 1, 2), params=other)  # of a base of other shapes
+    lx.checkpoint.save(folder / "wide", adapter(params, 1, 5), params=params)  # of a rank that no slot holds
     wrong = [
         (openai.NotFoundError, dict(model="nobody", prompt="A")),
         (openai.NotFoundError, dict(model="../red", prompt="A")),
         (openai.BadRequestError, dict(model="broken", prompt="A")),
+        (openai.BadRequestError, dict(model="narrow", prompt="A")),
+        (openai.BadRequestError, dict(model="wide", prompt="A")),
         (openai.BadRequestError, dict(model="base", prompt="A" * 20, max_tokens=5)),
         (openai.BadRequestError, dict(model="base", prompt="")),
         (openai.BadRequestError, dict(model="base", prompt=[1, 99])),
@@ -139,7 +199,9 @@ def test_mistakes_are_told_and_hurt_nobody(served):
     with pytest.raises(openai.RateLimitError):
         ask(client, "base")
     engine.limit = 64
-    lx.checkpoint.save(folder / "late", adapter(params, 9, 2))  # an adapter that comes while it runs
+    lx.checkpoint.save(
+        folder / "late", adapter(params, 9, 2), params=params
+    )  # an adapter that comes while it runs
     assert ask(client, "late", "AB", 4) == greedy(params, adapter(params, 9, 2), "AB", 4)
     assert {"base", "late", *NAMES} <= {model.id for model in client.models.list()}
     text = client._client.get(str(client.base_url).replace("/v1/", "/metrics")).text
@@ -159,3 +221,40 @@ def test_swaps_keep_memory_and_programs(served):
     np.testing.assert_array_equal(
         bank.get(1)["params/layers/mlp/up/kernel"].a, loras[3]["params/layers/mlp/up/kernel"].a
     )
+
+
+def resident():
+    """Bytes of memory that the process has."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from /proc")
+def test_a_thousand_swaps_from_disk_keep_memory_and_compile_nothing(served, caplog):
+    _, _, _, engine, folder = served
+    names, adapters = NAMES, engine.adapters
+    done = threading.Semaphore(0)
+
+    def swap(count):
+        """Asks for three adapters in turn where two fit: each request reads one and evicts another."""
+        until = adapters.swaps + count
+        i = 0
+        while adapters.swaps < until:
+            told = lambda token: done.release() if token is None else None  # noqa: E731
+            engine.submit(Request(names[i % 3], [1], 1, 0.0, told))
+            assert done.acquire(timeout=60)
+            i += 1
+
+    swap(100)
+    held, arrays, pointer = resident(), len(jax.live_arrays()), adapters.bank
+    pointer = pointer.slots["params/layers/mlp/up/kernel"].a.unsafe_buffer_pointer()
+    jax.config.update("jax_log_compiles", True)
+    try:
+        with caplog.at_level(logging.WARNING, "jax"):
+            swap(1000)
+    finally:
+        jax.config.update("jax_log_compiles", False)
+    assert "Compiling" not in caplog.text, caplog.text[:2000]
+    assert len(jax.live_arrays()) <= arrays + 8  # those of the last answer may still wait to be collected
+    assert adapters.bank.slots["params/layers/mlp/up/kernel"].a.unsafe_buffer_pointer() == pointer
+    assert resident() < held + 8e6, f"{(resident() - held) / 1e6:.1f} MB more"

@@ -11,9 +11,9 @@ import data
 import uvicorn
 from models.llama import STACKED, TABLE, load_gguf
 
-from lorax_fn import checkpoint
 from serve.app import make_app
 from serve.engine import Engine, empty_bank
+from serve.loading import load_adapter
 
 
 class Tokens:
@@ -31,9 +31,7 @@ class Tokens:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Serves SmolLM2-135M with many adapters.")
-    parser.add_argument(
-        "--adapters", type=Path, required=True, help="a folder of adapters, saved by lx.checkpoint"
-    )
+    parser.add_argument("--adapters", type=Path, required=True, help="a folder of adapters, one folder each")
     parser.add_argument("--slots", type=int, default=16, help="adapters held at once")
     parser.add_argument("--rank", type=int, default=16, help="the largest rank that fits")
     parser.add_argument("--rows", type=int, default=8, help="requests decoded at once")
@@ -45,11 +43,7 @@ def main() -> None:
     layout = {"embedding": TABLE, "kernel": STACKED}
     bank = empty_bank(params, layout, slots=args.slots, rank=args.rank)
 
-    def load(name: str):
-        folder = args.adapters / name
-        inner = folder / "adapter"  # as examples/finetune_smollm2.py saves it
-        return checkpoint.load(inner if inner.is_dir() else folder, params=params)
-
+    load = lambda name: load_adapter(args.adapters / name, params)  # noqa: E731
     engine = Engine(config, params, bank, load, rows=args.rows, length=args.length)
     try:
         uvicorn.run(make_app(engine, Tokens(gguf, config.vocab), args.adapters), port=args.port)

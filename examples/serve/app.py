@@ -55,6 +55,13 @@ def make_app(engine: Engine, tokenizer: Any, folder: Path) -> Starlette:
     def known(name: str) -> bool:
         return name == Path(name).name and not name.startswith(".") and (folder / name).is_dir()
 
+    async def hung_up(http, request, told):
+        """Ends the request where its client hangs up: in the queue, at the prompt or while it is answered."""
+        while not await http.is_disconnected():
+            await asyncio.sleep(0.05)
+        request.cancelled = True
+        told.put_nowait(None)
+
     async def completions(http):
         loop, told = asyncio.get_running_loop(), asyncio.Queue()
         try:
@@ -64,8 +71,10 @@ def make_app(engine: Engine, tokenizer: Any, folder: Path) -> Starlette:
                 raise Refused(400, f"the body is not JSON: {failure}") from None
             request = _asked(body, tokenizer, lambda x: loop.call_soon_threadsafe(told.put_nowait, x), known)
             engine.submit(request)
+            watch = asyncio.create_task(hung_up(http, request, told))
             first = await told.get()
             if isinstance(first, Exception):
+                watch.cancel()
                 raise Refused(400, f"adapter {request.adapter!r} cannot be loaded: {first}")
         except Refused as refused:
             answers.labels(refused.status).inc()
@@ -88,7 +97,7 @@ def make_app(engine: Engine, tokenizer: Any, folder: Path) -> Starlette:
                     yield token
                     token = await told.get()
             finally:
-                request.cancelled = True  # also where the client hung up: its row is free at the next step
+                request.cancelled = True  # also where the client of a stream hung up: its row becomes free
 
         async def events():
             async for token in tokens():
@@ -97,12 +106,10 @@ def make_app(engine: Engine, tokenizer: Any, folder: Path) -> Starlette:
             yield f"data: {json.dumps(part('', finish))}\n\ndata: [DONE]\n\n"
 
         if body.get("stream"):
+            watch.cancel()  # from here on the response itself notices
             return StreamingResponse(events(), media_type="text/event-stream")
-        made, stream = [], tokens()
-        async for token in stream:
-            made.append(token)
-            if await http.is_disconnected():
-                await stream.aclose()
+        made = [token async for token in tokens()]
+        watch.cancel()
         usage = {"prompt_tokens": len(request.prompt), "completion_tokens": len(made)}
         usage["total_tokens"] = sum(usage.values())
         finish = "length" if len(made) == request.new else "stop"

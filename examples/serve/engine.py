@@ -59,17 +59,19 @@ class Adapters:
         if name in self.slots:
             self.slots.move_to_end(name)
             return self.slots[name]
-        lora = self.load(name)  # before anything is evicted: it may fail
-        free = [i for i in range(len(self.bank)) if i not in self.slots.values()]
-        if not free:
-            idle = next((other for other, i in self.slots.items() if i not in busy), None)
-            if idle is None:
-                return None
-            free = [self.slots.pop(idle)]
-        self.bank = self.bank.set(free[0], lora, donate=True)
-        self.slots[name] = free[0]
+        unused = set(range(len(self.bank))) - set(self.slots.values())
+        idle = next((other for other, i in self.slots.items() if i not in busy), None)
+        if not unused and idle is None:
+            return None
+        lora = self.load(name)
+        slot = unused.pop() if unused else self.slots[idle]
+        # All that may fail comes before anything is evicted; a bank that refuses an adapter stays as it is.
+        self.bank = self.bank.set(slot, lora, donate=True)
+        if idle is not None and self.slots[idle] == slot:
+            del self.slots[idle]
+        self.slots[name] = slot
         self.swaps += 1
-        return free[0]
+        return slot
 
 
 class Engine:
@@ -91,6 +93,8 @@ class Engine:
         if not request.prompt or len(request.prompt) + request.new > self.length:
             raise Refused(400, f"prompt and max_tokens together must be 1 to {self.length} tokens")
         with self.lock:
+            if any(one.cancelled for one in self.waiting):  # clients that hung up take no place in the queue
+                self.waiting = collections.deque(one for one in self.waiting if not one.cancelled)
             if len(self.waiting) >= self.limit:
                 raise Refused(429, "the queue is full")
             self.waiting.append(request)

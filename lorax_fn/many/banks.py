@@ -23,15 +23,15 @@ from lorax_fn.many.slots import Slots, form, form_of, kept, padded, unpadded
 class Bank:
     """Many adapters over one base, in slots of one size; a pytree of arrays, made by `bank`.
 
-    ``bank[i]`` is the whole of routing: an ordinary ``lora`` whose arrays are picked where a weight's product
-    contracts them. ``i`` may be traced, so that `jax.vmap` over it gives each row of a batch its own adapter
-    while base products stay single products over the whole batch. Slot -1 is the bare base. ``bank[weights]``
-    with float weights ``[k]`` is the mixture ``sum_k w_k dW_k``, exact, at rank ``k * r``.
+    ``bank[i]`` is all there is to routing: an ordinary ``lora`` whose arrays are picked where a weight's
+    product contracts them. ``i`` may be traced, so that `jax.vmap` over it gives each row of a batch its own
+    adapter, while base products stay single products over the whole batch. Slot -1 is the bare base.
+    ``bank[weights]`` with float weights ``[k]`` is the mixture ``sum_k w_k dW_k``, exact, at rank ``k * r``.
 
-    Which tenant sits in which slot is the caller's dict: the bank holds arrays only, so that another adapter
-    in a slot compiles nothing. Gradients by a bank train the adapters in it; a slot that no row uses has a
-    gradient of exactly zero. Scales are constants, and A of LoRA-FA has no gradient (leave weight decay out
-    of such a bank's optimizer, for decay needs no gradient).
+    The bank holds arrays only, so that another adapter in a slot compiles nothing; which adapter sits in
+    which slot is for the caller to remember. A gradient with respect to a bank trains the adapters in it, and
+    is exactly zero in a slot that no row uses. Scales are constants, and the A of LoRA-FA gets no gradient;
+    weight decay would shrink it all the same, so such a bank should train without decay.
 
     Args:
       slots: for each path the adapters of its weight side by side, ``[*s, k, ...]``.
@@ -81,9 +81,9 @@ class Bank:
     def set(self, i: Any, lora: dict[str, Adapter], *, donate: bool = False) -> "Bank":
         """A bank with another adapter in slot ``i``; weights that ``lora`` does not adapt get none there.
 
-        Compiles nothing after the first call on a bank of this size. ``donate=True`` writes the one slot in
-        place, and the old bank is gone; else all other slots are copied with it. Inside a jitted function
-        give ``donate_argnums`` there.
+        Nothing is compiled after the first call on a bank of this size. ``donate=True`` writes the one slot
+        in place, and the old bank can no longer be used; otherwise the other slots are copied. Inside a
+        jitted function, use its ``donate_argnums`` instead.
 
         Args:
           i: the slot; an integer or an integer array ``[]``.
@@ -94,8 +94,8 @@ class Bank:
           The new bank.
 
         Raises:
-          LoraError: the adapter does not fit: its rank, paths, layouts or shapes, a wider dtype, a method
-            that no slot can hold, or the slot does not exist.
+          LoraError: the adapter does not fit (its rank, paths, layouts, shapes or method, or a dtype wider
+            than the bank's), or the slot does not exist.
 
         Example:
           >>> import jax.numpy as jnp, lorax_fn as lx
@@ -109,7 +109,7 @@ class Bank:
         return self._write(i, padded(forms, lora), donate)
 
     def clear(self, i: Any, *, donate: bool = False) -> "Bank":
-        """A bank whose slot ``i`` is empty: there it adds nothing to the base.
+        """A bank whose slot ``i`` is empty, so that it adds nothing to the base.
 
         Args:
           i: the slot.
@@ -196,9 +196,9 @@ def bank(
 ) -> Bank:
     """Puts adapters of one base into slots of one size, to be picked by number: see `Bank`.
 
-    Ranks are padded with zeros, and a weight that an adapter leaves alone gets zeros: both add exactly
-    nothing. Padding costs the products of the full rank; adapters of very different ranks are better off in
-    two banks, whose adapters `adapt` adds up: ``adapt(adapt(fn))(params, small[i], large[j], x)``, with -1 in
+    Ranks are padded with zeros, and so is a weight that an adapter leaves alone: both add exactly nothing.
+    Padding takes the memory and the products of the full rank. Where few adapters have a high rank, two banks
+    take less memory: ``adapt(adapt(fn))(params, small[i], large[j], x)`` serves both in one call, with -1 in
     the bank that a row does not use.
 
     Args:
@@ -210,7 +210,7 @@ def bank(
       rank: the largest rank that fits a slot; None is each weight's largest among ``loras``.
 
     Returns:
-      The bank; of the dtype that holds all adapters of a weight exactly. It takes ``capacity`` times the
+      The bank, in the dtype that holds all adapters of a weight exactly. It takes ``capacity`` times the
       memory of one adapter of that rank.
 
     Raises:
@@ -297,5 +297,5 @@ def _no_slot(i: Any, count: int, also: str = "") -> Exception:
         "the bank has no such slot.",
         got=repr(i),
         want=f"{also}0 to {count - 1}",
-        do="make a larger bank: lx.bank(loras, capacity=...); it compiles anew, once.",
+        do="make a larger bank, lx.bank(loras, capacity=...), for which programs compile once more.",
     )

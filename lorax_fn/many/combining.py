@@ -10,7 +10,7 @@ ties             on A and on B: trim, elect signs, mean of those that agree (htt
 dare_linear      on A and on B: drop at random, rescale, sum (https://arxiv.org/abs/2311.03099)
 dare_ties        dropped and rescaled like that, then elected as in ties
 magnitude_prune  trim, then sum
-*_svd            the same of the dW_i, by SVD of the result
+*_svd            the same on the dW_i; the result is not low-rank, and its SVD is cut off at rank k
 """
 
 import dataclasses
@@ -49,11 +49,13 @@ def combine(
 ) -> dict[str, Adapter]:
     """Puts weighted adapters together into one: ``sum_i w_i dW_i``, exactly or by a method of the literature.
 
-    ``"cat"``, the default, is exact and costs rank ``sum r_i``; ``"svd"`` is the best at a lower rank. The
-    others are approximations to compare: TIES (https://arxiv.org/abs/2306.01708) and DARE
-    (https://arxiv.org/abs/2311.03099) trim each adapter first. Without ``_svd`` they work on A and B apart,
-    as PEFT does, so that even at density 1 they are not the sum of the dW; with ``_svd`` they work on dW,
-    which they build, one weight at a time.
+    ``"cat"``, the default, is exact and has rank ``sum r_i``; ``"svd"`` is the best approximation of a lower
+    rank, and builds no dW. The others are approximations to compare: TIES (https://arxiv.org/abs/2306.01708)
+    and DARE (https://arxiv.org/abs/2311.03099) trim each adapter first. Without ``_svd`` they work on A and B
+    separately, as in PEFT, so that even at density 1 they are not the sum of the dW. With ``_svd`` they work
+    on the dW, which are built one weight at a time. The trimmed sum is not low-rank: up to 1024 on its
+    smaller side its SVD is exact, and beyond it is a randomized one (Halko et al.,
+    https://arxiv.org/abs/0909.4061) with eight power iterations.
 
     Args:
       loras: ``(weight, lora)`` pairs; a weight is any number, negative ones too. A weight of the model that
@@ -63,14 +65,14 @@ def combine(
       rank: the rank of ``svd`` and the ``_svd`` forms; None is the largest of the adapters.
       density: the share of entries that trimming keeps, above 0 and at most 1; the methods that trim need it.
       sign: how ``ties`` elects the sign of an entry: ``"total"`` by the sum, ``"frequency"`` by count.
-      key: PRNG key of what ``dare`` drops; None is ``jax.random.key(0)``.
+      key: PRNG key that decides what ``dare`` drops; None is ``jax.random.key(0)``.
 
     Returns:
-      One adapter of each path, a `LoRA` of scale 1 whatever the methods of ``loras`` were.
+      One adapter per path: a `LoRA` of scale 1, whatever the methods of ``loras``.
 
     Raises:
-      LoraError: there are no adapters, an option is unknown, missing or without effect, layouts or shapes of
-        a path differ, ranks differ where factors are added up, or an adapter has no dW without its weight
+      LoraError: there are no adapters; an option is unknown, missing or without effect; layouts or shapes of
+        a path differ; ranks differ where factors are added up; or what an adapter adds depends on the weight
         (`DoRA`, `Full`, `Rows`).
 
     Example:
@@ -93,7 +95,7 @@ def combine(
     }
     if without:
         raise error(
-            "what these adapters change depends on the weight itself, so it cannot be added up.",
+            "what these adapters change depends on the weight itself, so they cannot be added up.",
             path=list(without),
             got=list(without.values()),
             want="methods with a dW: LoRA, LoRA-FA, VeRA, LoHa, LoKr, LoRA-XS",
@@ -112,7 +114,7 @@ def combine(
 
 
 def subtract(lora: dict[str, Adapter], other: dict[str, Adapter]) -> dict[str, Adapter]:
-    """What one adapter adds without what another adds: ``dW - dW_other``, exactly.
+    """An adapter that adds what one adds minus what another adds: ``dW - dW_other``, exactly.
 
     Task negation (Ilharco et al., https://arxiv.org/abs/2212.04089) is ``lx.subtract({}, other)``, or
     ``lx.scale(other, -1.0)`` at its own rank.
@@ -122,7 +124,7 @@ def subtract(lora: dict[str, Adapter], other: dict[str, Adapter]) -> dict[str, A
       other: the adapter to take away.
 
     Returns:
-      An adapter of the rank of both together, as `combine` makes it.
+      An adapter whose rank is the sum of both, as from `combine`.
 
     Raises:
       LoraError: as `combine`.
@@ -139,13 +141,13 @@ def subtract(lora: dict[str, Adapter], other: dict[str, Adapter]) -> dict[str, A
 def scale(lora: dict[str, Adapter], factor: Any) -> dict[str, Adapter]:
     """An adapter that adds ``factor`` times as much: ``factor * dW``, at the same rank.
 
-    With ``factor=-1.0`` it takes back what was merged: ``merge(merge(params, lora), scale(lora, -1.0))``
-    gives ``params`` up to the rounding of two sums, each in the last digit of the weight's dtype. In
-    bfloat16 that digit may be more than the adapter adds; keep the base instead.
+    With ``factor=-1.0`` it undoes a merge: ``merge(merge(params, lora), scale(lora, -1.0))`` is ``params`` up
+    to the rounding of two sums, half a unit in the last place of the weight's dtype each. In bfloat16 that
+    can be more than the adapter adds, so keep the base instead.
 
     Args:
       lora: adapters whose change is a dW.
-      factor: a number; as an array it stays one, and other values of it compile nothing.
+      factor: a number; an array stays an array, so that other values of it compile nothing.
 
     Returns:
       The same factors under another alpha; methods without alpha (`VeRA`) become a `LoRA`.
@@ -178,7 +180,7 @@ def interpolate(lora: dict[str, Adapter], other: dict[str, Adapter], t: Any) -> 
       t: a number; beyond 0 and 1 it extrapolates.
 
     Returns:
-      An adapter of the rank of both together, as `combine` makes it.
+      An adapter whose rank is the sum of both, as from `combine`.
 
     Raises:
       LoraError: as `combine`.
@@ -267,7 +269,7 @@ def _combined(weights, adapters, keys, method, rank, density, sign) -> LoRA:
         trimmed = _merged(changes, list(map(_float32, weights)), keys, method[:-4], density, sign)
         a, b = _rebalanced(*_svd(trimmed, min(largest, *trimmed.shape[1:]), keys[0]))
     else:
-        # One number per adapter; a scale per rank or entry goes into the factors' shares alike.
+        # The scale may differ per rank or stack entry; A and B get its root each.
         roots = [jnp.sqrt(jnp.abs(s)) for s, _, _ in by_weight]
         for_a = [(jnp.sign(s) * root)[:, None, :] for (s, _, _), root in zip(by_weight, roots, strict=True)]
         for_b = [root[:, :, None] for root in roots]

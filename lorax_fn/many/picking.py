@@ -18,7 +18,7 @@ from lorax_fn.transform.contractions import align, build
 from lorax_fn.transform.factored import RANK, factor
 from lorax_fn.transform.picks import chosen
 
-# What a slot may hold, told by a number in the bank: 0 is an empty slot, i + 1 is KINDS[i].
+# What a slot may hold. The bank says it by a number: 0 is an empty slot, i + 1 is KINDS[i].
 KINDS = [
     (cls, scaling)
     for cls in METHODS.values()
@@ -89,7 +89,7 @@ class Picked(LowRank):
 
 @register
 class PickedWithColumn(Picked):
-    """As `Picked`, from a bank in which some slots scale each output (DoRA).
+    """The same from a bank in which some slots scale each output (DoRA).
 
     A mixture is ``W + sum_k w_k (W'_k - W)``, which is ``c * (W + sum_k w_k scale_k A_k (B_k g_k / c))`` with
     ``c = 1 + sum_k w_k (g_k - 1)`` and each adapter's own gain ``g_k``. Fields are those of `Picked`.
@@ -115,7 +115,7 @@ class PickedWithColumn(Picked):
         return dataclasses.replace(plain, b=b, column=column)
 
     def _column(self, w: Any, slot: Any) -> jax.Array:
-        """``[*s, *m]``, by what slot ``slot`` multiplies each output; ones where its method does not."""
+        """What slot ``slot`` multiplies each output by, ``[*s, *m]``; ones for a method without a column."""
         stack, _, m = self.layout.shapes(self.shape)
         column = jnp.ones((*stack, *m), jnp.float32)
         there = (slot >= 0) & (slot < np.shape(self.kind)[-1])

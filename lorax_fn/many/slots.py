@@ -149,7 +149,7 @@ def form_of(slots: Slots) -> Form:
 
 
 def padded(forms: Mapping[str, Form], lora: Mapping[str, Any]) -> dict[str, Slots]:
-    """One slot, ``k = 1``, of every weight of the bank; all misfits of ``lora`` are told at once."""
+    """One slot, ``k = 1``, of every weight of the bank; all misfits of ``lora`` are reported at once."""
     check_unstacked(lora)
     check_adapters(dict(lora))
     unknown = [path for path in lora if path not in forms]
@@ -171,7 +171,7 @@ def padded(forms: Mapping[str, Form], lora: Mapping[str, Any]) -> dict[str, Slot
             path=bases,
             got=[f"residual={lora[path].residual}" for path in bases],
             want=[f"residual={forms[path].residual}: adapters of one base" for path in bases],
-            do="make adapters of the original weights of it: lx.ranks.to_plain(original, params, lora).",
+            do="make it one of the original weights: lx.ranks.to_plain(original, params, lora).",
         )
     wrong = {path: _misfit(forms[path], x) for path, x in lora.items()}
     wrong = {path: found for path, found in wrong.items() if found is not None}
@@ -181,7 +181,7 @@ def padded(forms: Mapping[str, Form], lora: Mapping[str, Any]) -> dict[str, Slot
             path=list(wrong),
             got=[got for got, _ in wrong.values()],
             want=[want for _, want in wrong.values()],
-            do="make the bank anew with it among the adapters: lx.bank([*loras, lora]).",
+            do="make a new bank that includes it: lx.bank([*loras, lora]).",
         )
     return {path: _single(form, lora.get(path)) for path, form in forms.items()}
 

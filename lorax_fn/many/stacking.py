@@ -19,8 +19,8 @@ Lora = dict[str, Adapter]
 def stack(loras: Sequence[dict[str, Adapter]], *, rank: int | None = None) -> dict[str, Adapter]:
     """Stacks adapters along axis 0, for `jax.vmap` to map over, one adapter per lane.
 
-    Adapters of several ranks are padded with zeros to the largest. Padding adds nothing, and stays zero in A
-    and B under every elementwise optimizer. Alpha and rank become arrays, so that each lane keeps its scale.
+    Adapters of several ranks are padded with zeros to the largest rank. Padding adds nothing, and stays zero
+    in A and B under every elementwise optimizer. Alpha and rank become arrays: each lane keeps its scale.
 
     Args:
       loras: adapters of the same paths, methods and layouts. `LoRA`, `DoRA` and `LoRAFA` may differ in rank,
@@ -67,7 +67,7 @@ def unstack(lora: dict[str, Adapter]) -> list[dict[str, Adapter]]:
       One ``lora`` per lane; alpha and rank are numbers if the arrays are concrete.
 
     Raises:
-      LoraError: an adapter has no leading axis, or the lanes differ in number.
+      LoraError: an adapter has no leading axis, or the leading axes differ in size.
 
     Example:
       >>> import jax.numpy as jnp, lorax_fn as lx
