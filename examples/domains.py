@@ -149,16 +149,15 @@ def served(params: dict, loras: list[dict], test: list[Sentences]) -> list[np.nd
     shuffled = np.random.default_rng(0).permutation(len(slots))
     every = {name: x[shuffled] for name, x in joined(test).items()}
     mixed = np.empty(len(slots), np.float32)
-    mixed[shuffled] = in_batches(
-        lambda batch, slots: rows(params, bank, slots, batch), every, slots[shuffled]
-    )
+    run = functools.partial(rows, params, bank)
+    mixed[shuffled] = in_batches(run, every, slots[shuffled])
     return [mixed[slots == i] for i in range(len(test))]
 
 
 def mixtures(params: dict, loras: list[dict], train: list[Sentences], test: list[Sentences], steps: int):
     """For each domain as if it were new: the others' adapters, mixed by weights learned from `FEW` sentences.
 
-    Returns the weights ``[k, k]``, zero on the diagonal, and the accuracies on each domain: of the mean of the
+    Returns the weights ``[k, k]``, zero on the diagonal, and two accuracies per domain: of the mean of the
     others, and of the learned mixture.
     """
     apply, bank = lx.adapt(minilm.logits, fallback="error"), lx.bank(loras)

@@ -140,6 +140,13 @@ def test_a_large_trimmed_dw_gets_a_randomized_svd(monkeypatch):
     assert 0.999 * best < left < 1.01 * best
 
 
+def test_trimming_keeps_the_first_of_equal_entries():
+    one = jax.tree.map(jnp.ones_like, lx.split({"kernel": jnp.ones((4, 3))}, 2)[1])
+    kept = lx.combine([(1.0, one)], "magnitude_prune", density=0.4)["kernel"]
+    assert int((kept.a != 0).sum()) == 3 and int((kept.b != 0).sum()) == 2
+    assert (kept.a.reshape(-1)[:3] != 0).all()
+
+
 def test_dare_drops_at_random_keeps_the_mean_and_follows_its_key():
     params = {"kernel": jnp.ones((64, 32))}
     lora = jax.tree.map(jnp.ones_like, lx.split(params, 32, alpha=32.0)[1])

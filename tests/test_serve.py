@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from models.llama import STACKED, TABLE, Llama, LlamaConfig  # noqa: E402
 from serve.app import make_app  # noqa: E402
 from serve.engine import Engine, Refused, Request, empty_bank  # noqa: E402
-from serve.loading import load_adapter  # noqa: E402
+from serve.loading import reader  # noqa: E402
 
 CONFIG = LlamaConfig(vocab=32, width=16, hidden=24, layers=2, heads=2, kv_heads=1)
 LAYOUT = {"embedding": TABLE, "kernel": STACKED}
@@ -59,9 +59,7 @@ def served(tmp_path_factory):
         lx.checkpoint.save(folder / name, loras[name], params=params)
     lx.peft.save(folder / "blue", loras["blue"], mapping=lx.mappings.preset("llama", "examples"))
     bank = empty_bank(params, LAYOUT, slots=2, rank=4)
-    engine = Engine(
-        CONFIG, params, bank, lambda n: load_adapter(folder / n, params), rows=4, length=24, queue=64
-    )
+    engine = Engine(CONFIG, params, bank, reader(folder, params), rows=4, length=24, queue=64)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -221,6 +219,16 @@ def test_swaps_keep_memory_and_programs(served):
     np.testing.assert_array_equal(
         bank.get(1)["params/layers/mlp/up/kernel"].a, loras[3]["params/layers/mlp/up/kernel"].a
     )
+
+
+def test_an_adapter_is_read_once_until_its_folder_changes(served, tmp_path):
+    params, load = served[0], reader(tmp_path, served[0])
+    for seed in (1, 2):
+        lx.checkpoint.save(tmp_path / "one", adapter(params, seed, 1), params=params)
+        held = load("one")
+        assert load("one") is held
+        want = adapter(params, seed, 1)["params/layers/mlp/up/kernel"].a
+        np.testing.assert_array_equal(held["params/layers/mlp/up/kernel"].a, want)
 
 
 def resident():

@@ -13,7 +13,7 @@ from models.llama import STACKED, TABLE, load_gguf
 
 from serve.app import make_app
 from serve.engine import Engine, empty_bank
-from serve.loading import load_adapter
+from serve.loading import reader
 
 
 class Tokens:
@@ -43,7 +43,7 @@ def main() -> None:
     layout = {"embedding": TABLE, "kernel": STACKED}
     bank = empty_bank(params, layout, slots=args.slots, rank=args.rank)
 
-    load = lambda name: load_adapter(args.adapters / name, params)  # noqa: E731
+    load = reader(args.adapters, params)
     engine = Engine(config, params, bank, load, rows=args.rows, length=args.length)
     try:
         uvicorn.run(make_app(engine, Tokens(gguf, config.vocab), args.adapters), port=args.port)

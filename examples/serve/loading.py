@@ -1,7 +1,11 @@
-"""Reads an adapter from a folder: one of `lx.checkpoint.save`, or one in PEFT's format."""
+"""Reads adapters from folders, as `lx.checkpoint.save` or PEFT writes them."""
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import jax
 
 import lorax_fn as lx
 
@@ -12,3 +16,14 @@ def load_adapter(folder: Path, params: Any) -> dict:
         return lx.peft.load(folder, params, mapping=lx.mappings.preset("llama", "examples"))
     inner = folder / "adapter"  # where examples/finetune_smollm2.py puts it
     return lx.checkpoint.load(inner if inner.is_dir() else folder, params=params)
+
+
+def reader(folder: Path, params: Any, held: int = 64) -> Callable[[str], dict]:
+    """Builds ``load(name)``, which keeps the last ``held`` adapters in host memory."""
+
+    @functools.lru_cache(maxsize=held)
+    def read(name: str, changed: int) -> dict:
+        del changed  # part of the key
+        return jax.device_get(load_adapter(folder / name, params))
+
+    return lambda name: read(name, (folder / name).stat().st_mtime_ns)

@@ -35,7 +35,7 @@ from lorax_fn.ranks.spectra import product_svd
 TRIMMED = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
 METHODS = ("cat", "linear", "svd", "peft_linear", *TRIMMED, *(f"{name}_svd" for name in TRIMMED))
 SIGNS = ("total", "frequency")
-EXACT_UP_TO = 1024  # the smaller side of a dW whose trimmed form gets an exact SVD; a randomized one beyond
+EXACT_UP_TO = 256  # trimmed dW with a smaller side up to this get an exact SVD, larger ones a randomized one
 
 
 def combine(
@@ -53,9 +53,9 @@ def combine(
     rank, and builds no dW. The others are approximations to compare: TIES (https://arxiv.org/abs/2306.01708)
     and DARE (https://arxiv.org/abs/2311.03099) trim each adapter first. Without ``_svd`` they work on A and B
     separately, as in PEFT, so that even at density 1 they are not the sum of the dW. With ``_svd`` they work
-    on the dW, which are built one weight at a time. The trimmed sum is not low-rank: up to 1024 on its
-    smaller side its SVD is exact, and beyond it is a randomized one (Halko et al.,
-    https://arxiv.org/abs/0909.4061) with eight power iterations.
+    on the dW, which are built one weight at a time. The trimmed sum is not low-rank: with a smaller side of
+    up to 256 its SVD is exact, and otherwise a randomized one with eight power iterations (Halko et al.,
+    https://arxiv.org/abs/0909.4061), whose error is at most about 1 % above the smallest possible.
 
     Args:
       loras: ``(weight, lora)`` pairs; a weight is any number, negative ones too. A weight of the model that
@@ -303,11 +303,19 @@ def _merged(arrays: list, weights: list, keys: Any, method: str, density: Any, s
 
 def _largest(x: jax.Array, density: float) -> jax.Array:
     """``x`` ``[s, ., .]`` with the largest ``density`` of each entry's values, the others zero."""
-    flat = x.reshape(x.shape[0], -1)
-    count = int(density * flat.shape[1])
-    _, where = jax.lax.top_k(jnp.abs(flat), count)
-    kept = jax.vmap(lambda row, i: jnp.zeros_like(row).at[i].set(row[i]))(flat, where)
-    return kept.reshape(x.shape)
+    count = int(density * x.shape[1] * x.shape[2])
+    # Floats without a sign are ordered like their bits, so 32 counts find the smallest value that is kept. A
+    # sort would take many times as long.
+    size = jax.lax.bitcast_convert_type(jnp.abs(x), jnp.uint32).reshape(x.shape[0], -1)
+    least = jnp.zeros((x.shape[0], 1), jnp.uint32)
+    for bit in reversed(range(32)):
+        higher = least | np.uint32(1 << bit)
+        enough = (size >= higher).sum(1, keepdims=True) >= count
+        least = jnp.where(enough, higher, least)
+    above, equal = size > least, size == least
+    left = count - above.sum(1, keepdims=True)  # of equals the first are kept
+    kept = above | (equal & (jnp.cumsum(equal, axis=1) <= left))
+    return jnp.where(kept.reshape(x.shape), x, jnp.zeros_like(x))
 
 
 def _dropped(x: jax.Array, density: float, key: jax.Array) -> jax.Array:
