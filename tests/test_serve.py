@@ -236,15 +236,14 @@ def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from /proc")
-def test_a_thousand_swaps_from_disk_keep_memory_and_compile_nothing(served, caplog):
+def test_a_thousand_swaps_keep_memory_and_compile_nothing(served, caplog):
     _, _, _, engine, folder = served
     names, adapters = NAMES, engine.adapters
     done = threading.Semaphore(0)
 
     def swap(count):
-        """Asks for three adapters in turn where two fit: each request reads one and evicts another."""
+        """Asks for three adapters in turn where two fit: each request swaps one in and another out."""
         until = adapters.swaps + count
         i = 0
         while adapters.swaps < until:

@@ -307,11 +307,12 @@ def _largest(x: jax.Array, density: float) -> jax.Array:
     # Floats without a sign are ordered like their bits, so 32 counts find the smallest value that is kept. A
     # sort would take many times as long.
     size = jax.lax.bitcast_convert_type(jnp.abs(x), jnp.uint32).reshape(x.shape[0], -1)
-    least = jnp.zeros((x.shape[0], 1), jnp.uint32)
-    for bit in reversed(range(32)):
-        higher = least | np.uint32(1 << bit)
-        enough = (size >= higher).sum(1, keepdims=True) >= count
-        least = jnp.where(enough, higher, least)
+
+    def with_bit(i, least):
+        higher = least | (jnp.uint32(1 << 31) >> i.astype(jnp.uint32))
+        return jnp.where((size >= higher).sum(1, keepdims=True) >= count, higher, least)
+
+    least = jax.lax.fori_loop(0, 32, with_bit, jnp.zeros((x.shape[0], 1), jnp.uint32))
     above, equal = size > least, size == least
     left = count - above.sum(1, keepdims=True)  # of equals the first are kept
     kept = above | (equal & (jnp.cumsum(equal, axis=1) <= left))
