@@ -8,7 +8,22 @@
 
 The task is the same in each domain: is a sentence positive? Sentences rated within half a point of neutral
 are left out, and no document is in both the training and the test set. Accuracies are balanced: the mean of
-those of both classes.
+those of both classes. On 2 CPU cores it takes about two and a half minutes, with 1600 sentences per domain
+for training and 384 for testing (one standard error is about 0.02), and prints:
+
+                                       movie   amazon   tweets      nyt
+    frozen, head of movie              0.734    0.694    0.790    0.652
+    frozen, head of the domain         0.734    0.733    0.858    0.776
+    frozen, head of all                0.755    0.783    0.861    0.760
+    own adapter, one mixed batch       0.827    0.853    0.914    0.813     equal to separate models
+    mean of four, rank 32 (cat)        0.786    0.836    0.918    0.810     one adapter for all
+    mean of four, rank 8 (svd)         0.781    0.824    0.912    0.811
+    ties_svd, density 0.5              0.779    0.842    0.917    0.820
+    mean of the other three            0.760    0.818    0.883    0.796     as if the domain were new
+    mixture learned from 64 labels     0.775    0.816    0.895    0.795
+
+The base takes 90.3 MB, an adapter 1.33 MB. Within the error, one combined adapter serves all domains but
+movies as well as their own adapters do, and the learned weights of a mixture add nothing to the plain mean.
 """
 
 import argparse

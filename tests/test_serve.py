@@ -23,7 +23,7 @@ pytest.importorskip("prometheus_client")
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 from models.llama import STACKED, TABLE, Llama, LlamaConfig  # noqa: E402
-from serve.app import make_app  # noqa: E402
+from serve.app import make_app, pieces  # noqa: E402
 from serve.engine import Engine, Refused, Request, empty_bank  # noqa: E402
 from serve.loading import reader  # noqa: E402
 
@@ -104,6 +104,13 @@ def test_concurrent_clients_get_what_their_adapter_says_alone(served):
     assert got == [want[name] for name in names]
     assert engine.step._cache_size() == compiled
     assert engine.adapters.swaps > 3  # three adapters take turns in two slots
+
+
+def test_a_temperature_draws_and_greedy_does_not(served):
+    client = served[2]
+    ask = lambda t: client.completions.create(model="red", prompt="AB", max_tokens=6, temperature=t)  # noqa: E731
+    assert len({ask(2.0).choices[0].text for _ in range(6)}) > 1
+    assert len({ask(0.0).choices[0].text for _ in range(3)}) == 1
 
 
 def test_streams_and_hang_ups_free_their_row(served):
@@ -219,6 +226,12 @@ def test_swaps_keep_memory_and_programs(served):
     np.testing.assert_array_equal(
         bank.get(1)["params/layers/mlp/up/kernel"].a, loras[3]["params/layers/mlp/up/kernel"].a
     )
+
+
+def test_a_character_of_several_tokens_is_streamed_whole():
+    piece = pieces(lambda tokens: bytes(tokens).decode("utf-8", "replace"))
+    assert [piece(token) for token in "a\u00e9b".encode()] == ["a", "", "\u00e9", "b"]
+    assert (piece(0xC3), piece(None)) == ("", "\ufffd")
 
 
 def test_an_adapter_is_read_once_until_its_folder_changes(served, tmp_path):

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,26 @@ def _asked(body: Any, tokenizer: Any, told: Any, known: Any) -> Request:
     if not isinstance(model, str) or not (model == BASE or known(model)):
         raise Refused(404, f"there is no adapter {model!r}")
     return Request(model, prompt, new, float(temperature), told, tokenizer.stop)
+
+
+def pieces(decode: Callable[[list[int]], str]) -> Callable[[int | None], str]:
+    """Builds ``piece(token)``, the text that a token adds, and ``piece(None)``, what is left at the end.
+
+    A character of several tokens comes with the last of them; until then it decodes to U+FFFD.
+    """
+    made: list[int] = []
+    sent = 0
+
+    def piece(token):
+        nonlocal sent
+        made.extend([] if token is None else [token])
+        text = decode(made)
+        if token is not None and text.endswith("\ufffd"):
+            return ""
+        new, sent = text[sent:], len(text)
+        return new
+
+    return piece
 
 
 def make_app(engine: Engine, tokenizer: Any, folder: Path) -> Starlette:
@@ -100,10 +121,12 @@ def make_app(engine: Engine, tokenizer: Any, folder: Path) -> Starlette:
                 request.cancelled = True  # also where the client of a stream hung up: its row becomes free
 
         async def events():
+            piece = pieces(tokenizer.decode)
             async for token in tokens():
-                yield f"data: {json.dumps(part(tokenizer.decode([token]), None))}\n\n"
+                if new := piece(token):
+                    yield f"data: {json.dumps(part(new, None))}\n\n"
             finish = "length" if request.made == request.new else "stop"
-            yield f"data: {json.dumps(part('', finish))}\n\ndata: [DONE]\n\n"
+            yield f"data: {json.dumps(part(piece(None), finish))}\n\ndata: [DONE]\n\n"
 
         if body.get("stream"):
             watch.cancel()  # from here on the response itself notices
