@@ -162,6 +162,21 @@ def test_a_client_that_hangs_up_on_a_whole_answer_frees_its_place(served, monkey
     assert mine.made < (1 if where == "queued" else 20)
 
 
+def test_an_engine_that_fails_tells_everybody(served, monkeypatch):
+    params, _, _, other, _ = served
+    engine = Engine(CONFIG, params, other.adapters.bank, None, rows=1, length=8)
+    told = []
+    monkeypatch.setattr(engine, "_decode", lambda: 1 / 0)
+    with engine.lock:  # both are there before the first step
+        engine.waiting.extend(Request("base", [1], 1, 0.0, told.append) for _ in range(2))
+    wait_for(lambda: len(told) == 2)
+    assert all(one.status == 500 and "division" in str(one) for one in told)
+    with pytest.raises(Refused) as refused:
+        engine.submit(Request("base", [1], 1, 0.0, told.append))
+    assert refused.value.status == 503
+    engine.close()
+
+
 def test_hung_up_clients_take_no_place_in_a_full_queue(served, monkeypatch):
     _, _, _, engine, _ = served
     monkeypatch.setattr(engine, "limit", 1)

@@ -94,9 +94,9 @@ def make_app(engine: Engine, tokenizer: Any, folder: Path) -> Starlette:
             engine.submit(request)
             watch = asyncio.create_task(hung_up(http, request, told))
             first = await told.get()
-            if isinstance(first, Exception):
+            if isinstance(first, Refused):
                 watch.cancel()
-                raise Refused(400, f"adapter {request.adapter!r} cannot be loaded: {first}")
+                raise first
         except Refused as refused:
             answers.labels(refused.status).inc()
             return _error(refused.status, str(refused))
@@ -117,6 +117,8 @@ def make_app(engine: Engine, tokenizer: Any, folder: Path) -> Starlette:
                 while token is not None:
                     yield token
                     token = await told.get()
+                    if isinstance(token, Refused):
+                        raise token
             finally:
                 request.cancelled = True  # also where the client of a stream hung up: its row becomes free
 
@@ -131,8 +133,12 @@ def make_app(engine: Engine, tokenizer: Any, folder: Path) -> Starlette:
         if body.get("stream"):
             watch.cancel()  # from here on the response itself notices
             return StreamingResponse(events(), media_type="text/event-stream")
-        made = [token async for token in tokens()]
-        watch.cancel()
+        try:
+            made = [token async for token in tokens()]
+        except Refused as refused:
+            return _error(refused.status, str(refused))
+        finally:
+            watch.cancel()
         usage = {"prompt_tokens": len(request.prompt), "completion_tokens": len(made)}
         usage["total_tokens"] = sum(usage.values())
         finish = "length" if len(made) == request.new else "stop"

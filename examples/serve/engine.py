@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import logging
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -28,7 +29,7 @@ class Refused(Exception):
 class Request:
     """What a client asks for; ``told(token)`` is called for each new token, and with None at the end.
 
-    A request that failed ends with the exception instead of None.
+    A request that failed ends with a `Refused` instead of None.
     """
 
     adapter: str
@@ -93,6 +94,8 @@ class Engine:
         if not request.prompt or len(request.prompt) + request.new > self.length:
             raise Refused(400, f"prompt and max_tokens together must be 1 to {self.length} tokens")
         with self.lock:
+            if self.closed:
+                raise Refused(503, "the engine stopped")
             if any(one.cancelled for one in self.waiting):  # clients that hung up take no place in the queue
                 self.waiting = collections.deque(one for one in self.waiting if not one.cancelled)
             if len(self.waiting) >= self.limit:
@@ -106,13 +109,20 @@ class Engine:
         self.thread.join()
 
     def _run(self) -> None:
-        while not self.closed:
-            self._admit()
-            if any(self.rows):
-                self._decode()
-            else:
-                self.wake.wait(timeout=0.1)
-                self.wake.clear()
+        try:
+            while not self.closed:
+                self._admit()
+                if any(self.rows):
+                    self._decode()
+                else:
+                    self.wake.wait(timeout=0.1)
+                    self.wake.clear()
+        except Exception as failure:  # of the device, say: nobody should wait for answers that never come
+            logging.getLogger(__name__).exception("the engine stopped")
+            with self.lock:
+                self.closed = True
+                for request in [*filter(None, self.rows), *self.waiting]:
+                    request.told(Refused(500, f"the engine stopped: {failure}"))
 
     def _admit(self) -> None:
         """Fills free rows from the queue; a request whose adapter fails to load hurts nobody else."""
@@ -130,7 +140,7 @@ class Engine:
                 try:
                     slot = self.adapters.slot(request.adapter, busy)
                 except Exception as failure:  # whatever a file holds: the client is told, the loop goes on
-                    request.told(failure)
+                    request.told(Refused(400, f"adapter {request.adapter!r} cannot be loaded: {failure}"))
                     continue
                 if slot is None:
                     with self.lock:
