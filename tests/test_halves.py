@@ -7,6 +7,7 @@ import optax
 import pytest
 
 import lorax_fn as lx
+from lorax_fn.core.frozen import tell
 
 KEY = jax.random.key(3)
 PARAMS = {"up": {"kernel": jax.random.normal(jax.random.key(0), (6, 4))}}
@@ -66,6 +67,27 @@ def test_a_loop_of_ones_own_is_the_step_and_frozen_factors_stay(method):
     assert jax.tree.leaves(moved) == jax.tree.leaves(mask)
     for frozen, old, new in zip(*map(jax.tree.leaves, (mask, lora, own)), strict=True):
         assert frozen or new is old
+
+
+@pytest.mark.parametrize("method", ["lora", "lora_fa", "vera", "lora_xs", "bank"])
+def test_a_loop_by_the_whole_lora_is_told_that_its_frozen_factors_may_decay(method, caplog):
+    """At its first trace, with what to do; the steps and what trains say nothing."""
+    params, lora = split("lora" if method == "bank" else method)
+    whole = (lambda bank: loss_fn(params, bank[0], X)) if method == "bank" else None
+    bank = lx.bank([lora])
+    caplog.set_level("WARNING", "lorax_fn")
+    tell.cache_clear()
+    step = jax.jit(lx.make_train_step(loss_fn, DECAY))
+    step(state_of(lora, DECAY), params, X)
+    lx.value_and_grad(loss_fn)(params, lora, X)
+    jax.jvp(lambda x: loss_fn(params, lora, x), (X,), (X,))
+    assert not caplog.records
+    grad = jax.jit(jax.grad(whole or (lambda lora: loss_fn(params, lora, X))))
+    for _ in range(2):
+        grad(bank if method == "bank" else lora)
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == (method != "lora")
+    assert all("weight decay" in text and "lx.trainable(lora)" in text for text in told)
 
 
 @pytest.mark.parametrize("tx", [optax.adamw(0.1), DECAY], ids=["adamw", "sgd"])

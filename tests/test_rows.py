@@ -98,6 +98,22 @@ def test_on_explicit_mesh_axes_the_table_keeps_its_sharding():
             return jnp.einsum("bd,vd->bv", x, params["embed"]["embedding"], out_sharding=spec(None, "a"))
 
         got = jax.jit(lx.adapt(logits))(params, lora, x)
+        params, taken = lx.split(params, targets=[], rows={"embed": [3, 0]})
+        merged = lx.merge(params, jax.tree.map(lambda x: x + 1, taken))["embed"]["embedding"]
     want = np.asarray(w).copy()
     want[3] = lora["embed/embedding"].values[0]
     np.testing.assert_allclose(got, np.asarray(x) @ want.T, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(taken["embed/embedding"].values, np.asarray(w)[[3, 0]])
+    np.testing.assert_array_equal(merged, np.asarray(w).copy() + np.isin(np.arange(V), [0, 3])[:, None])
+    assert merged.sharding.spec == w.sharding.spec
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_factors_are_relative_to_the_table_that_they_are_given(axis):
+    """So that ``W' = W + A @ B`` holds for the weight itself as well as for its `base`."""
+    w = table(0, V, D) if axis == 0 else table(0, V, D).T
+    adapter = lx.Rows(table(1, 2, D), (3, 1), axis)
+    for given in (w, adapter.base(w)):
+        factors = adapter.factors(given)
+        change = jnp.einsum("vk,kd->vd", factors.a, factors.b.reshape(factors.b.shape))
+        np.testing.assert_allclose(given + change, adapter.weight(w), rtol=1e-6, atol=1e-6)

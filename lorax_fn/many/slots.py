@@ -12,6 +12,7 @@ import numpy as np
 from lorax_fn.core.adapters import Adapter, fact, register
 from lorax_fn.core.errors import error, nearest
 from lorax_fn.core.fitting import check_adapters, check_unstacked
+from lorax_fn.core.frozen import frozen
 from lorax_fn.core.layouts import Layout
 from lorax_fn.core.trees import is_tracer
 from lorax_fn.many.picking import KINDS, Picked, PickedWithColumn, extras_of
@@ -61,7 +62,7 @@ class Slots(Adapter):
     def pick(self, which: Any) -> "Picked":
         """The adapter of slot ``which``, an integer array ``[]``, or the mixture by weights ``[k]``."""
         cls = PickedWithColumn if self.extras else Picked
-        scale, kind = jax.lax.stop_gradient((self.scale, self.kind))
+        scale, kind = frozen((self.scale, self.kind), "Bank")
         arrays = self._trained("a"), self._trained("b"), self.extras, scale, kind
         return cls(*arrays, which=which, layout=self.layout)
 

@@ -3,9 +3,8 @@
 import dataclasses
 from typing import Any, ClassVar
 
-import jax
-
 from lorax_fn.core.adapters import Factors, register
+from lorax_fn.core.frozen import frozen
 from lorax_fn.methods.lora import LoRA
 
 
@@ -42,4 +41,4 @@ class LoRAFA(LoRA):
         return None
 
     def pair(self) -> Factors:
-        return dataclasses.replace(super().pair(), a=jax.lax.stop_gradient(self.a))
+        return dataclasses.replace(super().pair(), a=frozen(self.a, "LoRAFA"))

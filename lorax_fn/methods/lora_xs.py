@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from lorax_fn.core.adapters import Factors, fact, number, register
+from lorax_fn.core.frozen import frozen
 from lorax_fn.core.layouts import Layout
 from lorax_fn.core.matrices import entries
 from lorax_fn.methods.low_rank import LowRank, Start, scale_of
@@ -77,7 +78,7 @@ class LoRAXS(LowRank):
         return {"a": a, "b": b, "core": (*self.layout.stack, None, None)}
 
     def pair(self) -> Factors:
-        a, b = jax.lax.stop_gradient((self.a, self.b))
+        a, b = frozen((self.a, self.b), "LoRAXS")
         s = len(self.layout.stack)
         flat = b.reshape(*b.shape[: s + 1], -1)  # [*s, r, m], so that R [*s, r, r] can be multiplied into it
         b = jnp.matmul(self.core, flat, precision=jax.lax.Precision.HIGHEST).reshape(b.shape)

@@ -51,18 +51,14 @@ def stuck(adapter: Adapter) -> str | None:
 def _moves(adapter: Any) -> Any:
     """``[*s]`` bool: whether a change of the trained arrays changes ``A @ B`` to first order."""
     rng = np.random.default_rng(0)
-    still = jax.tree.map(lambda x: jnp.zeros_like(x) if is_float(x) else x, adapter)
-    step = {
-        name: jnp.asarray(rng.normal(size=x.shape), x.dtype)
-        for name in adapter.trained()
-        if is_float(x := getattr(adapter, name))
-    }
+    trained = {name: x for name in adapter.trained() if is_float(x := getattr(adapter, name))}
+    step = {name: jnp.asarray(rng.normal(size=x.shape), x.dtype) for name, x in trained.items()}
 
-    def factors(x):
-        pair: Any = x.pair()
+    def factors(trained):
+        pair: Any = dataclasses.replace(adapter, **trained).pair()
         return pair.a, pair.b
 
-    (a, b), (da, db) = jax.jvp(factors, (adapter,), (dataclasses.replace(still, **step),))
+    (a, b), (da, db) = jax.jvp(factors, (trained,), (step,))
 
     def any_of(x, axes):
         return jnp.any(x != 0, axis=tuple(range(x.ndim - axes, x.ndim)))

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lorax_fn.core.adapters import Factors, fact, number, register
+from lorax_fn.core.frozen import frozen
 from lorax_fn.core.layouts import Layout
 from lorax_fn.methods.low_rank import LowRank, Start
 
@@ -78,7 +79,7 @@ class VeRA(LowRank):
         return shared | {"d": (*stack, None), "gain": (*stack, *layout.outputs)}
 
     def pair(self) -> Factors:
-        a, b = jax.lax.stop_gradient((self.a, self.b))
+        a, b = frozen((self.a, self.b), "VeRA")
         stack = len(self.layout.stack)
         # B diag(b) is [*s, r, *m], from B [r, *m] and the gain [*s, *m]. d [*s, r] is a scale of each rank.
         b = jnp.expand_dims(b, tuple(range(stack))) * jnp.expand_dims(self.gain, stack)

@@ -91,14 +91,17 @@ class Rows(Adapter):
         return self
 
     def weight(self, w: jax.Array) -> jax.Array:
-        return dense(w).at[self._rows()].set(jnp.moveaxis(self.values, 0, self.axis).astype(w.dtype))
+        w = dense(w)
+        at = jax.typeof(w).sharding
+        keep = {"out_sharding": at} if at.mesh.explicit_axes else {}  # JAX asks where a sharded result goes
+        return w.at[self._rows()].set(jnp.moveaxis(self.values, 0, self.axis).astype(w.dtype), **keep)
 
     def axes(self) -> dict[str, tuple[int | None, ...]]:
         others = (i for i in range(len(self.values.shape)) if i != self.axis)
         return {"values": (None, *others)}
 
     def base(self, w: Any) -> Any:
-        """W with zeros in the trained rows. A stored table keeps its rows, and `factors` subtracts them."""
+        """W with zeros in the trained rows, so that NaN there is gone too. A stored table keeps its rows."""
         if is_stored(w):
             return w
         trained = np.zeros(w.shape[self.axis], bool)
@@ -109,9 +112,8 @@ class Rows(Adapter):
     def factors(self, w: Any) -> Factors:
         number = np.arange(w.shape[self.axis], dtype=np.int32)
         chosen = jnp.asarray(number)[:, None] == np.asarray(self.ids, np.int32)[None, :]  # [V, k]
-        chosen, rows = chosen.astype(self.values.dtype), self.values
-        if is_stored(w):
-            rows = rows - jnp.moveaxis(dense(w)[self._rows()], self.axis, 0).astype(rows.dtype)
+        chosen = chosen.astype(self.values.dtype)
+        rows = self.values - rows_of(dense(w), self.ids, self.axis).astype(self.values.dtype)
         others = tuple(i for i in range(len(w.shape)) if i != self.axis)
         if self.axis == 0:
             return Factors(chosen, rows, Layout((), (0,), others), 1.0)
@@ -132,3 +134,12 @@ class Rows(Adapter):
     def _rows(self) -> tuple[Any, ...]:
         """The index of the rows in W."""
         return (slice(None),) * self.axis + (np.asarray(self.ids, np.int32),)
+
+
+def rows_of(w: jax.Array, ids: tuple[int, ...], axis: int) -> jax.Array:
+    """``[k, ...]``, the rows ``ids`` of W along ``axis``, whole on each device of a mesh with explicit axes."""
+    table, index = jnp.moveaxis(w, axis, 0), np.asarray(ids, np.int32)
+    mesh = jax.typeof(table).sharding.mesh
+    if not mesh.explicit_axes:
+        return table[index]
+    return table.at[index].get(out_sharding=jax.NamedSharding(mesh, jax.P()))

@@ -16,7 +16,7 @@ from lorax_fn.core.trees import PyTree, arrays, is_abstract, is_concrete, replac
 from lorax_fn.methods.low_rank import Start
 from lorax_fn.methods.stuck import LoraStuckWarning, stuck
 from lorax_fn.methods.table import METHODS
-from lorax_fn.methods.whole import Full, Rows
+from lorax_fn.methods.whole import Full, Rows, rows_of
 from lorax_fn.splitting.plans import Plan, make_plans, make_row_plans
 from lorax_fn.targets.patterns import Index, Pattern, Patterns
 from lorax_fn.targets.roles import choose, is_default, roles_of
@@ -185,8 +185,7 @@ def _build(
 
 
 def _rows(w: Any, ids: tuple[int, ...], axis: int, dtype: Any) -> Rows:
-    rows = jnp.moveaxis(jnp.asarray(dense(w)), axis, 0)[np.asarray(ids, np.int32)]
-    return Rows(rows.astype(dtype), ids, axis)
+    return Rows(rows_of(jnp.asarray(dense(w)), ids, axis).astype(dtype), ids, axis)
 
 
 def _copy(leaf: Any, dtype: Any) -> Any:

@@ -154,5 +154,6 @@ def wrap(path: str, base: Any, adapter: Adapter | None) -> Any:
     """
     if adapter is None:
         return Factored(base, {}, 1.0, 0.0, (path,)) if is_stored(base) else base
-    factors = adapter.factors(base)
-    return adapter.weight(base) if factors is None else factor(path, adapter.base(base), factors)
+    rest = adapter.base(base)
+    factors = adapter.factors(rest)
+    return adapter.weight(base) if factors is None else factor(path, rest, factors)
