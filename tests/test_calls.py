@@ -126,6 +126,14 @@ def test_floats_are_traced_as_jit_does_unless_the_function_needs_the_number():
 def test_an_argnum_that_is_no_position_from_the_front_raises(argnum):
     with pytest.raises(lx.LoraError, match="counted from 0"):
         lx.adapt(top, argnum=argnum)
+    with pytest.raises(lx.LoraError, match=r"counted from 0(.|\n)*at most 1"):
+        lx.usage(top, PARAMS, X, argnum=argnum)
+
+
+def test_usage_takes_a_position_among_the_arguments_given():
+    assert lx.usage(lambda x, p: x @ p["w"], PARAMS, X, argnum=1)["w"].times == 1
+    with pytest.raises(lx.LoraError, match="counted from 0"):
+        lx.usage(lambda x, p: x @ p["w"], PARAMS, X, argnum=2)
 
 
 def test_none_for_lora_is_told_the_empty_dict():

@@ -1,4 +1,4 @@
-"""DoRA weights side by side, masked and chosen: the column goes along, as in the merged weights."""
+"""DoRA weights side by side, masked, chosen and taken: the column goes along, as in the merged weights."""
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ from rule_cases import IO, MASK, normal
 import lorax_fn as lx
 
 X = normal(2, (3, 8))
+OUT = np.array([0, 9, 5])
 PARAMS = {"q": normal(3, (8, 6), 0.3), "k": normal(4, (8, 6), 0.3)}
 
 # name -> (function of both weights and x, whether it stays low-rank)
@@ -20,6 +21,10 @@ JOINED = {
     "outputs masked": (lambda q, k, x: x @ jnp.where(MASK[:6], q, 2 * k), True),
     "inputs masked": (lambda q, k, x: x @ jnp.where(MASK[:, None], q, 0), False),
     "branches": (lambda q, k, x: x @ lax.cond(x[0, 0] > 0, lambda: q, lambda: k * 2), True),
+    "taken, out of bounds": (lambda q, k, x: x @ jnp.take(q, OUT, axis=1, mode="fill", fill_value=0.5), True),
+    "looked up, out of bounds": (lambda q, k, x: x[:, :3] @ jnp.take(q, OUT, 0, mode="fill", fill_value=0.5), False),
+    "looked up, zeros out of bounds": (lambda q, k, x: x[:, :3] @ jnp.take(q, OUT, 0, mode="fill", fill_value=0),
+                                       True),
 }
 
 
@@ -49,3 +54,24 @@ def test_columns_go_along(name, other):
     want = value_and_grads(lambda params, lora: plain(lx.merge(params, lora)))
     for one, two in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(one, two, rtol=1e-3, atol=1e-4 * (1 + np.abs(two).max()))
+
+
+@pytest.mark.parametrize("name", ["outputs masked", "inputs masked", "branches"])
+def test_an_adapter_of_a_bank_is_picked_before_the_choice(name):
+    """A number for each row, and a mixture of all, as the adapters that they stand for."""
+    fn, _ = JOINED[name]
+    layout, ranks = {"*": IO}, (2, 3)
+    loras = [lx.split(PARAMS, rank, targets=["q", "k"], layout=layout)[1] for rank in ranks]
+    loras = [jax.tree.map(lambda x, i=i: x + normal(5 + i, x.shape, 0.3), one) for i, one in enumerate(loras)]
+    bank, weights = lx.bank(loras), jnp.array([0.3, 0.7])
+    run = lx.adapt(lambda p: fn(p["q"], p["k"], X), fallback="error")
+
+    @jax.jit
+    def of(bank):
+        rows = jax.vmap(lambda i: run(PARAMS, bank[i]))(jnp.array([1, -1, 0]))
+        return [*rows, run(PARAMS, bank[weights])]
+
+    mixture = lx.combine(list(zip(weights.tolist(), loras, strict=True)))
+    for got, lora in zip(of(bank), [loras[1], {}, loras[0], mixture], strict=True):
+        merged = lx.merge(PARAMS, lora)
+        np.testing.assert_allclose(got, fn(merged["q"], merged["k"], X), rtol=1e-4, atol=1e-4)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from test_step import ADAM, KEY, loss_fn, setup, state_of
 
+import lorax_fn as lx
 from lorax_fn.core.errors import LoraError
 from lorax_fn.training.step import TrainState, make_train_step
 
@@ -79,6 +80,43 @@ def test_a_state_of_consumed_adapters_is_refused():
     step(TrainState.create(lora=lora, tx=ADAM, key=KEY), params, batch)
     with pytest.raises(LoraError, match=r"consumed this lora(.|\n)*w/b(.|\n)*jnp.copy"):
         TrainState.create(lora=lora, tx=ADAM, key=KEY)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda params, lora: lx.adapt(lambda p: p["w"])(params, lora),
+        lambda params, lora: lx.merge(params, lora),
+        lambda params, lora: lx.delta({"w": lora["w"]}),
+        lambda params, lora: lx.summary(params, lora),
+        lambda params, lora: lx.dropout(lora, 0.5, KEY),
+        lambda params, lora: lx.trainable(lora),
+        lambda params, lora: lx.value_and_grad(lambda p, q: 0.0)(params, lora),
+        lambda params, lora: lx.bank([{"w": lora["w"]}]),
+        lambda params, lora: lx.stack([lora]),
+        lambda params, lora: lx.combine([(1.0, {"w": lora["w"]})]),
+        lambda params, lora: lx.checkpoint.save("/nowhere", lora),
+    ],
+)
+def test_every_verb_says_that_a_step_has_consumed_its_adapters(use):
+    """And not that some array of some shape has been deleted."""
+    params, lora, _ = setup()
+    for leaf in jax.tree.leaves(lora):
+        leaf.delete()
+    with pytest.raises(LoraError, match=r"consumed this lora(.|\n)*w/b(.|\n)*last step returned(.|\n)*jnp.copy"):
+        use(params, lora)
+
+
+def test_a_step_that_is_not_jitted_and_its_half_refuse_a_consumed_state():
+    params, lora, batch = setup()
+    state = state_of(lora)
+    grads = jax.tree.map(jnp.ones_like, lx.trainable(lora))
+    for leaf in jax.tree.leaves(state):
+        leaf.delete()
+    with pytest.raises(LoraError, match="consumed this state"):
+        make_train_step(loss_fn, ADAM)(state, params, batch)
+    with pytest.raises(LoraError, match="consumed this state"):
+        lx.apply_gradients(state, grads, ADAM)
 
 
 def test_a_batch_that_does_not_divide_names_every_leaf():

@@ -292,6 +292,10 @@ def test_one_word_of_another_option_is_told_where_it_belongs():
         split(MODEL, method="rslora")
     with pytest.raises(LoraError, match=r"(?s)unknown scaling.*do: +method='dora'\."):
         split(MODEL, scaling="dora")
+    with pytest.raises(LoraError, match=r"(?s)unknown method.*do: +init='pissa:4'\."):
+        split(MODEL, method="pissa:4")
+    with pytest.raises(LoraError, match=r"(?s)unknown init.*do: +method='vera'\."):
+        split(MODEL, init="vera")
     with pytest.raises(LoraError, match=r"(?s)not a dict of adapters.*None.*pass \{\}"):
         check_fits(MODEL, None)
 

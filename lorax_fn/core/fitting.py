@@ -1,11 +1,13 @@
-"""Checks that a `lora` is a dict of adapters and fits a tree of parameters."""
+"""Checks that a `lora` is a dict of live adapters and fits a tree of parameters."""
 
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+
 from lorax_fn.core.adapters import is_adapter
 from lorax_fn.core.errors import SHOWN, error, nearest
-from lorax_fn.core.trees import is_array, is_float
+from lorax_fn.core.trees import PyTree, is_array, is_float, is_tracer, named_leaves
 
 
 def check_fits(leaves: Mapping[str, Any], lora: Any, *, allow_dropped: bool = True) -> None:
@@ -61,7 +63,7 @@ def _wanted(leaves: Mapping[str, Any], wrong: list[tuple[str, str, str]]) -> lis
 
 
 def check_lora(lora: Any) -> None:
-    """Raises a `LoraError` if ``lora`` is not a dict of adapters."""
+    """Raises a `LoraError` if ``lora`` is not a dict of adapters, or a step has consumed their arrays."""
     if not isinstance(lora, Mapping):
         strange: Any = type(lora).__name__
     else:
@@ -80,6 +82,25 @@ def check_lora(lora: Any) -> None:
             want="{path: Adapter}, the second result of lx.split",
             do="params, lora = lx.split(params); params come before lora in every call.",
         )
+    check_alive(lora, "lora")
+
+
+def check_alive(tree: PyTree, name: str) -> None:
+    """Raises a `LoraError` if a step that donates its state has consumed an array of ``tree``."""
+    if not any(map(_is_deleted, jax.tree.leaves(tree))):  # This runs at each step, so it builds no paths.
+        return
+    gone = [path for path, x in named_leaves(tree, name) if _is_deleted(x)]
+    raise error(
+        f"a step that donates its state has consumed this {name}.",
+        path=gone,
+        got="deleted arrays",
+        want=f"the {name} that the last step returned",
+        do="state, metrics = step(state, params, batch); jax.tree.map(jnp.copy, state) keeps an older one.",
+    )
+
+
+def _is_deleted(x: Any) -> bool:
+    return isinstance(x, jax.Array) and not is_tracer(x) and x.is_deleted()
 
 
 def _misfit(

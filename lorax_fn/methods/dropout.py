@@ -8,6 +8,7 @@ import numpy as np
 
 from lorax_fn.core.adapters import Adapter
 from lorax_fn.core.errors import error
+from lorax_fn.core.fitting import check_lora
 from lorax_fn.core.trees import is_tracer
 
 
@@ -32,7 +33,8 @@ def dropout(lora: dict[str, Adapter], rate: float | jax.Array, key: jax.Array) -
       ``rate`` is the number 0.
 
     Raises:
-      LoraError: ``rate`` is out of range, or an adapter's method does not support dropout.
+      LoraError: ``lora`` is not a dict of adapters, or was consumed by a step; ``rate`` is out of range; or an
+        adapter's method does not support dropout.
 
     Example:
       >>> import jax, jax.numpy as jnp, lorax_fn as lx
@@ -41,6 +43,7 @@ def dropout(lora: dict[str, Adapter], rate: float | jax.Array, key: jax.Array) -
       >>> dropped["kernel"].rate
       0.5
     """
+    check_lora(lora)
     number = isinstance(rate, float | int)
     if np.ndim(rate) != 0 or (not is_tracer(rate) and not 0.0 <= float(rate) < 1.0):
         raise error(

@@ -164,7 +164,7 @@ def _check_known(
     unknown = [path for path in values if known(path) is None]
     if unknown:
         first = values[unknown[0]]
-        other = next((x for x in ("method", "scaling") if x != name and _is_word_of(x, first)), "")
+        other = next((x for x in ("method", "scaling", "init") if x != name and _is_word_of(x, first)), "")
         raise error(
             f"unknown {name}.",
             path=unknown,
@@ -175,6 +175,8 @@ def _check_known(
 
 
 def _is_word_of(name: str, value: Any) -> bool:
+    if name == "init":
+        return find_init(value) is not None
     return isinstance(value, str) and value in {"method": METHODS, "scaling": SCALINGS}[name]
 
 

@@ -17,11 +17,12 @@ import numpy as np
 
 from lorax_fn.checkpoint.runs import Snapshots
 from lorax_fn.core.errors import error
+from lorax_fn.core.fitting import check_alive
 from lorax_fn.core.trees import PyTree, is_float, named_leaves
 from lorax_fn.training.feed import Feed
 from lorax_fn.training.guard import WATCHED, Guard, Taken, finite_metrics
 from lorax_fn.training.metrics import Log, scalars, scores
-from lorax_fn.training.state import TrainState, check_alive
+from lorax_fn.training.state import TrainState
 from lorax_fn.training.stopping import Best, FitError, Terminated, Termination, termination
 
 

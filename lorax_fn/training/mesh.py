@@ -12,9 +12,10 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lorax_fn.core.errors import error
+from lorax_fn.core.fitting import check_alive
 from lorax_fn.core.trees import PyTree, is_array, is_tracer, named_leaves
 from lorax_fn.training import sharding
-from lorax_fn.training.state import TrainState, check_alive
+from lorax_fn.training.state import TrainState
 from lorax_fn.training.step import check_arrays_only, make_train_step
 
 BATCH_AXES = ("data", "fsdp")

@@ -11,9 +11,10 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lorax_fn.core.errors import error
+from lorax_fn.core.fitting import check_alive
 from lorax_fn.core.trees import PyTree, named_leaves
 from lorax_fn.training.averaging import check_divisible
-from lorax_fn.training.state import TrainState, check_alive
+from lorax_fn.training.state import TrainState
 from lorax_fn.training.step import check_arrays_only, make_train_step
 
 

@@ -11,7 +11,7 @@ import optax
 from lorax_fn.core.errors import error
 from lorax_fn.core.fitting import check_adapters
 from lorax_fn.core.keys import checked_key
-from lorax_fn.core.trees import PyTree, is_tracer, named_leaves
+from lorax_fn.core.trees import PyTree
 from lorax_fn.training.masks import mask, train_only, trainable
 
 
@@ -72,7 +72,6 @@ class TrainState:
           {'n': 1}
         """
         check_adapters(lora)
-        check_alive(lora, "lora")
         _check_trains(lora)
         checked_key(key)
         trained: Any = trainable(lora)
@@ -93,24 +92,6 @@ def _check_trains(lora: dict) -> None:
             want="at least one float leaf that is not frozen",
             do="look at lx.mask(lora); a filter may have dropped every adapter.",
         )
-
-
-def check_alive(tree: PyTree, name: str) -> None:
-    """Raises a `LoraError` if a step that donates its state has consumed an array of ``tree``."""
-    if not any(map(_is_deleted, jax.tree.leaves(tree))):  # This runs at each step, so it builds no paths.
-        return
-    gone = [path for path, x in named_leaves(tree, name) if _is_deleted(x)]
-    raise error(
-        f"a step that donates its state has consumed this {name}.",
-        path=gone,
-        got="deleted arrays",
-        want=f"the {name} that the last step returned",
-        do="state, metrics = step(state, params, batch); jax.tree.map(jnp.copy, state) keeps an older one.",
-    )
-
-
-def _is_deleted(x: Any) -> bool:
-    return isinstance(x, jax.Array) and not is_tracer(x) and x.is_deleted()
 
 
 def _copy(x: Any) -> Any:

@@ -12,7 +12,7 @@ import optax
 
 from lorax_fn.core.adapters import Adapter
 from lorax_fn.core.errors import error
-from lorax_fn.core.fitting import check_lora
+from lorax_fn.core.fitting import check_alive, check_lora
 from lorax_fn.core.trees import PyTree, flatten_with_paths, is_array, is_float, named_leaves
 from lorax_fn.training import averaging
 from lorax_fn.training.masks import check_trained, mask, of_trained, train_only, trainable, with_trainable
@@ -93,6 +93,7 @@ def apply_gradients(
       >>> state.lora["b"].value, int(state.step)
       (Array([0.5, 0.5], dtype=float32), 1)
     """
+    check_alive(state, "state")
     flags, trained = mask(state.lora), trainable(state.lora)
     if jax.tree.structure(grads) == jax.tree.structure(state.lora):
         grads = of_trained(grads, flags)
@@ -168,6 +169,7 @@ def make_train_step(
     train_only(tx)  # This raises now what `apply_gradients` would raise in the first step.
 
     def step(state: TrainState, params: PyTree, batch: PyTree) -> tuple[TrainState, dict]:
+        check_alive(state, "state")
         check_arrays_only(params)
         given = () if state.extra is None else (state.extra,)
         _check_takes(loss_fn, (params, state.lora, batch, state.key, *given))

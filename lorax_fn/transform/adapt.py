@@ -13,7 +13,7 @@ from lorax_fn.core.fitting import check_fits
 from lorax_fn.core.trees import flatten_with_paths
 from lorax_fn.transform.factored import is_factored, wrap
 from lorax_fn.transform.mutations import Watched, unchanged, write_back
-from lorax_fn.transform.traces import Leaves, Traces
+from lorax_fn.transform.traces import Leaves, Traces, check_argnum
 from lorax_fn.transform.walk import Walk
 
 FALLBACKS = ("warn", "error", "allow")
@@ -66,13 +66,7 @@ def adapt(fn: Callable, *, argnum: int = 0, fallback: str = "warn") -> Callable:
     """
     if fallback not in FALLBACKS:
         raise error(f"unknown fallback {fallback!r}.", want=FALLBACKS, do="pass one of them.")
-    if isinstance(argnum, bool) or not isinstance(argnum, int) or argnum < 0:
-        raise error(
-            "argnum is not a position of fn's arguments, counted from 0.",
-            got=repr(argnum),
-            want="0 for fn(params, ...), 1 for fn(x, params), and so on",
-            do="count from the front: lora follows params, so positions counted from the end would shift.",
-        )
+    check_argnum(argnum)
     return Adapted(fn, argnum, fallback)
 
 

@@ -348,6 +348,12 @@ def _gather(walk, eqn, values):
     if not is_factored(w) or is_factored(indices):
         return NotImplemented
     dims, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
+    # Out of bounds the base already says what the result is: the change adds 0, and a column multiplies by 1.
+    # An index along other axes than a column's leaves the column as it is, so that only 0 and NaN pass it.
+    column, fills = w.parts.get("column"), eqn.params["mode"] == lax.GatherScatterMode.FILL_OR_DROP
+    inside = column is None or set(dims.start_index_map) <= set(column.axes)
+    if fills and not inside and eqn.params["fill_value"] not in (None, 0):
+        return NotImplemented
     index_axes = indices.ndim - 1  # the last axis of indices is the index vector
     out_ndim = index_axes + len(dims.offset_dims)
     # The result has all axes of the indices but the last, and the operand's window at offset_dims.
@@ -384,8 +390,7 @@ def _gather(walk, eqn, values):
             window,
             mode=eqn.params["mode"],
             indices_are_sorted=False,
-            # Out of bounds, the base alone determines the result, and the change adds nothing to it.
-            fill_value=0 if eqn.params["mode"] == lax.GatherScatterMode.FILL_OR_DROP else None,
+            fill_value=int(part is column) if fills else None,
         )
         axes = (*index_place, *(axis if axis < 0 else place[axis] for axis in inner))
         return Part(rows, axes)

@@ -1,6 +1,7 @@
 """Traced programs of one function, kept by the structure and types of its arguments."""
 
 import dataclasses
+import math
 import threading
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
@@ -8,11 +9,25 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lorax_fn.core.errors import error
 from lorax_fn.core.trees import is_array
 from lorax_fn.transform import jaxpr as jx
 from lorax_fn.transform.factored import is_factored
 from lorax_fn.transform.mutations import Watched
 from lorax_fn.transform.stored import abstract
+
+
+def check_argnum(argnum: Any, most: float = math.inf) -> None:
+    """Raises a `LoraError` if ``argnum`` is not a position of params, counted from the front."""
+    if isinstance(argnum, bool) or not isinstance(argnum, int) or not 0 <= argnum <= most:
+        raise error(
+            "argnum is not a position of fn's arguments, counted from 0.",
+            got=repr(argnum),
+            want="0 for fn(params, ...), 1 for fn(x, params), and so on",
+            do="count from the front: lora follows params, so positions counted from the end would shift."
+            if most == math.inf
+            else f"pass the position of params in fn, at most {most} after the arguments given.",
+        )
 
 
 class Leaves:

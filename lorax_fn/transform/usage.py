@@ -14,7 +14,7 @@ from lorax_fn.transform.factored import wrap
 from lorax_fn.transform.mutations import unchanged
 from lorax_fn.transform.product_roles import PRODUCTS
 from lorax_fn.transform.reach import reached
-from lorax_fn.transform.traces import Leaves, Traces
+from lorax_fn.transform.traces import Leaves, Traces, check_argnum
 from lorax_fn.transform.views import Reader, Ref, Use
 from lorax_fn.transform.walk import Report, Walk
 
@@ -106,7 +106,7 @@ def usage(fn: Callable, params: PyTree, *args: Any, argnum: int = 0, **kwargs: A
       A `Usage`: a mapping from path to `WeightUse`, which prints as a table.
 
     Raises:
-      LoraError: two leaves of ``params`` have the same path.
+      LoraError: two leaves of ``params`` have the same path, or ``argnum`` is not a position among the arguments.
 
     Example:
       >>> import jax.numpy as jnp, lorax_fn as lx
@@ -116,6 +116,7 @@ def usage(fn: Callable, params: PyTree, *args: Any, argnum: int = 0, **kwargs: A
       >>> use["query"].layout.outputs
       (1, 2)
     """
+    check_argnum(argnum, len(args))
     named, treedef = flatten_with_paths(params)
     leaves = [leaf for _, leaf in named]
     trace = Traces(fn).of((*args[:argnum], Leaves(leaves, treedef), *args[argnum:]), kwargs)
