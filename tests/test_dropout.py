@@ -317,3 +317,31 @@ def test_every_low_rank_method_drops_its_inputs(method):
     want = run(params, lora, X)
     assert np.all(got.std(0) > 1e-3)
     assert np.all(np.abs(got.mean(0) - want) < 5 * got.std(0) / np.sqrt(len(keys)))
+
+
+@pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
+def test_dropout_in_unscanned_layers_is_no_larger_a_program_than_by_hand(impl):
+    """What is lowered, and for the cheaper generator what XLA makes of it: compiling takes as long as that."""
+    layers, params = range(12), {"w": [normal(i, (8, 8)) for i in range(12)]}
+    _, lora = lx.split(params, rank=2, layout={"*": IO}, targets=["w"])
+    apply = lx.adapt(lambda params, x: [x := jnp.tanh(x @ w) for w in params["w"]][-1].sum())
+
+    def adapted(lora, key):
+        return apply(params, lx.dropout(lora, 0.1, key), X)
+
+    def by_hand(factors, key):
+        x = X
+        for i, key in zip(layers, jax.random.split(key, len(layers)), strict=True):
+            a, b = factors[i]
+            keep = jax.random.bernoulli(key, 0.9, x.shape)
+            x = jnp.tanh(x @ params["w"][i] + 16.0 * (jnp.where(keep, x / 0.9, 0.0) @ a @ b))
+        return x.sum()
+
+    key = jax.random.key(0, impl=impl)
+    hand = [(lora[f"w/{i}"].a, lora[f"w/{i}"].b) for i in layers]
+    ours, theirs = (jax.jit(jax.grad(f)).lower(t, key) for f, t in ((adapted, lora), (by_hand, hand)))
+    lines = [lowered.as_text().count("\n") for lowered in (ours, theirs)]
+    assert lines[0] <= lines[1], lines
+    if impl == "rbg":
+        size = [lowered.compile().as_text().count("\n") for lowered in (ours, theirs)]
+        assert size[0] <= 1.2 * size[1], size
