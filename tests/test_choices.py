@@ -10,8 +10,12 @@ from rule_cases import IO, MASK, normal
 import lorax_fn as lx
 
 X = normal(2, (3, 8))
-OUT = np.array([0, 9, 5])
 PARAMS = {"q": normal(3, (8, 6), 0.3), "k": normal(4, (8, 6), 0.3)}
+
+
+def filled(w, axis, fill):
+    return jnp.take(w, np.array([0, 9, 5]), axis, mode="fill", fill_value=fill)
+
 
 # name -> (function of both weights and x, whether it stays low-rank)
 JOINED = {
@@ -21,10 +25,9 @@ JOINED = {
     "outputs masked": (lambda q, k, x: x @ jnp.where(MASK[:6], q, 2 * k), True),
     "inputs masked": (lambda q, k, x: x @ jnp.where(MASK[:, None], q, 0), False),
     "branches": (lambda q, k, x: x @ lax.cond(x[0, 0] > 0, lambda: q, lambda: k * 2), True),
-    "taken, out of bounds": (lambda q, k, x: x @ jnp.take(q, OUT, axis=1, mode="fill", fill_value=0.5), True),
-    "looked up, out of bounds": (lambda q, k, x: x[:, :3] @ jnp.take(q, OUT, 0, mode="fill", fill_value=0.5), False),
-    "looked up, zeros out of bounds": (lambda q, k, x: x[:, :3] @ jnp.take(q, OUT, 0, mode="fill", fill_value=0),
-                                       True),
+    "taken, out of bounds": (lambda q, k, x: x @ filled(q, 1, 0.5), True),
+    "looked up, out of bounds": (lambda q, k, x: x[:, :3] @ filled(q, 0, 0.5), False),
+    "looked up, zeros out of bounds": (lambda q, k, x: x[:, :3] @ filled(q, 0, 0), True),
 }
 
 

@@ -321,7 +321,7 @@ def test_every_low_rank_method_drops_its_inputs(method):
 
 @pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
 def test_dropout_in_unscanned_layers_is_no_larger_a_program_than_by_hand(impl):
-    """What is lowered, and for the cheaper generator what XLA makes of it: compiling takes as long as that."""
+    """What is lowered, and for the cheaper generator what XLA makes of it, which decides the time."""
     layers, params = range(12), {"w": [normal(i, (8, 8)) for i in range(12)]}
     _, lora = lx.split(params, rank=2, layout={"*": IO}, targets=["w"])
     apply = lx.adapt(lambda params, x: [x := jnp.tanh(x @ w) for w in params["w"]][-1].sum())
@@ -331,9 +331,9 @@ def test_dropout_in_unscanned_layers_is_no_larger_a_program_than_by_hand(impl):
 
     def by_hand(factors, key):
         x = X
-        for i, key in zip(layers, jax.random.split(key, len(layers)), strict=True):
+        for i, own in zip(layers, jax.random.split(key, len(layers)), strict=True):
             a, b = factors[i]
-            keep = jax.random.bernoulli(key, 0.9, x.shape)
+            keep = jax.random.bernoulli(own, 0.9, x.shape)
             x = jnp.tanh(x @ params["w"][i] + 16.0 * (jnp.where(keep, x / 0.9, 0.0) @ a @ b))
         return x.sum()
 

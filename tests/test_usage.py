@@ -35,6 +35,12 @@ X = abstract(2, 3, 8)
 HEADS = abstract(2, 3, 4, 5)
 IDS = abstract(2, 3, dtype=jnp.int32)
 KERNEL = ("NHWC", "HWIO", "NHWC")
+
+
+def when(x, *branches):
+    return lax.cond(x.ravel()[0] > 0, *branches)
+
+
 # name -> function, shape of w, inputs, layout, ops, times, flops
 TABLE = {
     "dense": (lambda w, x: x @ w, (8, 6), [X], IO, ("dot_general",), 1, 2 * 6 * 8 * 6),
@@ -73,21 +79,21 @@ TABLE = {
     "norm scale by heads": (lambda w, x: jnp.einsum("bthk,kd->bthd", x * w[None, None], jnp.ones((5, 3))),
                             (4, 5), [HEADS], None, ("mul",), 1, 0),
     "unused": (lambda w, x: x, (8, 6), [X], None, (), 0, 0),
-    "cond returns it": (lambda w, x: x @ lax.cond(x[0, 0, 0] > 0, lambda: w, lambda: 2 * w), (8, 6), [X], IO,
+    "cond returns it": (lambda w, x: x @ when(x, lambda: w, lambda: 2 * w), (8, 6), [X], IO,
                         ("dot_general",), 1, 2 * 6 * 48),
-    "cond returns it or zeros": (lambda w, x: x @ lax.cond(x[0, 0, 0] > 0, lambda: w, lambda: jnp.zeros((8, 6))),
-                                 (8, 6), [X], IO, ("dot_general",), 1, 2 * 6 * 48),
-    "product in one branch": (lambda w, x: lax.cond(x[0, 0, 0] > 0, lambda: x @ w, lambda: jnp.zeros((2, 3, 6))),
-                              (8, 6), [X], IO, ("dot_general",), 1, 2 * 6 * 48),
-    "product in both branches": (lambda w, x: lax.cond(x[0, 0, 0] > 0, lambda: x @ w, lambda: x @ (2 * w)),
-                                 (8, 6), [X], IO, ("dot_general",), 2, 2 * 2 * 6 * 48),
-    "switch of views": (lambda w, i, x: x @ lax.switch(i, [lambda: w.T, lambda: -w.T, lambda: jnp.ones((8, 6))]),
-                        (6, 8), [0, X], OI, ("dot_general",), 1, 2 * 6 * 48),
-    "switch of layers": (lambda w, i, x: x @ lax.switch(i, [lambda: w[0], lambda: w[1]]), (2, 8, 6), [0, X], SIO,
-                         ("dot_general",), 1, 2 * 6 * 48),
-    "cond in jit": (lambda w, x: x @ jax.jit(lambda w: lax.cond(x[0, 0, 0] > 0, lambda: w, lambda: w.T))(w),
-                    (8, 8), [X], None, ("dot_general",), 2, None),
-    "lookup in a branch": (lambda w, i: lax.cond(i[0, 0] > 0, lambda: w[i], lambda: 2 * w[i]), (11, 6), [IDS], IO,
+    "cond or ones": (lambda w, x: x @ when(x, lambda: w, lambda: jnp.ones((8, 6))), (8, 6), [X], IO,
+                     ("dot_general",), 1, 2 * 6 * 48),
+    "product in one branch": (lambda w, x: when(x, lambda: x @ w, lambda: jnp.zeros((2, 3, 6))), (8, 6), [X],
+                              IO, ("dot_general",), 1, 2 * 6 * 48),
+    "product in both branches": (lambda w, x: when(x, lambda: x @ w, lambda: x @ (2 * w)), (8, 6), [X], IO,
+                                 ("dot_general",), 2, 2 * 2 * 6 * 48),
+    "switch of views": (lambda w, x: x @ lax.switch(x.argmax(), [lambda: w.T, lambda: -w.T]), (6, 8), [X], OI,
+                        ("dot_general",), 1, 2 * 6 * 48),
+    "switched layers": (lambda w, x: x @ lax.switch(x.argmax(), [lambda: w[0], lambda: w[1]]), (2, 8, 6), [X],
+                        SIO, ("dot_general",), 1, 2 * 6 * 48),
+    "cond in jit": (lambda w, x: x @ jax.jit(lambda w: when(x, lambda: w, lambda: w * 2))(w), (8, 6), [X], IO,
+                    ("dot_general",), 1, 2 * 6 * 48),
+    "lookup in branches": (lambda w, i: when(i, lambda: w[i], lambda: 2 * w[i]), (11, 6), [IDS], IO,
                            ("gather",), 2, 0),
 }  # fmt: skip
 

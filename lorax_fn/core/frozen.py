@@ -44,7 +44,7 @@ _watched.defjvp(_watched_jvp, symbolic_zeros=True)
 def tell(owner: str) -> None:
     """Logs, once per process and kind of adapter, that frozen factors are differentiated."""
     text = error(
-        "frozen factors are differentiated. Their gradient is zero, but weight decay would still shrink them.",
+        "frozen factors are differentiated. Their gradient is zero, but weight decay still shrinks them.",
         got=f"gradients by the whole lora, with a {owner}",
         want="gradients of the leaves that train, or an optimizer that leaves the others alone",
         do="lx.value_and_grad(loss_fn), and optax on lx.trainable(lora); or tx = lx.train_only(tx).",

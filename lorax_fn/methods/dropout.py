@@ -33,8 +33,8 @@ def dropout(lora: dict[str, Adapter], rate: float | jax.Array, key: jax.Array) -
       ``rate`` is the number 0.
 
     Raises:
-      LoraError: ``lora`` is not a dict of adapters, or was consumed by a step; ``rate`` is out of range; or an
-        adapter's method does not support dropout.
+      LoraError: ``lora`` is not a dict of adapters, or was consumed by a step; ``rate`` is out of range; or
+        an adapter's method does not support dropout.
 
     Example:
       >>> import jax, jax.numpy as jnp, lorax_fn as lx

@@ -137,7 +137,7 @@ class Rows(Adapter):
 
 
 def rows_of(w: jax.Array, ids: tuple[int, ...], axis: int) -> jax.Array:
-    """``[k, ...]``, the rows ``ids`` of W along ``axis``, whole on each device of a mesh with explicit axes."""
+    """``[k, ...]``, the rows ``ids`` of W along ``axis``; not sharded, if a mesh has explicit axes."""
     table, index = jnp.moveaxis(w, axis, 0), np.asarray(ids, np.int32)
     mesh = jax.typeof(table).sharding.mesh
     if not mesh.explicit_axes:

@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from lorax_fn.core.adapters import Adapter, is_number
 from lorax_fn.core.errors import error
