@@ -136,6 +136,17 @@ def test_usage_takes_a_position_among_the_arguments_given():
         lx.usage(lambda x, p: x @ p["w"], PARAMS, X, argnum=2)
 
 
+def test_an_adapter_is_equal_to_itself_alone_and_has_no_hash():
+    adapter = LORA["w"]
+    assert adapter == adapter and adapter != lx.LoRA(
+        *jax.tree.leaves(adapter)[:2], 1.0, 1, "lora", adapter.layout
+    )
+    with pytest.raises(TypeError, match="unhashable"):
+        hash(adapter)
+    with pytest.raises(ValueError, match="static"):
+        jax.jit(lambda x, adapter: x, static_argnums=1)(X, adapter)
+
+
 def test_none_for_lora_is_told_the_empty_dict():
     with pytest.raises(lx.LoraError, match="pass {}"):
         lx.adapt(top)(PARAMS, None, X)

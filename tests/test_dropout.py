@@ -345,3 +345,22 @@ def test_dropout_in_unscanned_layers_is_no_larger_a_program_than_by_hand(impl):
     if impl == "rbg":
         size = [lowered.compile().as_text().count("\n") for lowered in (ours, theirs)]
         assert size[0] <= 1.2 * size[1], size
+
+
+@pytest.mark.parametrize("form", ["once", "twice", "scan"])
+def test_no_key_is_used_twice(form):
+    """By JAX's own check."""
+    programs = {
+        "once": lambda p, x: x @ p["w"][0],
+        "twice": lambda p, x: x @ p["v"] @ p["v"],
+        "scan": lambda p, x: lax.scan(lambda c, w: (c @ w, None), x, p["w"])[0],
+    }
+    params = {"v": normal(0, (8, 8)), "w": normal(0, (2, 8, 8))}
+    _, lora = lx.split(params, rank=2, layout={"v": IO, "w": SIO}, targets=["v", "w"])
+    run = lx.adapt(programs[form])
+
+    def loss(lora, key):
+        return run(params, lx.dropout(lora, 0.5, key), X).sum()
+
+    with jax.debug_key_reuse(True):
+        assert jax.tree.leaves(jax.jit(jax.grad(loss))(lora, jax.random.key(0)))

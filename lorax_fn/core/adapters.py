@@ -75,9 +75,11 @@ def register(cls: type[T]) -> type[T]:
 
     Plain fields are leaves, `fact` fields are static, and `number` fields are either. Two adapters are equal
     only if they are the same object, because comparing arrays does not give one truth value. To compare by
-    value, use ``jax.tree.all(jax.tree.map(jnp.array_equal, one, other))``.
+    value, use ``jax.tree.all(jax.tree.map(jnp.array_equal, one, other))``. As arrays, they have no hash, so
+    that `jax.jit` refuses one as a static argument.
     """
     made: Any = dataclasses.dataclass(frozen=True, eq=False, repr=False)(cls)
+    made.__hash__ = None
     fields = dataclasses.fields(made)
     arrays = tuple(f.name for f in fields if not f.metadata.get("static"))
     either = tuple(f.name for f in fields if f.metadata.get("number"))

@@ -68,4 +68,5 @@ def _keys(key: jax.Array, paths: list[str]) -> dict[str, jax.Array]:
         key = jax.random.wrap_key_data(key)  # an old-style key, of jax.random.PRNGKey
     hashes = np.array([zlib.crc32(path.encode()) for path in paths], np.uint32)
     folded = jax.vmap(jax.random.fold_in, (None, 0))(key, hashes)
-    return dict(zip(paths, jnp.unstack(folded), strict=True)) if paths else {}
+    # Slices, because `jax.debug_key_reuse` takes keys from `jnp.unstack` for consumed.
+    return {path: jax.lax.index_in_dim(folded, i, keepdims=False) for i, path in enumerate(paths)}
