@@ -348,11 +348,10 @@ def _gather(walk, eqn, values):
     if not is_factored(w) or is_factored(indices):
         return NotImplemented
     dims, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
-    # Out of bounds the base already says what the result is: the change adds 0, and a column multiplies by 1.
-    # An index along other axes than a column's leaves the column as it is, so that only 0 and NaN pass it.
+    # Out of bounds, the base is the result: the change adds 0, and a column is 1 where its own axes are indexed.
     column, fills = w.parts.get("column"), eqn.params["mode"] == lax.GatherScatterMode.FILL_OR_DROP
-    inside = column is None or set(dims.start_index_map) <= set(column.axes)
-    if fills and not inside and eqn.params["fill_value"] not in (None, 0):
+    outside = column is not None and not set(dims.start_index_map) <= set(column.axes)
+    if outside and fills and eqn.params["fill_value"] not in (None, 0):
         return NotImplemented
     index_axes = indices.ndim - 1  # the last axis of indices is the index vector
     out_ndim = index_axes + len(dims.offset_dims)
@@ -381,8 +380,7 @@ def _gather(walk, eqn, values):
             operand_batching_dims=tuple(where[dims.operand_batching_dims[c]] for c in batching),
             start_indices_batching_dims=tuple(dims.start_indices_batching_dims[c] for c in batching),
         )
-        window = tuple(n if axis < 0 else sizes[axis]
-                       for axis, n in zip(part.axes, part.array.shape, strict=True))  # fmt: skip
+        window = [n if axis < 0 else sizes[axis] for axis, n in zip(part.axes, part.array.shape, strict=True)]
         rows = lax.gather(
             part.array,
             indices[..., jnp.asarray(columns, jnp.int32)] if len(columns) < indices.shape[-1] else indices,

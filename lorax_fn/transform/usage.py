@@ -106,7 +106,7 @@ def usage(fn: Callable, params: PyTree, *args: Any, argnum: int = 0, **kwargs: A
       A `Usage`: a mapping from path to `WeightUse`, which prints as a table.
 
     Raises:
-      LoraError: two leaves of ``params`` have the same path, or ``argnum`` is not a position among the arguments.
+      LoraError: two leaves of ``params`` have the same path, or ``argnum`` is not a position of them.
 
     Example:
       >>> import jax.numpy as jnp, lorax_fn as lx
