@@ -1,0 +1,113 @@
+"""What every library is given: sizes, weights, factors and a batch, as NumPy arrays."""
+
+import dataclasses
+import functools
+
+import numpy as np
+
+LINEAR = ("q", "k", "v", "o", "up", "down")  # the adapted weights of a layer
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """A pre-LN transformer, its adapters and its batch.
+
+    ``scanned`` layers are stacked, scanned and checkpointed. With ``decode`` the step has no gradient: one
+    token goes through the model, beside the keys and values of ``tokens`` earlier ones.
+    """
+
+    width: int = 768
+    hidden: int = 3072
+    heads: int = 12
+    layers: int = 4
+    batch: int = 8
+    tokens: int = 128
+    rank: int = 16
+    alpha: float = 32.0
+    scanned: bool = False
+    decode: bool = False
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """``(n, m)`` of each linear weight of a layer."""
+        wide = {"up": (self.width, self.hidden), "down": (self.hidden, self.width)}
+        return {name: wide.get(name, (self.width, self.width)) for name in LINEAR}
+
+
+@functools.cache
+def weights(problem: Problem) -> dict[str, np.ndarray]:
+    """Arrays by path, ``layers_0/q/kernel`` and so on, not stacked."""
+    rng, held = np.random.default_rng(0), {}
+
+    def draw(*shape):
+        return rng.standard_normal(shape, np.float32)
+
+    def norm(path):
+        held[f"{path}/scale"] = 1 + 0.1 * draw(problem.width)
+        held[f"{path}/bias"] = 0.1 * draw(problem.width)
+
+    for i in range(problem.layers):
+        for name, (n, m) in problem.shapes.items():
+            held[f"layers_{i}/{name}/kernel"] = draw(n, m) / np.float32(n**0.5)
+            held[f"layers_{i}/{name}/bias"] = 0.02 * draw(m)
+        norm(f"layers_{i}/norm_1")
+        norm(f"layers_{i}/norm_2")
+    norm("norm")
+    return held
+
+
+@functools.cache
+def factors(problem: Problem) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """A ``[n, r]`` and B ``[r, m]`` by the path of the layer, ``layers_0/q``; B is not zero, or nothing would be compared."""
+    rng, held = np.random.default_rng(1), {}
+    for i in range(problem.layers):
+        for name, (n, m) in problem.shapes.items():
+            a = rng.standard_normal((n, problem.rank), np.float32) / np.float32(n**0.5)
+            held[f"layers_{i}/{name}"] = a, 0.02 * rng.standard_normal((problem.rank, m), np.float32)
+    return held
+
+
+@functools.cache
+def inputs(problem: Problem) -> dict[str, np.ndarray]:
+    """``x`` and ``target``; for decoding ``x`` of one token, and ``keys`` and ``values`` of all layers."""
+    rng = np.random.default_rng(2)
+    if not problem.decode:
+        shape = (problem.batch, problem.tokens, problem.width)
+        return {name: rng.standard_normal(shape, np.float32) for name in ("x", "target")}
+    head = problem.width // problem.heads
+    shape = (problem.layers, problem.batch, problem.tokens, problem.heads, head)
+    x = rng.standard_normal((problem.batch, 1, problem.width), np.float32)
+    return {"x": x, **{name: rng.standard_normal(shape, np.float32) for name in ("keys", "values")}}
+
+
+def nested(flat: dict) -> dict:
+    """``{"a/b": x}`` as ``{"a": {"b": x}}``."""
+    tree: dict = {}
+    for path, value in flat.items():
+        *folders, name = path.split("/")
+        place = tree
+        for folder in folders:
+            place = place.setdefault(folder, {})
+        place[name] = value
+    return tree
+
+
+def arranged(problem: Problem, by_path: dict) -> dict:
+    """Per-layer entries as they are, or for scanned layers stacked under ``layers``."""
+    if not problem.scanned:
+        return by_path
+    stacked = {path: value for path, value in by_path.items() if not path.startswith("layers_")}
+    for path in by_path:
+        if path.startswith("layers_0/"):
+            rest = path.removeprefix("layers_0/")
+            layers = [by_path[f"layers_{i}/{rest}"] for i in range(problem.layers)]
+            stacked[f"layers/{rest}"] = (
+                tuple(np.stack(parts) for parts in zip(*layers, strict=True))
+                if isinstance(layers[0], tuple)
+                else np.stack(layers)
+            )
+    return stacked
