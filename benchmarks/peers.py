@@ -98,7 +98,7 @@ def check_losses(peers: list[Any], steps: int = 3) -> tuple[list[Any], dict[str,
     return kept, wrong, losses
 
 
-def timed(peers: list[Any], rounds: int, inner: int, warmup: int = 2) -> dict[str, list[float]]:
+def timed(peers: list[Any], rounds: int, inner: int, warmup: int = 1) -> dict[str, list[float]]:
     """Seconds of a step by name, one per round: the median of ``inner`` steps in a row."""
     by_name = {peer.name: peer for peer in peers}
     seconds: dict[str, list[float]] = {name: [] for name in by_name}
