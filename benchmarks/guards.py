@@ -4,9 +4,9 @@
     python benchmarks/guards.py --check     # exit with status 1 if one grew by more than 2 %; in CI
     python benchmarks/guards.py --save      # writes results/guards.json, for this version of JAX
 
-Of each program: FLOPs, bytes accessed and bytes of temporaries of the compiled step, and lines of the lowered
-module. Of a short training run: how often JAX compiled. Programs are small, and their code is generated without
-optimizing it; all passes that decide these figures run.
+Of each program: FLOPs, bytes accessed and bytes of temporaries of the compiled step, and lines of the
+lowered module. Of a short training run: how often JAX compiled. Programs are small, and their machine code
+is not optimized; all passes that decide these figures run.
 """
 
 import argparse
@@ -147,7 +147,9 @@ def grown(found: dict, committed: dict, most: float = MOST) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="exit with status 1 if a figure grew by over 2 %")
+    parser.add_argument(
+        "--check", action="store_true", help="exit with status 1 if a figure grew by over 2 %"
+    )
     parser.add_argument("--save", action="store_true", help="write results/guards.json")
     args = parser.parse_args()
     found = {}

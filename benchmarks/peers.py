@@ -3,15 +3,15 @@
     python benchmarks/peers.py a                 # 4 layers of width 768
     python benchmarks/peers.py b                 # 12 of them, scanned and checkpointed
     python benchmarks/peers.py e                 # decoding: one token through 4 layers
-    python benchmarks/peers.py a --only plain    # or libraries: one half of the ways, beside the same references
-    python benchmarks/peers.py a --torch-python .venv-peft/bin/python   # PEFT on torch takes its turns too
-    python benchmarks/peers.py a --save          # the figures to results/peers_a_*.json; draw.py draws them
+    python benchmarks/peers.py a --only plain    # or libraries: half of the ways
+    python benchmarks/peers.py a --torch-python .venv-peft/bin/python   # and PEFT on torch
+    python benchmarks/peers.py a --save          # results/peers_a.json, which draw.py draws
     python benchmarks/peers.py a --tiny          # small sizes, to try it out
 
-Every way starts from the same arrays, and its losses must equal those of LoRA by hand to 1e-4 before anything
-is timed: three steps of them, or the first where a library has no alpha. All train by AdamW. Then the ways take
-turns within each round, and ratios are computed within rounds. A library that is not installed or that fails is
-listed with its error.
+Every way starts from the same arrays, and its losses must equal those of LoRA by hand to 1e-4 before
+anything is timed: those of three steps, or the first where a library has no alpha. All train by AdamW. Then
+the ways take turns within each round, and ratios are computed within rounds. A library that is not installed
+or that fails is listed with its error.
 """
 
 import argparse
@@ -60,7 +60,11 @@ LIBRARIES = {
     "jax-lorax": jax_lorax,
 }
 FORWARD = {"full fine-tuning", "by hand, flat tokens"}  # of the plain ways, those that decode
-TORCH = {"a": ["lora", "lora compiled", "dora", "full"], "b": ["lora"], "e": ["lora", "lora compiled", "merged"]}
+TORCH = {
+    "a": ["lora", "lora compiled", "dora", "full"],
+    "b": ["lora"],
+    "e": ["lora", "lora compiled", "merged"],
+}
 SHOWN = ("qwix", "google-tunix", "keras", "quax", "jax-lorax", "equinox")
 
 
@@ -81,7 +85,9 @@ def made(problem: Problem, makers: dict, failed: dict[str, str]) -> list[Any]:
     return peers
 
 
-def check_losses(peers: list[Any], steps: int = 3) -> tuple[list[Any], dict[str, str], dict[str, list[float]]]:
+def check_losses(
+    peers: list[Any], steps: int = 3
+) -> tuple[list[Any], dict[str, str], dict[str, list[float]]]:
     """The peers whose losses are those of LoRA by hand (of DoRA: of `lx.adapt`), and the others by name."""
     losses = {}
     for peer in peers:
@@ -89,7 +95,9 @@ def check_losses(peers: list[Any], steps: int = 3) -> tuple[list[Any], dict[str,
         losses[peer.name] = [peer.step()[1] for _ in range(steps)]
     kept, wrong = [], {}
     for peer in peers:
-        want = losses[f"{ADAPT}, dora"] if peer.kind == "dora" and f"{ADAPT}, dora" in losses else losses[HAND]
+        want = (
+            losses[f"{ADAPT}, dora"] if peer.kind == "dora" and f"{ADAPT}, dora" in losses else losses[HAND]
+        )
         count = {"limit": 0}.get(peer.kind, steps if peer.exact else 1)
         if np.allclose(losses[peer.name][:count], want[:count], rtol=1e-4, atol=0):
             kept.append(peer)
@@ -138,14 +146,14 @@ def rows_of(peers: list[Any], seconds: dict, compiling: dict, losses: dict) -> l
 def printed(rows: list[dict]) -> str:
     by_name = {row["name"]: row for row in rows}
     hand, adapt = by_name[HAND], by_name[ADAPT]
-    lines = [["way", "ms", "/ by hand", "/ lx.adapt", "GFLOP", "/ by hand", "MB accessed", "temp MB", "/ by hand",
-              "trace + compile ms", "/ by hand", "trainable"]]  # fmt: skip
+    lines = [["way", "ms", "/ by hand", "/ lx.adapt", "GFLOP", "/ by hand", "MB accessed", "temp MB",
+              "/ by hand", "trace + compile ms", "/ by hand", "trainable"]]  # fmt: skip
     for row in rows:
         both = np.add(row["trace"], row["compile"])
         relative = [f"{row[of] / hand[of]:.4f}" if of in row else "-" for of in ("flops", "temp bytes")]
         lines.append([
             row["name"], f"{1e3 * np.median(row['seconds']):.1f}",
-            spread(np.divide(row["seconds"], hand["seconds"])), spread(np.divide(row["seconds"], adapt["seconds"])),
+            *(spread(np.divide(row["seconds"], of["seconds"])) for of in (hand, adapt)),
             f"{row['flops'] / 1e9:.2f}" if "flops" in row else "-", relative[0],
             f"{row['bytes accessed'] / 1e6:.0f}" if "bytes accessed" in row else "-",
             f"{row['temp bytes'] / 1e6:.1f}" if "temp bytes" in row else "-", relative[1],
@@ -179,9 +187,13 @@ def main() -> int:
     worker = None
     if args.torch_python and args.only != "plain":
         worker = torch_lora.Worker(args.torch_python, problem, TORCH[args.block])
-        peers += made(problem, {w: lambda _, w=w: torch_lora.TorchPeer(worker, w) for w in worker.answers}, failed)
+        peers += made(
+            problem, {w: lambda _, w=w: torch_lora.TorchPeer(worker, w) for w in worker.answers}, failed
+        )
         facts["versions"] |= next(iter(worker.answers.values()))
-    print(f"{facts['machine']}; JAX {jax.__version__}; {problem}; set up in {time.perf_counter() - began:.0f} s")
+    print(
+        f"{facts['machine']}; JAX {jax.__version__}; {problem}; set up in {time.perf_counter() - began:.0f} s"
+    )
     compiling = compile_times(peers, args.compiles)
     peers, wrong, losses = check_losses(peers)
     for peer in peers:

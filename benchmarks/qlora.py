@@ -2,10 +2,11 @@
 
     python benchmarks/qlora.py              # two minutes on two cores
     python benchmarks/qlora.py --save       # results/qlora.json
-    python benchmarks/qlora.py --torch-python .venv-peft/bin/python   # PEFT on bitsandbytes' nf4, on the CPU, too
+    python benchmarks/qlora.py --torch-python .venv-peft/bin/python   # and PEFT on bitsandbytes
 
-The model is a stack of layers ``tanh(x @ W)`` with LoRA of rank 16 on each, and a step is one of AdamW. Unpacking is
-measured alone too: all weights to float32, beside a copy of as many float32 numbers, which is the memory's limit.
+The model is a stack of layers ``tanh(x @ W)`` with LoRA of rank 16 on each, and a step is one of AdamW.
+Unpacking is measured alone too: all weights to float32, beside a copy of as many float32 numbers, which is
+the memory's limit.
 """
 
 import argparse
@@ -37,7 +38,8 @@ def make(linear):
     return model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-4)
 def nf4():
     layer = bnb.nn.Linear4bit(width, width, bias=False, quant_type="nf4", compute_dtype=torch.float32)
-    layer.weight = bnb.nn.Params4bit(torch.randn(width, width) / width**0.5, requires_grad=False, quant_type="nf4")
+    weight = torch.randn(width, width) / width**0.5
+    layer.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4")
     return layer.to("cpu")
 x = torch.randn(tokens, width)
 ways = {"torch float32": make(lambda: torch.nn.Linear(width, width, bias=False)), "torch nf4": make(nf4)}
@@ -48,7 +50,8 @@ for i in range(-2, rounds):
         tx.zero_grad(); model(x).square().mean().backward(); tx.step()
         if i >= 0: found[name].append(time.perf_counter() - start)
 size = sum(p.nbytes for n, p in ways["torch nf4"][0].named_parameters() if "base_layer" in n)
-print(json.dumps({"seconds": found, "bytes": size, "versions": {m.__name__: m.__version__ for m in (torch, peft, bnb)}}))
+versions = {module.__name__: module.__version__ for module in (torch, peft, bnb)}
+print(json.dumps({"seconds": found, "bytes": size, "versions": versions}))
 """
 
 
@@ -111,7 +114,8 @@ def main() -> int:
     x = jax.random.normal(jax.random.key(1), (args.tokens, args.width))
     forms = {name: stored(params, name) for name in FORMATS}
     steps = {
-        name: compiled_step(form, x.astype("bfloat16") if name == "bfloat16" else x) for name, form in forms.items()
+        name: compiled_step(form, x.astype("bfloat16") if name == "bfloat16" else x)
+        for name, form in forms.items()
     }
     took = timed(steps, args.rounds)
     copy = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1.0, tree))
@@ -145,7 +149,9 @@ def main() -> int:
                 rows.append({"name": name, "seconds": seconds, "weight bytes": size})
     lines = [["weights", "ms / step", "/ float32", "weights MB", "temp MB", "unpacking, ns per weight"]]
     for row in rows:
-        base = next(r for r in rows if r["name"] == ("torch float32" if "torch" in row["name"] else "float32"))
+        base = next(
+            r for r in rows if r["name"] == ("torch float32" if "torch" in row["name"] else "float32")
+        )
         lines.append([
             row["name"], f"{1e3 * np.median(row['seconds']):.1f}",
             spread(np.divide(row["seconds"], base["seconds"])), f"{row['weight bytes'] / 1e6:.1f}",

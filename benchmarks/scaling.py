@@ -120,7 +120,10 @@ def of_lanes(width: int, tokens: int, rounds: int) -> list[dict]:
     params, lora, x = problem(LAYERS, tokens, RANK, width)
     programs: dict[str, tuple] = {"one": (adapted, (lora, params, x))}
     for count in LANES:
-        programs[str(count)] = jax.vmap(adapted, in_axes=(0, None, None)), (lx.stack([lora] * count), params, x)
+        programs[str(count)] = (
+            jax.vmap(adapted, in_axes=(0, None, None)),
+            (lx.stack([lora] * count), params, x),
+        )
     return relative(measured(programs, rounds), "one", lanes=True)
 
 

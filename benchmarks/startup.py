@@ -38,14 +38,14 @@ def clocked(run: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def in_turns(runs: dict[str, Callable[[], Any]], rounds: int, inner: int = 1) -> dict[str, float]:
-    """Median seconds of a call by name."""
+def in_turns(runs: dict[str, tuple], rounds: int, inner: int = 1) -> dict[str, float]:
+    """Median seconds of a call by name, of ``name: (function, *arguments)``."""
     taken: dict[str, list[float]] = {name: [] for name in runs}
     for i in range(-1, rounds):
-        for name, run in runs.items():
+        for name, (run, *args) in runs.items():
             start = time.perf_counter()
             for _ in range(inner):
-                out = run()
+                out = run(*args)
             jax.block_until_ready(out)
             if i >= 0:
                 taken[name].append((time.perf_counter() - start) / inner)
@@ -83,11 +83,11 @@ def dispatch() -> dict[str, float]:
         plain, written, adapted = jax.jit(model), jax.jit(hand), jax.jit(lx.adapt(model))
         nothing = jax.jit(lambda params, lora, x: x)
         calls = {
-            "base": lambda: plain(params, x),
-            "by hand": lambda: written(params, by_hand, x),
-            "lx.adapt": lambda: adapted(params, lora, x),
-            "arguments by hand": lambda: nothing(params, by_hand, x),
-            "arguments of lx.adapt": lambda: nothing(params, lora, x),
+            "base": (plain, params, x),
+            "by hand": (written, params, by_hand, x),
+            "lx.adapt": (adapted, params, lora, x),
+            "arguments by hand": (nothing, params, by_hand, x),
+            "arguments of lx.adapt": (nothing, params, lora, x),
         }
         took = in_turns(calls, rounds=15, inner=10)
         what = f"jitted call, 300 weights of {width} x {width}"
@@ -100,7 +100,7 @@ def dispatch() -> dict[str, float]:
     model(params, x)  # compiles the single operations
     eager = lx.adapt(model)
     found["eager call, 12 weights, first, ms"] = 1e3 * clocked(lambda: eager(params, lora, x))
-    calls = in_turns({"base": lambda: model(params, x), "adapt": lambda: eager(params, lora, x)}, 20)
+    calls = in_turns({"base": (model, params, x), "adapt": (eager, params, lora, x)}, 20)
     found["eager call, 12 weights, later, ms"] = 1e3 * calls["adapt"]
     found["eager call, 12 weights, base, ms"] = 1e3 * calls["base"]
     return found
@@ -120,7 +120,7 @@ def split() -> dict[str, float]:
         for i in range(100)
     }
     assert len(jax.tree.leaves(params)) == 1000
-    took = in_turns({"split": lambda: len(lx.split(params, rank=8)[1])}, 7)["split"]
+    took = in_turns({"split": (lambda: len(lx.split(params, rank=8)[1]),)}, 7)["split"]
     first = clocked_in_a_new_process(
         "import jax, jax.numpy as jnp, time, lorax_fn as lx\n"
         "params = {f'{i}': {'kernel': jax.ShapeDtypeStruct((256, 256), jnp.float32)} for i in range(1000)}\n"
@@ -139,7 +139,7 @@ def clocked_in_a_new_process(script: str) -> float:
 
 
 def haiku() -> dict[str, float]:
-    """A GPT of 404 million parameters in Haiku, abstract: to trace it, `lx.usage`, `lx.adapt`, and the gradients."""
+    """A GPT of 404 million parameters in Haiku, abstract: traces of it, `lx.usage`, `lx.adapt`, gradients."""
     import haiku as hk
 
     layers, width, heads, vocab, tokens = 32, 1024, 16, 1000, 128
@@ -210,18 +210,40 @@ def imports() -> dict[str, float]:
     return found
 
 
-def files(gigabytes: float = 1.0) -> dict[str, float]:
-    """`lx.checkpoint.save` and `load` of an adapter, beside plain Orbax on the same arrays."""
+def saved_and_loaded(plain: dict, lora: dict) -> dict[str, float]:
+    """Seconds to save and to load, by Orbax and by `lx.checkpoint`."""
     import orbax.checkpoint as ocp
 
-    width, rank, layers = 4096, 256, 0
+    shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, plain)
+    with tempfile.TemporaryDirectory() as folder, ocp.StandardCheckpointer() as orbax:
+        at = Path(folder)
+        steps = {
+            "Orbax, save": lambda: (orbax.save(at / "orbax", plain), orbax.wait_until_finished()),
+            "lx.checkpoint, save": lambda: lx.checkpoint.save(at / "lora", lora),
+            "Orbax, load": lambda: orbax.restore(at / "orbax", shapes),
+            "lx.checkpoint, load": lambda: lx.checkpoint.load(at / "lora"),
+        }
+        seconds = {}
+        for name, step in steps.items():
+            start = time.perf_counter()
+            out = step()
+            jax.block_until_ready([x for x in jax.tree.leaves(out) if isinstance(x, jax.Array)])
+            seconds[name] = time.perf_counter() - start
+        return seconds
+
+
+def files(gigabytes: float = 1.0) -> dict[str, float]:
+    """`lx.checkpoint.save` and `load` of an adapter, beside plain Orbax on the same arrays."""
+    width, rank = 4096, 256
     layers = max(1, round(gigabytes * 2**30 / (2 * 4 * width * rank)))
     a = jnp.ones((layers, width, rank)) * jnp.arange(rank, dtype=jnp.float32)
     b = jnp.ones((layers, rank, width)) * jnp.arange(width, dtype=jnp.float32)
     layout = lx.Layout(stack=(0,), inputs=(1,), outputs=(2,))
     params = {"layers": {"kernel": jax.ShapeDtypeStruct((layers, width, width), jnp.float32)}}
     lora = jax.eval_shape(
-        lambda: lx.split(jax.tree.map(lambda x: jnp.zeros(x.shape), params), rank, layout={"layers/kernel": layout})[1]
+        lambda: lx.split(
+            jax.tree.map(lambda x: jnp.zeros(x.shape), params), rank, layout={"layers/kernel": layout}
+        )[1]
     )
     lora = jax.tree.map(lambda x: a if x.shape == a.shape else b, lora)
     jax.block_until_ready(lora)
@@ -229,27 +251,15 @@ def files(gigabytes: float = 1.0) -> dict[str, float]:
     plain = {"a": a, "b": b}
     taken: dict[str, list[float]] = {}
     for _ in range(3):
-        with tempfile.TemporaryDirectory() as folder, ocp.StandardCheckpointer() as orbax:
-            at = Path(folder)
-            shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, plain)
-            steps = {
-                "Orbax, save": lambda: (orbax.save(at / "orbax", plain), orbax.wait_until_finished()),
-                "lx.checkpoint, save": lambda: lx.checkpoint.save(at / "lora", lora),
-                "Orbax, load": lambda: orbax.restore(at / "orbax", shapes),
-                "lx.checkpoint, load": lambda: lx.checkpoint.load(at / "lora"),
-            }
-            for name, step in steps.items():
-                start = time.perf_counter()
-                out = step()
-                jax.block_until_ready([x for x in jax.tree.leaves(out) if isinstance(x, jax.Array)])
-                taken.setdefault(name, []).append(time.perf_counter() - start)
+        for name, seconds in saved_and_loaded(plain, lora).items():
+            taken.setdefault(name, []).append(seconds)
     return {"adapter saved, GB": size} | {
         f"{name}, GB/s": size / statistics.median(times) for name, times in taken.items()
     }
 
 
 def merge(million: int = 1024) -> dict[str, float]:
-    """`lx.merge` of a tree of a billion bfloat16 parameters, and of half as many float32, beside a copy of it."""
+    """`lx.merge` of a billion bfloat16 parameters, and of half as many in float32, beside a copy."""
     found, width = {}, 2048
     for dtype, count in (("bfloat16", million), ("float32", million // 2)):
         layers = max(1, count * 10**6 // width**2)
@@ -260,9 +270,9 @@ def merge(million: int = 1024) -> dict[str, float]:
         size = sum(x.nbytes for x in jax.tree.leaves(params)) / 1e9
         jitted, copied = jax.jit(lx.merge), jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
         runs = {
-            "copy": lambda: copied(params),  # noqa: B023: run before the loop goes on
-            "merge": lambda: lx.merge(params, lora),  # noqa: B023
-            "merge, jitted": lambda: jitted(params, lora),  # noqa: B023
+            "copy": (copied, params),
+            "merge": (lx.merge, params, lora),
+            "merge, jitted": (jitted, params, lora),
         }
         what = f"{layers * width**2 / 1e9:.2f}B {dtype} parameters"
         found |= {f"{name} of {what}, GB/s": size / took for name, took in in_turns(runs, 3).items()}
@@ -274,11 +284,12 @@ def quantize(width: int = 1024, samples: int = 2048) -> dict[str, float]:
     w = jax.random.normal(jax.random.key(0), (width, width)) / width**0.5
     x = jax.random.normal(jax.random.key(1), (samples, width))
     params = {"kernel": w}
-    runs = {
-        name: lambda name=name: jax.tree.leaves(lx.quantize(params, name)) for name in ("nf4", "int8", "int4")
+    runs: dict[str, tuple] = {
+        name: (lambda name=name: jax.tree.leaves(lx.quantize(params, name)),)
+        for name in ("nf4", "int8", "int4")
     }
-    runs["gptq"] = lambda: jax.tree.leaves(
-        lx.quantization.gptq(lambda params, x: x @ params["kernel"], params, [x])
+    runs["gptq"] = (
+        lambda: jax.tree.leaves(lx.quantization.gptq(lambda params, x: x @ params["kernel"], params, [x])),
     )
     took = in_turns(runs, 3)
     return {f"{name}, million weights per second": w.size / 1e6 / seconds for name, seconds in took.items()}

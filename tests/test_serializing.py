@@ -109,7 +109,7 @@ def test_pickle_and_a_class_that_a_notebook_defines_twice():
 
 
 def test_the_structure_of_an_adapter_is_found_once(monkeypatch):
-    """A jitted call flattens every adapter, so what cannot change is kept, and never goes to another adapter."""
+    """A jitted call flattens every adapter, so what cannot change is kept, for this adapter alone."""
     adapter = adapters()[1]["lora/kernel"]
     first = jax.tree.structure(adapter)
     with monkeypatch.context() as patch:

@@ -1,1 +1,1 @@
-"""The ways to train that `peers.py` compares, one file per library; each reads its problem from `problem.py`."""
+"""The ways to train that `peers.py` compares, one file per library; `problem.py` is what all are given."""

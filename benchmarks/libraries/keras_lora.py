@@ -1,4 +1,4 @@
-"""Keras: `Dense.enable_lora` on a functional model, trained as its guide for JAX does, by `stateless_call`."""
+"""Keras: `Dense.enable_lora` on a functional model, called by `stateless_call` as its guide for JAX does."""
 
 import os
 
@@ -50,9 +50,9 @@ def keras_lora(problem: Problem) -> JaxPeer:
     for path, value in weights(problem).items():
         *at, leaf = path.split("/")
         layer = model.get_layer("_".join(at))
-        getattr(layer, "_kernel" if leaf == "kernel" else names.get(leaf, "beta" if "norm" in path else leaf)).assign(
-            value
-        )
+        getattr(
+            layer, "_kernel" if leaf == "kernel" else names.get(leaf, "beta" if "norm" in path else leaf)
+        ).assign(value)
     for i in range(problem.layers):
         for name in LINEAR:
             layer = model.get_layer(f"layers_{i}_{name}")

@@ -8,14 +8,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
+
+import lorax_fn as lx
 from libraries.measured import JaxPeer, decoding, mse, training
 from libraries.problem import LINEAR, Problem, arranged, factors, inputs, nested, weights
 
-import lorax_fn as lx
-
 
 class Block(nn.Module):
-    """One pre-LN layer. Its linear layers are made by `dense`, which is nn.Dense; ``past`` is for decoding."""
+    """One pre-LN layer. `dense`, which is nn.Dense, makes its linear layers; ``past`` is for decoding."""
 
     problem: Problem
     dense: Callable = nn.Dense
@@ -88,8 +88,10 @@ class HandDense(nn.Module):
         return y.reshape(*x.shape[:-1], self.features)
 
 
-def peer(name: str, problem: Problem, make_apply: Callable, trainable: Any, frozen: Any, **facts: Any) -> JaxPeer:
-    """``make_apply()`` gives ``apply(trainable, frozen, x, *past)``; the step of the problem is made of it."""
+def peer(
+    name: str, problem: Problem, make_apply: Callable, trainable: Any, frozen: Any, **facts: Any
+) -> JaxPeer:
+    """The problem's step of ``make_apply()``, an ``apply(trainable, frozen, x, *past)``."""
     batch = inputs(problem)
     if problem.decode:
 
@@ -149,7 +151,9 @@ def by_hand(problem: Problem, flat: bool = False) -> JaxPeer:
     held = arranged(problem, factors(problem))
     lora = nested({f"{path}/{'ab'[i]}": pair[i] for path, pair in held.items() for i in (0, 1)})
     apply = lambda lora, params, *x: model.apply({**params, "lora": lora}, *x)  # noqa: E731
-    return peer("by hand, flat tokens" if flat else "by hand", problem, lambda: apply, lora, variables(problem))
+    return peer(
+        "by hand, flat tokens" if flat else "by hand", problem, lambda: apply, lora, variables(problem)
+    )
 
 
 def flat_by_hand(problem: Problem) -> JaxPeer:

@@ -85,7 +85,9 @@ def counts(program: Any) -> dict[str, float]:
     }
 
 
-def training(name: str, make_loss: Callable, trainable: Any, frozen: Any, batch: dict, **facts: Any) -> JaxPeer:
+def training(
+    name: str, make_loss: Callable, trainable: Any, frozen: Any, batch: dict, **facts: Any
+) -> JaxPeer:
     """One AdamW step of ``loss(trainable, frozen, batch)``."""
     trainable = jax.tree.map(jnp.asarray, trainable)
 
@@ -104,8 +106,10 @@ def training(name: str, make_loss: Callable, trainable: Any, frozen: Any, batch:
     return JaxPeer(name, make_step, carried, (frozen, batch), leaves(trainable), **facts)
 
 
-def decoding(name: str, make_run: Callable, trainable: Any, frozen: Any, batch: dict, **facts: Any) -> JaxPeer:
-    """One token through ``run(trainable, frozen, x, keys, values) -> (y, its own keys and values)``; y is the next x."""
+def decoding(
+    name: str, make_run: Callable, trainable: Any, frozen: Any, batch: dict, **facts: Any
+) -> JaxPeer:
+    """One token through ``run(trainable, frozen, x, keys, values) -> (y, new keys and values)``."""
 
     def make_step():
         run = make_run()

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+
 from libraries.linen import peer
 from libraries.measured import LEARNING_RATE, JaxPeer, counts, leaves, mse
 from libraries.problem import LINEAR, Problem, arranged, factors, inputs, weights

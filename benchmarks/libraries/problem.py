@@ -62,7 +62,7 @@ def weights(problem: Problem) -> dict[str, np.ndarray]:
 
 @functools.cache
 def factors(problem: Problem) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """A ``[n, r]`` and B ``[r, m]`` by the path of the layer, ``layers_0/q``; B is not zero, or nothing would be compared."""
+    """A ``[n, r]`` and B ``[r, m]`` by path, ``layers_0/q``; with B = 0 nothing would be compared."""
     rng, held = np.random.default_rng(1), {}
     for i in range(problem.layers):
         for name, (n, m) in problem.shapes.items():

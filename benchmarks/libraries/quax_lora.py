@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+
 from libraries.linen import peer
 from libraries.measured import JaxPeer
 from libraries.problem import Problem, arranged, factors, nested, weights

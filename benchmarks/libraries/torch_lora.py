@@ -1,4 +1,4 @@
-"""PEFT on torch, in a process of another interpreter (`torch_worker.py`) that takes its turns with the others."""
+"""PEFT on torch: `torch_worker.py`, run by another interpreter, takes its turns with the others."""
 
 import dataclasses
 import json
@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+
 from libraries.problem import Problem, factors, inputs, weights
 
 NAMES = {

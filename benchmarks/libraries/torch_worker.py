@@ -1,7 +1,7 @@
 """The torch side of `torch_lora.py`, run by an interpreter that has torch and peft; no JAX here.
 
-It reads one JSON line at its start (the problem, a file of arrays, the ways), answers one JSON line per way, and
-then for each line ``reset NAME`` or ``step NAME`` the seconds and the loss.
+It reads one JSON line at its start (the problem, a file of arrays, the ways), answers one JSON line per way,
+and then one for each line ``reset NAME`` or ``step NAME``: the seconds and the loss of a step.
 """
 
 import json
@@ -31,7 +31,9 @@ class Block(nn.Module):
 
     def forward(self, x, past=None):
         h = self.norm_1(x)
-        q, k, v = (layer(h).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        q, k, v = (
+            layer(h).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v)
+        )
         new = k, v
         if past is not None:
             k, v = (torch.cat([old, own], 2) for old, own in zip(past, new, strict=True))
@@ -91,9 +93,13 @@ class Way:
         self.start = {n: x.detach().clone() for n, x in self.model.named_parameters() if x.requires_grad}
         self.trained = [x for x in self.model.parameters() if x.requires_grad]
         self.trainable = sum(x.numel() for x in self.trained)
-        self.x, *rest = (torch.from_numpy(held[n]) for n in (("x", "keys", "values") if p["decode"] else ("x", "target")))
+        self.x, *rest = (
+            torch.from_numpy(held[n]) for n in (("x", "keys", "values") if p["decode"] else ("x", "target"))
+        )
         if p["decode"]:
-            self.past = [part.transpose(2, 3).contiguous() for part in rest]  # [L, B, H, T, d], as torch keeps them
+            self.past = [
+                part.transpose(2, 3).contiguous() for part in rest
+            ]  # [L, B, H, T, d], as torch keeps them
         else:
             (self.target,) = rest
         self.run = torch.compile(self.model) if way.endswith("compiled") else self.model
@@ -130,7 +136,12 @@ def main():
     start = json.loads(sys.stdin.readline())
     held, ways = dict(np.load(start["arrays"])), {}
     for name in start["ways"]:
-        answer = {"name": name, "torch": torch.__version__, "peft": peft.__version__, "threads": torch.get_num_threads()}
+        answer = {
+            "name": name,
+            "torch": torch.__version__,
+            "peft": peft.__version__,
+            "threads": torch.get_num_threads(),
+        }
         try:
             way = ways[name] = Way(name, start["problem"], held)
             way.reset()

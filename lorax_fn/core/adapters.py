@@ -88,8 +88,7 @@ def register(cls: type[T]) -> type[T]:
     def structure(x):
         """Which `number` fields are leaves, and the values of all static fields: ``(live, values)``.
 
-        An adapter never changes, so this is found once and kept: flattening is most of what a jitted call with
-        hundreds of adapters costs on the host.
+        An adapter never changes, so this is found once and kept: a jitted call flattens all its adapters.
         """
         held = x.__dict__
         static = held.get("_static")
