@@ -76,14 +76,9 @@ def peers_table(block: str) -> str:
 
 
 def machine_line(run: dict) -> str:
-    shown = {name: v for name, v in run["versions"].items() if name not in ("jaxlib", "threads", "name")}
-    shown = {
-        name: v for name, v in shown.items() if isinstance(v, str) and not name.startswith(("flops", "first"))
-    }
+    shown = sorted((name, version) for name, version in run["versions"].items() if name != "jaxlib")
     return (
-        f"{run['date']}, {run['machine']}; "
-        + ", ".join(f"{name} {v}" for name, v in sorted(shown.items()))
-        + "."
+        f"{run['date']}, {run['machine']}; " + ", ".join(f"{name} {version}" for name, version in shown) + "."
     )
 
 

@@ -2,6 +2,7 @@
 
     python benchmarks/peers.py a                 # 4 layers of width 768
     python benchmarks/peers.py b                 # 12 of them, scanned and checkpointed
+    python benchmarks/peers.py c                 # MiniLM with its real weights, 32 x 64 tokens
     python benchmarks/peers.py e                 # decoding: one token through 4 layers
     python benchmarks/peers.py a --only plain    # or libraries: half of the ways
     python benchmarks/peers.py a --torch-python .venv-peft/bin/python   # and PEFT on torch
@@ -32,6 +33,7 @@ HAND, ADAPT = "by hand", "lx.adapt"
 BLOCKS = {
     "a": Problem(),
     "b": Problem(layers=12, scanned=True),
+    "c": Problem(width=384, hidden=1536, layers=6, batch=32, tokens=64, model="minilm"),
     "e": Problem(batch=1, decode=True),
 }
 TINY = {"width": 48, "hidden": 96, "heads": 4, "tokens": 8, "rank": 4}
@@ -61,6 +63,7 @@ LIBRARIES = {
 }
 FORWARD = {"full fine-tuning", "by hand, flat tokens"}  # of the plain ways, those that decode
 TORCH = {
+    "c": ["lora", "lora compiled", "full"],
     "a": ["lora", "lora compiled", "dora", "full"],
     "b": ["lora"],
     "e": ["lora", "lora compiled", "merged"],
@@ -176,12 +179,17 @@ def main() -> int:
     parser.add_argument("--save", action="store_true", help="write results/*.json")
     args = parser.parse_args()
     problem = BLOCKS[args.block]
-    if args.tiny:
+    if args.tiny and problem.model == "minilm":
+        problem = dataclasses.replace(problem, batch=2, tokens=8)
+    elif args.tiny:
         problem = dataclasses.replace(problem, layers=2, batch=min(problem.batch, 2), **TINY)
     facts, began = results.facts(*SHOWN), time.perf_counter()
     plain = {name: make for name, make in PLAIN.items() if not problem.decode or name in FORWARD}
+    if problem.model == "minilm":  # of the others, only qwix takes a model in Linen; its inputs are no floats
+        plain = {name: make for name, make in plain.items() if "limit" not in name}
+    libraries = LIBRARIES if problem.model == "transformer" else {"qwix": linen.qwix}
     makers = REFERENCES | (plain if args.only != "libraries" else {})
-    makers |= LIBRARIES if args.only != "plain" else {}
+    makers |= libraries if args.only != "plain" else {}
     failed: dict[str, str] = {}
     peers = made(problem, makers, failed)
     worker = None
@@ -190,7 +198,8 @@ def main() -> int:
         peers += made(
             problem, {w: lambda _, w=w: torch_lora.TorchPeer(worker, w) for w in worker.answers}, failed
         )
-        facts["versions"] |= next(iter(worker.answers.values()))
+        answer = next(iter(worker.answers.values()))
+        facts["versions"] |= {name: answer[name] for name in ("torch", "peft")}
     print(
         f"{facts['machine']}; JAX {jax.__version__}; {problem}; set up in {time.perf_counter() - began:.0f} s"
     )

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -66,6 +67,48 @@ class Transformer(nn.Module):
         return x if past is None else (x, news)
 
 
+class PostBlock(nn.Module):
+    """One post-LN layer of BERT, all of whose tokens see each other."""
+
+    problem: Problem
+    dense: Callable = nn.Dense
+
+    @nn.compact
+    def __call__(self, x):
+        sizes, norm = self.problem, partial(nn.LayerNorm, epsilon=1e-12)
+        split = (*x.shape[:2], sizes.heads, sizes.width // sizes.heads)
+        q, k, v = (self.dense(sizes.width, name=name)(x).reshape(split) for name in "qkv")
+        scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) / jnp.sqrt(jnp.float32(split[-1]))
+        mixed = jnp.einsum("bhqk,bkhd->bqhd", nn.softmax(scores), v)
+        x = norm(name="norm_1")(x + self.dense(sizes.width, name="o")(mixed.reshape(x.shape)))
+        h = nn.gelu(self.dense(sizes.hidden, name="up")(x), approximate=False)
+        return norm(name="norm_2")(x + self.dense(sizes.width, name="down")(h))
+
+
+class MiniLM(nn.Module):
+    """``ids [B, T] -> [B, T, D]``: the encoder of all-MiniLM-L6-v2."""
+
+    problem: Problem
+    dense: Callable = nn.Dense
+
+    @nn.compact
+    def __call__(self, ids, past=None):
+        sizes = self.problem
+        rows = {"word": 30522, "position": 512, "token_type": 2}
+        word, position, kind = (
+            self.param(name, nn.initializers.normal(), (count, sizes.width)) for name, count in rows.items()
+        )
+        x = word[ids] + position[: ids.shape[1]] + kind[0]
+        x = nn.LayerNorm(epsilon=1e-12, name="norm")(x)
+        for i in range(sizes.layers):
+            x = PostBlock(sizes, self.dense, name=f"layers_{i}")(x)
+        return x
+
+
+def model_of(problem: Problem, dense: Callable = nn.Dense) -> nn.Module:
+    return (MiniLM if problem.model == "minilm" else Transformer)(problem, dense)
+
+
 class HandDense(nn.Module):
     """LoRA as usually written by hand: ``y`` of nn.Dense, with bias, and then ``y + s * ((x @ a) @ b)``."""
 
@@ -117,6 +160,7 @@ def adapters(problem: Problem, method: str = "lora") -> tuple[dict, dict]:
     layout = lx.Layout(stack=(0,), inputs=(1,), outputs=(2,)) if problem.scanned else None
     options = {"layout": {f"params/layers/{name}/kernel": layout for name in LINEAR}} if layout else {}
     params = jax.tree.map(jnp.asarray, variables(problem))
+    options |= {"targets": [f"params/{path}/kernel" for path in arranged(problem, factors(problem))]}
     params, lora = lx.split(params, rank=problem.rank, alpha=problem.alpha, method=method, **options)
     held = {f"params/{path}/kernel": pair for path, pair in arranged(problem, factors(problem)).items()}
     if set(lora) != set(held):
@@ -129,7 +173,7 @@ def adapters(problem: Problem, method: str = "lora") -> tuple[dict, dict]:
 
 
 def full(problem: Problem) -> JaxPeer:
-    model = Transformer(problem)
+    model = model_of(problem)
     merged = lx.merge(*adapters(problem))
     if problem.decode:
         return peer("merged", problem, lambda: lambda _, w, *x: model.apply(w, *x), {}, merged)
@@ -138,7 +182,7 @@ def full(problem: Problem) -> JaxPeer:
 
 
 def merge_in_loss(problem: Problem) -> JaxPeer:
-    model, (params, lora) = Transformer(problem), adapters(problem)
+    model, (params, lora) = model_of(problem), adapters(problem)
     apply = lambda lora, params, *x: model.apply(lx.merge(params, lora), *x)  # noqa: E731
     return peer("merge in the loss", problem, lambda: apply, lora, params)
 
@@ -147,7 +191,7 @@ def by_hand(problem: Problem, flat: bool = False) -> JaxPeer:
     def dense(features, name):
         return HandDense(features, problem.rank, problem.scale, flat, name=name)
 
-    model = Transformer(problem, dense)
+    model = model_of(problem, dense)
     held = arranged(problem, factors(problem))
     lora = nested({f"{path}/{'ab'[i]}": pair[i] for path, pair in held.items() for i in (0, 1)})
     apply = lambda lora, params, *x: model.apply({**params, "lora": lora}, *x)  # noqa: E731
@@ -161,7 +205,7 @@ def flat_by_hand(problem: Problem) -> JaxPeer:
 
 
 def adapt(problem: Problem, method: str = "lora") -> JaxPeer:
-    model, (params, lora) = Transformer(problem), adapters(problem, method)
+    model, (params, lora) = model_of(problem), adapters(problem, method)
 
     def make_apply():
         run = lx.adapt(model.apply, fallback="error")
@@ -177,7 +221,7 @@ def dora(problem: Problem) -> JaxPeer:
 
 def limit(problem: Problem) -> JaxPeer:
     """Forward and the gradient by the inputs alone: what no way to train adapters can do without."""
-    model, batch = Transformer(problem), inputs(problem)
+    model, batch = model_of(problem), inputs(problem)
 
     def make_step():
         def step(x, fixed):
@@ -195,7 +239,7 @@ def qwix(problem: Problem) -> JaxPeer:
     import qwix
 
     provider = qwix.LoraProvider(module_path=r".*([qkvo]|up|down)", rank=problem.rank, alpha=problem.alpha)
-    model = qwix.apply_lora_to_model(Transformer(problem), provider)
+    model = qwix.apply_lora_to_model(model_of(problem), provider)
     x = inputs(problem)["x"]
     past = [inputs(problem)[name] for name in ("keys", "values")] if problem.decode else None
     shapes = flatten_dict(jax.eval_shape(model.init, jax.random.key(0), x, past)["params"], sep="/")

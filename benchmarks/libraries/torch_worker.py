@@ -60,34 +60,63 @@ class Transformer(nn.Module):
         return self.norm(x) if keys is None else (self.norm(x), news)
 
 
+class MiniLM(nn.Module):
+    """BERT of transformers, with its real weights; ``ids [B, T] -> [B, T, D]``."""
+
+    def __init__(self, p):
+        super().__init__()
+        from transformers import BertModel
+
+        self.bert = BertModel.from_pretrained(
+            p["folder"], add_pooling_layer=False, attn_implementation="sdpa"
+        )
+
+    def forward(self, ids):
+        return self.bert(ids.long()).last_hidden_state
+
+
+def linear_of(net, i, name):
+    """A linear module of either model."""
+    if isinstance(net, Transformer):
+        return getattr(net.layers[i], name)
+    layer = net.bert.encoder.layer[i]
+    if name in "qkv":
+        return getattr(layer.attention.self, {"q": "query", "k": "key", "v": "value"}[name])
+    return {"o": layer.attention.output, "up": layer.intermediate, "down": layer.output}[name].dense
+
+
 class Way:
     """One model with its optimizer; ``lora``, ``dora``, ``full`` or ``merged``, and perhaps compiled."""
 
     def __init__(self, way, p, held):
         self.p, kind = p, way.split()[0]
-        self.model = Transformer(p)
+        net = self.model = (MiniLM if p["model"] == "minilm" else Transformer)(p)
+        net.eval()  # without dropout
         adapted = kind != "full"
+        targets = list(LINEAR)
+        if p["model"] == "minilm":
+            targets = ["query", "key", "value", "intermediate.dense", "output.dense"]
         if adapted:
             config = peft.LoraConfig(
-                r=p["rank"], lora_alpha=p["alpha"], target_modules=list(LINEAR), use_dora=kind == "dora"
+                r=p["rank"], lora_alpha=p["alpha"], target_modules=targets, use_dora=kind == "dora"
             )
-            net = self.model
         with torch.no_grad():
-            for i, layer in enumerate(self.model.layers):
-                for name in (*LINEAR, "norm_1", "norm_2"):
-                    self.fill(getattr(layer, name), held, f"layers_{i}/{name}")
-            self.fill(self.model.norm, held, "norm")
+            if isinstance(net, Transformer):
+                for i, layer in enumerate(net.layers):
+                    for name in (*LINEAR, "norm_1", "norm_2"):
+                        self.fill(getattr(layer, name), held, f"layers_{i}/{name}")
+                self.fill(net.norm, held, "norm")
             if adapted:
                 self.model = peft.get_peft_model(net, config)
             for i in range(p["layers"]):
                 for name in LINEAR:
                     a, b = (torch.from_numpy(held[f"layers_{i}/{name}/{n}"].T.copy()) for n in "ab")
+                    layer = linear_of(net, i, name)
                     if adapted:
-                        layer = getattr(net.layers[i], name)
                         layer.lora_A["default"].weight.copy_(a)
                         layer.lora_B["default"].weight.copy_(b)
                     else:
-                        getattr(self.model.layers[i], name).weight += p["alpha"] / p["rank"] * b @ a
+                        layer.weight += p["alpha"] / p["rank"] * b @ a
         if kind == "merged":
             self.model = self.model.merge_and_unload().requires_grad_(False)
         self.start = {n: x.detach().clone() for n, x in self.model.named_parameters() if x.requires_grad}
