@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import results
-from step import table
+from step import in_turn, table
 
 import lorax_fn as lx
 
@@ -59,7 +59,8 @@ def measured(programs: dict[str, tuple], rounds: int) -> dict[str, tuple[list[fl
     compiled = {name: (jax.jit(fn).lower(*args).compile(), args) for name, (fn, args) in programs.items()}
     seconds: dict[str, list[float]] = {name: [] for name in compiled}
     for i in range(-1, rounds):
-        for name, (run, args) in compiled.items():
+        for name in in_turn(compiled, i):
+            run, args = compiled[name]
             start = time.perf_counter()
             jax.block_until_ready(run(*args))
             if i >= 0:
@@ -129,7 +130,7 @@ def of_lanes(width: int, tokens: int, rounds: int) -> list[dict]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--tiny", action="store_true", help="small sizes, to try it out")
     parser.add_argument("--save", action="store_true", help="write results/scaling.json")
     args = parser.parse_args()
