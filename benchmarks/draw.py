@@ -22,7 +22,7 @@ HAND, ADAPT = "by hand", "lx.adapt"
 OWN, OTHER, GRAY = "#3f51b5", "#90a4ae", "#455a64"
 PEERS = {
     "a": ["peers_a_plain", "peers_a_libraries"],
-    "b": ["peers_b"],
+    "b": ["peers_b", "peers_b_more"],
     "c": ["peers_c"],
     "e": ["peers_e"],
 }
@@ -224,7 +224,7 @@ def draw_scaling() -> None:
         axis.set_xscale("log", base=2)
         axis.set_xticks(at, [str(x) for x in at])
         axis.set_xlabel(label, fontsize=8)
-        axis.set_ylim(0)
+        axis.set_ylim(0, 1.45)
     axes[0].set_ylabel("LoRA / full fine-tuning", fontsize=8)
     axes[0].legend(fontsize=7, frameon=False)
     for what, color, label in (
@@ -237,9 +237,11 @@ def draw_scaling() -> None:
         style = {"fmt": "o-", "color": color, "markersize": 4, "linewidth": 1, "label": label}
         axes[3].errorbar([row["at"] for row in rows], middle, yerr=np.abs(spreads.T - middle), **style)
     axes[3].set_xscale("log", base=2)
+    at = [row["at"] for row in figures["adapters in a batch"]]
+    axes[3].set_xticks(at, [str(x) for x in at])
     axes[3].set_ylabel("time / one adapter", fontsize=8)
     axes[3].set_xlabel("how many", fontsize=8)
-    axes[3].set_ylim(0)
+    axes[3].set_ylim(0, 1.45)
     axes[3].legend(fontsize=7, frameon=False)
     for axis in axes:
         axis.tick_params(labelsize=7)

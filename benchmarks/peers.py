@@ -171,6 +171,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("block", choices=BLOCKS)
     parser.add_argument("--only", choices=("plain", "libraries"), help="half of the ways")
+    parser.add_argument("--ways", nargs="*", help="names of ways, beside the references; saved as ..._more")
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--inner", type=int, help="steps in a row, of which a round takes the median")
     parser.add_argument("--compiles", type=int, default=3)
@@ -190,6 +191,8 @@ def main() -> int:
     libraries = LIBRARIES if problem.model == "transformer" else {"qwix": linen.qwix}
     makers = REFERENCES | (plain if args.only != "libraries" else {})
     makers |= libraries if args.only != "plain" else {}
+    if args.ways:
+        makers = REFERENCES | {name: make for name, make in makers.items() if name in args.ways}
     failed: dict[str, str] = {}
     peers = made(problem, makers, failed)
     worker = None
@@ -215,7 +218,8 @@ def main() -> int:
     if worker:
         worker.close()
     if args.save:
-        name = f"peers_{args.block}" + (f"_{args.only}" if args.only else "")
+        part = "more" if args.ways else args.only
+        name = f"peers_{args.block}" + (f"_{part}" if part else "")
         shape = dataclasses.asdict(problem)
         results.save(name, {**facts, "problem": shape, "rows": rows, "not timed": failed | wrong})
     return 0

@@ -236,8 +236,9 @@ def files(gigabytes: float = 1.0) -> dict[str, float]:
     """`lx.checkpoint.save` and `load` of an adapter, beside plain Orbax on the same arrays."""
     width, rank = 4096, 256
     layers = max(1, round(gigabytes * 2**30 / (2 * 4 * width * rank)))
-    a = jnp.ones((layers, width, rank)) * jnp.arange(rank, dtype=jnp.float32)
-    b = jnp.ones((layers, rank, width)) * jnp.arange(width, dtype=jnp.float32)
+    keys = jax.random.split(jax.random.key(0))  # random numbers, as files of others would be compressed away
+    a = jax.random.normal(keys[0], (layers, width, rank))
+    b = jax.random.normal(keys[1], (layers, rank, width))
     layout = lx.Layout(stack=(0,), inputs=(1,), outputs=(2,))
     params = {"layers": {"kernel": jax.ShapeDtypeStruct((layers, width, width), jnp.float32)}}
     lora = jax.eval_shape(

@@ -94,7 +94,7 @@ def nnx_lora(problem: Problem) -> JaxPeer:
         held = {**held, f"{path}/lora_a": a, f"{path}/lora_b": problem.scale * b}
     filled(model, held)
     graph, trainable, frozen = nnx.split(model, nnx.LoRAParam, ...)
-    apply = lambda trainable, frozen, *x: nnx.merge(graph, trainable, frozen)(*x)  # noqa: E731
+    apply = lambda trainable, frozen, *x: nnx.merge(graph, trainable, frozen, copy=True)(*x)  # noqa: E731
     return peer("nnx.LoRA", problem, lambda: apply, trainable, frozen, exact=False)
 
 
