@@ -59,8 +59,8 @@ def milliseconds(seconds: list[float]) -> str:
 
 
 def peers_table(block: str) -> str:
-    lines = [["", "ms", "/ by hand", "/ lx.adapt", "FLOPs / by hand", "MB accessed", "temp MB", "/ by hand",
-              "trace + compile, s", "trained"]]  # fmt: skip
+    lines = [["", "ms", "time / by hand", "time / lx.adapt", "FLOPs / by hand", "MB accessed", "temp MB",
+              "temp / by hand", "trace + compile, s", "trained"]]  # fmt: skip
     for row in peer_rows(block):
         ours, own = row["build"][0], row["name"].startswith(ADAPT)
         lines.append([
