@@ -1,5 +1,6 @@
 """Adapters in the serializers of others: the same numbers come back, or an error does."""
 
+import copy
 import dataclasses
 import pickle
 import subprocess
@@ -105,6 +106,23 @@ def test_pickle_and_a_class_that_a_notebook_defines_twice():
             value: jax.Array
 
         assert serialization.to_state_dict(Own(jnp.ones(2))).keys() == {"value", "static"}
+
+
+def test_the_structure_of_an_adapter_is_found_once(monkeypatch):
+    """A jitted call flattens every adapter, so what cannot change is kept, for this adapter alone."""
+    adapter = adapters()[1]["lora/kernel"]
+    first = jax.tree.structure(adapter)
+    with monkeypatch.context() as patch:
+        patch.setattr("lorax_fn.core.adapters.is_number", None)  # a call would raise
+        assert jax.tree.structure(adapter) == first
+        for other in (jax.tree.map(lambda x: x, adapter), copy.copy(adapter), copy.deepcopy(adapter)):
+            assert jax.tree.structure(other) == first
+    other = dataclasses.replace(adapter, alpha=8.0)
+    assert jax.tree.structure(other) != first and len(jax.tree.leaves(other)) == 2
+    live = dataclasses.replace(adapter, alpha=jnp.float32(8.0))
+    assert len(jax.tree.leaves(live)) == 3 and float(jax.tree.map(lambda x: x, live).alpha) == 8.0
+    back = dataclasses.replace(live, alpha=4.0)
+    assert jax.tree.structure(back) == first
 
 
 def test_equinox_leaves_hold_no_alpha(tmp_path):

@@ -62,6 +62,8 @@ def number(**options: Any) -> Any:
 
 def is_number(x: object) -> bool:
     """Whether a `number` field with this value is static: a real number, or a tuple of real numbers."""
+    if type(x) in (int, float):  # almost always, and quicker than asking an abstract class
+        return True
     if isinstance(x, tuple):
         return all(map(is_number, x))
     return isinstance(x, numbers.Real) and not isinstance(x, bool)
@@ -85,23 +87,27 @@ def register(cls: type[T]) -> type[T]:
     either = tuple(f.name for f in fields if f.metadata.get("number"))
     facts = tuple(f.name for f in fields if f.metadata.get("static") and not f.metadata.get("number"))
 
-    def parts(x):
+    def structure(x):
+        """Which `number` fields are leaves, and the values of all static fields: ``(live, values)``.
+
+        An adapter never changes, so this is found once and kept: a jitted call flattens all its adapters.
+        """
         held = x.__dict__
-        live = held.get("_live")
-        if live is None:
+        static = held.get("_static")
+        if static is None:
             live = tuple(name for name in either if not is_number(held[name]))
-        still = either if not live else tuple(name for name in either if name not in live)
-        names = arrays + live
-        return names, [held[name] for name in names], (live, tuple([held[name] for name in facts + still]))
+            still = tuple(name for name in either if name not in live)
+            static = held["_static"] = live, tuple([held[name] for name in facts + still])
+        return static
 
     def flatten_with_keys(x):
-        names, leaves, static = parts(x)
-        return [
-            (jax.tree_util.GetAttrKey(name), leaf) for name, leaf in zip(names, leaves, strict=True)
-        ], static
+        static = structure(x)
+        names = arrays + static[0]
+        return [(jax.tree_util.GetAttrKey(name), x.__dict__[name]) for name in names], static
 
     def flatten(x):
-        return parts(x)[1:]
+        static, held = structure(x), x.__dict__
+        return [held[name] for name in arrays + static[0]], static
 
     def unflatten(static, leaves):
         live, values = static
@@ -110,7 +116,7 @@ def register(cls: type[T]) -> type[T]:
         x.__dict__.update(zip(arrays + live, leaves, strict=True))
         x.__dict__.update(zip(facts + still, values, strict=True))
         # tree_map may put a Python number where an array was. It stays a leaf, so that structures agree.
-        x.__dict__["_live"] = live
+        x.__dict__["_static"] = static
         return x
 
     jax.tree_util.register_pytree_with_keys(made, flatten_with_keys, unflatten, flatten)

@@ -1,0 +1,201 @@
+"""The torch side of `torch_lora.py`, run by an interpreter that has torch and peft; no JAX here.
+
+It reads one JSON line at its start (the problem, a file of arrays, the ways), answers one JSON line per way,
+and then one for each line ``reset NAME`` or ``step NAME``: the seconds and the loss of a step.
+"""
+
+import json
+import sys
+import time
+
+import numpy as np
+import peft
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+LINEAR = ("q", "k", "v", "o", "up", "down")
+
+
+class Block(nn.Module):
+    def __init__(self, p):
+        super().__init__()
+        self.heads = p["heads"]
+        width, hidden = p["width"], p["hidden"]
+        self.norm_1, self.norm_2 = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(width, eps=1e-6)
+        for name in "qkvo":
+            setattr(self, name, nn.Linear(width, width))
+        self.up, self.down = nn.Linear(width, hidden), nn.Linear(hidden, width)
+
+    def forward(self, x, past=None):
+        h = self.norm_1(x)
+        q, k, v = (
+            layer(h).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v)
+        )
+        new = k, v
+        if past is not None:
+            k, v = (torch.cat([old, own], 2) for old, own in zip(past, new, strict=True))
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=past is None)
+        x = x + self.o(mixed.transpose(1, 2).flatten(2))
+        return x + self.down(F.gelu(self.up(self.norm_2(x)), approximate="tanh")), new
+
+
+class Transformer(nn.Module):
+    def __init__(self, p):
+        super().__init__()
+        self.checkpointed = p["scanned"]
+        self.layers = nn.ModuleList(Block(p) for _ in range(p["layers"]))
+        self.norm = nn.LayerNorm(p["width"], eps=1e-6)
+
+    def forward(self, x, keys=None, values=None):
+        news = []
+        for i, layer in enumerate(self.layers):
+            if self.checkpointed:
+                x, new = checkpoint(layer, x, use_reentrant=False)
+            else:
+                x, new = layer(x, None if keys is None else (keys[i], values[i]))
+            news.append(new)
+        return self.norm(x) if keys is None else (self.norm(x), news)
+
+
+class MiniLM(nn.Module):
+    """BERT of transformers, with its real weights; ``ids [B, T] -> [B, T, D]``."""
+
+    def __init__(self, p):
+        super().__init__()
+        from transformers import BertModel
+
+        self.bert = BertModel.from_pretrained(
+            p["folder"], add_pooling_layer=False, attn_implementation="sdpa"
+        )
+
+    def forward(self, ids):
+        return self.bert(ids.long()).last_hidden_state
+
+
+def linear_of(net, i, name):
+    """A linear module of either model."""
+    if isinstance(net, Transformer):
+        return getattr(net.layers[i], name)
+    layer = net.bert.encoder.layer[i]
+    if name in "qkv":
+        return getattr(layer.attention.self, {"q": "query", "k": "key", "v": "value"}[name])
+    return {"o": layer.attention.output, "up": layer.intermediate, "down": layer.output}[name].dense
+
+
+class Way:
+    """One model with its optimizer; ``lora``, ``dora``, ``full`` or ``merged``, and perhaps compiled."""
+
+    def __init__(self, way, p, held):
+        self.p, kind = p, way.split()[0]
+        net = self.model = (MiniLM if p["model"] == "minilm" else Transformer)(p)
+        net.eval()  # without dropout
+        adapted = kind != "full"
+        targets = list(LINEAR)
+        if p["model"] == "minilm":
+            targets = ["query", "key", "value", "intermediate.dense", "output.dense"]
+        if adapted:
+            config = peft.LoraConfig(
+                r=p["rank"], lora_alpha=p["alpha"], target_modules=targets, use_dora=kind == "dora"
+            )
+        with torch.no_grad():
+            if isinstance(net, Transformer):
+                for i, layer in enumerate(net.layers):
+                    for name in (*LINEAR, "norm_1", "norm_2"):
+                        self.fill(getattr(layer, name), held, f"layers_{i}/{name}")
+                self.fill(net.norm, held, "norm")
+            if adapted:
+                self.model = peft.get_peft_model(net, config)
+            for i in range(p["layers"]):
+                for name in LINEAR:
+                    a, b = (torch.from_numpy(held[f"layers_{i}/{name}/{n}"].T.copy()) for n in "ab")
+                    layer = linear_of(net, i, name)
+                    if adapted:
+                        layer.lora_A["default"].weight.copy_(a)
+                        layer.lora_B["default"].weight.copy_(b)
+                    else:
+                        layer.weight += p["alpha"] / p["rank"] * b @ a
+        if kind == "merged":
+            self.model = self.model.merge_and_unload().requires_grad_(False)
+        self.start = {n: x.detach().clone() for n, x in self.model.named_parameters() if x.requires_grad}
+        self.trained = [x for x in self.model.parameters() if x.requires_grad]
+        self.trainable = sum(x.numel() for x in self.trained)
+        self.x, *rest = (
+            torch.from_numpy(held[n]) for n in (("x", "keys", "values") if p["decode"] else ("x", "target"))
+        )
+        if p["decode"]:
+            self.past = [
+                part.transpose(2, 3).contiguous() for part in rest
+            ]  # [L, B, H, T, d], as torch keeps them
+        else:
+            (self.target,) = rest
+        self.run = torch.compile(self.model) if way.endswith("compiled") else self.model
+
+    @staticmethod
+    def fill(module, held, path):
+        if isinstance(module, nn.Linear):
+            module.weight.copy_(torch.from_numpy(held[f"{path}/kernel"].T.copy()))
+        else:
+            module.weight.copy_(torch.from_numpy(held[f"{path}/scale"]))
+        module.bias.copy_(torch.from_numpy(held[f"{path}/bias"]))
+
+    def reset(self):
+        with torch.no_grad():
+            for name, x in self.model.named_parameters():
+                if name in self.start:
+                    x.copy_(self.start[name])
+        self.token = self.x.clone()
+        self.tx = None if self.p["decode"] else torch.optim.AdamW(self.trained, 1e-4, weight_decay=1e-4)
+
+    def step(self):
+        if self.p["decode"]:
+            with torch.no_grad():
+                self.token, _ = self.run(self.token, *self.past)
+                return self.token.square().mean()
+        self.tx.zero_grad()
+        loss = F.mse_loss(self.run(self.x), self.target)
+        loss.backward()
+        self.tx.step()
+        return loss
+
+
+def main():
+    start = json.loads(sys.stdin.readline())
+    held, ways = dict(np.load(start["arrays"])), {}
+    for name in start["ways"]:
+        answer = {
+            "name": name,
+            "torch": torch.__version__,
+            "peft": peft.__version__,
+            "threads": torch.get_num_threads(),
+        }
+        try:
+            way = ways[name] = Way(name, start["problem"], held)
+            way.reset()
+            # XLA counts the body of a loop once, so that nothing could be compared with scanned layers.
+            if not name.endswith("compiled") and not start["problem"]["scanned"]:
+                with FlopCounterMode(display=False) as counter:
+                    way.step()
+                answer["flops"] = counter.get_total_flops()
+            clock = time.perf_counter()
+            way.step()
+            answer |= {"trainable": way.trainable, "first": time.perf_counter() - clock}
+        except Exception as error:  # said in the table: a way that does not run is a finding
+            answer["failed"] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+            ways.pop(name, None)
+        print(json.dumps(answer), flush=True)
+    for line in sys.stdin:
+        command, name = line.strip().split(" ", 1)
+        if command == "reset":
+            ways[name].reset()
+            print("{}", flush=True)
+            continue
+        clock = time.perf_counter()
+        loss = ways[name].step()
+        print(json.dumps({"seconds": time.perf_counter() - clock, "loss": float(loss)}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
