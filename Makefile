@@ -22,8 +22,7 @@ help:
 	@echo 'make test-jax              the tests on the oldest and the newest JAX, each in a venv of its own'
 	@echo 'make test-peft             the methods against the real peft, in a venv of its own (about 2 GB)'
 	@echo 'make test-science          five models of science, unchanged (examples/science)'
-	@echo 'make test-extra            google-tunix, gemma, the other models of science and the compiler of TPUs,'
-	@echo '                           each in a venv of its own (6 GB)'
+	@echo 'make test-extra            google-tunix, gemma and the compiler of TPUs, each in a venv of its own (4 GB)'
 	@echo 'make lint                 ruff, pyright and the import arrows'
 	@echo 'make docs                 the documentation as a site, in build/site; warnings are errors'
 	@echo 'make notebooks [ARGS=...] runs notebooks/*.py and writes their outputs into the .ipynb beside them'
@@ -105,24 +104,15 @@ MODEL_BASE := jax flax optax orbax-checkpoint chex numpy safetensors pytest pyte
 	@.venv-tpu/bin/python $(wordlist 2,99,$(PIP)) -e '.[test]' 'jax[tpu]'
 	@touch $@
 
-# Models of science: the light ones beside everything else, each of the others in an environment of its own.
+# Models of science, beside everything else.
 .venv/.science: examples/science/requirements-light.txt .venv/.installed
 	@$(PIP) --no-deps -r $<
-	@touch $@
-
-SCIENCE := neuralgcm alphafold mlip tabfm
-
-.venv-%/.science: examples/science/requirements-%.txt pyproject.toml
-	@$(PYTHON) -m venv --clear .venv-$*
-	@.venv-$*/bin/python $(wordlist 2,99,$(PIP)) -r $< chex optax orbax-checkpoint pytest pytest-xdist hypothesis
-	@.venv-$*/bin/python $(wordlist 2,99,$(PIP)) --no-deps -e .
 	@touch $@
 
 test-science: .venv/.science
 	$(PY) -m pytest -m slow tests/test_science.py $(ARGS)
 
-test-extra: .venv-tunix/.installed .venv-gemma/.installed .venv-tpu/.installed $(SCIENCE:%=.venv-%/.science)
-	for model in $(SCIENCE); do .venv-$$model/bin/python -m pytest -m slow tests/test_science.py $(ARGS); done
+test-extra: .venv-tunix/.installed .venv-gemma/.installed .venv-tpu/.installed
 	.venv-tunix/bin/python -m pytest tests/test_tunix.py $(ARGS)
 	.venv-gemma/bin/python -m pytest tests/test_gemma.py $(ARGS)
 	.venv-tpu/bin/python -m pytest tests/test_tpu_aot.py $(ARGS)
