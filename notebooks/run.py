@@ -3,6 +3,7 @@
 python notebooks/run.py                # all of them, in place
 python notebooks/run.py 01 04          # some
 python notebooks/run.py --check 01     # runs them and writes nothing
+python notebooks/run.py --repository org/name   # no run: badges and clones get another address
 
 The .py is what people edit; the .ipynb is made of it and of what its cells print. Nothing of the machine stays in
 it: no times, no paths, no warnings of the runtime.
@@ -18,6 +19,9 @@ import nbformat
 from nbclient import NotebookClient
 
 FOLDER = pathlib.Path(__file__).parent
+# Where the repository lives on GitHub: made up, until it is released. The option --repository sets it, here, in
+# the notebooks and in the page of docs/ that lists them.
+REPOSITORY = "lorax-fn/lorax_fn"
 LIMIT = 600  # seconds of one cell, on a busy machine
 
 
@@ -66,11 +70,29 @@ def machine_paths(notebook: nbformat.NotebookNode) -> list[str]:
     return re.findall(r"(?:/(?:home|root|tmp|work|usr|Users|content)/[\w./-]+)", "\n".join(shown))
 
 
+def set_repository(new: str) -> None:
+    """Writes another address wherever this one stands."""
+    files = [
+        *sources([]),
+        *FOLDER.glob("*.ipynb"),
+        FOLDER.parent / "docs" / "notebooks.md",
+        pathlib.Path(__file__),
+    ]
+    for file in files:
+        text = file.read_text()
+        file.write_text(text.replace(REPOSITORY, new))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Runs notebooks and writes their outputs.")
     parser.add_argument("names", nargs="*", help="beginnings of file names, such as 01 (default: all)")
     parser.add_argument("--check", action="store_true", help="write nothing")
+    parser.add_argument(
+        "--repository", metavar="ORG/NAME", help="write this address instead, and run nothing"
+    )
     args = parser.parse_args()
+    if args.repository:
+        return set_repository(args.repository)
     files = sources(args.names)
     if not files:
         sys.exit(f"no notebook begins with any of {args.names}")

@@ -1,6 +1,7 @@
 """The notebooks: pairs are in step, outputs are small and hold no paths, and all cells run."""
 
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -56,6 +57,37 @@ def test_it_opens_in_colab_and_asserts_its_claims(file):
     first = text.split("\n# %%\n")[1]
     assert "find_spec" in first and "default_backend()" in first or "devices[0].platform" in first
     assert text.count("\nassert ") + text.count("    assert ") >= 3
+
+
+def test_the_address_of_the_repository_is_one(runner):
+    """That of run.py, which its option --repository changes everywhere."""
+    pages = [*NOTEBOOKS, *FOLDER.glob("*.ipynb"), ROOT / "docs" / "notebooks.md"]
+    found = set()
+    for page in pages:
+        found |= set(
+            re.findall(r"colab\.research\.google\.com/github/([\w.-]+/[\w.-]+)/blob", page.read_text())
+        )
+        found |= set(re.findall(r"REPOSITORY = ..?https://github\.com/([\w.-]+/[\w-]+)", page.read_text()))
+    assert found == {runner.REPOSITORY}
+
+
+def test_every_notebook_is_in_the_documentation():
+    page = (ROOT / "docs" / "notebooks.md").read_text()
+    assert not [file.stem for file in NOTEBOOKS if f"notebooks/{file.stem}.ipynb" not in page]
+
+
+def test_the_constraints_of_colab_say_where_they_come_from_and_leave_room(runner):
+    """Pins that lorax_fn can take; what pip has to replace is a comment with the reason."""
+    text = (FOLDER / "colab-constraints.txt").read_text()
+    assert "googlecolab/backend-info" in text and "as of" in text
+    pins = dict(re.findall(r"^([\w.-]+)==([\w.+-]+)$", text, re.M))
+    assert "numpy" in pins and len(pins) > 30 and "jax" not in pins
+
+    sys.path.insert(0, str(FOLDER))
+    colab = pytest.importorskip("colab")
+    demands = [("lorax_fn", colab.Requirement("jax>=0.10")), ("lorax_fn", colab.Requirement("numpy>=2.0"))]
+    lines = colab.constraints("numpy==2.0.2\njax==0.7.2\nother==1.0\n", demands)
+    assert lines == ["# jax==0.7.2 there; jax>=0.10 wanted by lorax_fn", "numpy==2.0.2"]
 
 
 @pytest.mark.parametrize("path", ["/home/me/x.py", "/tmp/a/b.txt", "/root/.cache/x"])

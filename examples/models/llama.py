@@ -83,7 +83,7 @@ class Attention(nn.Module):
     config: LlamaConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, angles: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, angles: jax.Array, mask: jax.Array | None = None) -> jax.Array:
         c = self.config
         batch, length, _ = x.shape
         q = nn.Dense(c.heads * c.head_width, use_bias=False, name="q")(x)
@@ -95,8 +95,9 @@ class Attention(nn.Module):
         # Query head h attends with key head h // group: split H into (K, group) instead of repeating keys.
         q = q.reshape(batch, length, c.kv_heads, c.heads // c.kv_heads, c.head_width)
         scores = jnp.einsum("btkgd,bskd->bkgts", q, k).astype(jnp.float32) * c.head_width**-0.5
-        causal = jnp.tril(jnp.ones((length, length), bool))
-        scores = jnp.where(causal[None, None, None], scores, jnp.finfo(jnp.float32).min)
+        if mask is None:
+            mask = jnp.tri(length, dtype=bool)[None, None]
+        scores = jnp.where(mask[:, :, None], scores, jnp.finfo(jnp.float32).min)
         attended = jnp.einsum("bkgts,bskd->btkgd", jax.nn.softmax(scores).astype(v.dtype), v)
         return nn.Dense(c.width, use_bias=False, name="o")(attended.reshape(batch, length, c.width))
 
@@ -120,9 +121,11 @@ class Block(nn.Module):
     config: LlamaConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, angles: jax.Array) -> tuple[jax.Array, None]:
+    def __call__(
+        self, x: jax.Array, angles: jax.Array, mask: jax.Array | None = None
+    ) -> tuple[jax.Array, None]:
         c = self.config
-        x = x + Attention(c, name="attn")(nn.RMSNorm(epsilon=c.norm_eps, name="attn_norm")(x), angles)
+        x = x + Attention(c, name="attn")(nn.RMSNorm(epsilon=c.norm_eps, name="attn_norm")(x), angles, mask)
         x = x + MLP(c, name="mlp")(nn.RMSNorm(epsilon=c.norm_eps, name="mlp_norm")(x))
         return x, None  # scan's (carry, output)
 
@@ -131,12 +134,14 @@ class Llama(nn.Module):
     """Maps tokens to logits: ``model.apply(params, tokens [B, T] int32) -> [B, T, vocab]``.
 
     Touvron et al., "LLaMA" (https://arxiv.org/abs/2302.13971), with the embedding table tied to the head.
+    A ``mask [B, 1, T, T]`` takes the place of the causal one: `lorax_fn.data.attention_mask` keeps sequences
+    that share a row apart. Positions need not start anew, since rotary scores depend on distances alone.
     """
 
     config: LlamaConfig
 
     @nn.compact
-    def __call__(self, tokens: jax.Array) -> jax.Array:
+    def __call__(self, tokens: jax.Array, mask: jax.Array | None = None) -> jax.Array:
         c = self.config
         embed = nn.Embed(c.vocab, c.width, name="embed")
         # Inside a scan the compiler cannot share work between passes, so remat needs no barrier here.
@@ -149,7 +154,7 @@ class Llama(nn.Module):
             length=c.layers,
         )
         angles = rope_angles(tokens.shape[1], c.head_width, c.rope_theta)
-        x, _ = layers(c, name="layers")(embed(tokens), angles)
+        x, _ = layers(c, name="layers")(embed(tokens), angles, mask)
         return embed.attend(nn.RMSNorm(epsilon=c.norm_eps, name="norm")(x))
 
 

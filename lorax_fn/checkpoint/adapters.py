@@ -79,7 +79,7 @@ STAGE, ARRAYS = re.compile(r"\.new-[0-9a-f]{12}"), re.compile(r"arrays-[0-9a-f]{
 
 
 def save(
-    path: str | os.PathLike, lora: dict[str, Adapter], *, params: PyTree = None, extra: PyTree = None
+    path: str | os.PathLike[str], lora: dict[str, Adapter], *, params: PyTree = None, extra: PyTree = None
 ) -> None:
     """Writes adapters to a directory atomically: a crash leaves either the old checkpoint or the new one.
 
@@ -147,7 +147,7 @@ def save(
                 raise unwritable(folder, failure, do) from failure
 
 
-def load(path: str | os.PathLike, *, params: PyTree = None, strict: bool = True) -> dict[str, Adapter]:
+def load(path: str | os.PathLike[str], *, params: PyTree = None, strict: bool = True) -> dict[str, Adapter]:
     """Reads the adapters that `save` wrote, or those of a training checkpoint of `fit`.
 
     Checksums are verified first, which detects damage and static fields that do not belong to the arrays. A
@@ -187,7 +187,7 @@ def load(path: str | os.PathLike, *, params: PyTree = None, strict: bool = True)
     return lora if given is None or strict else _fitting(folder, facts["base"], params, given, lora)
 
 
-def load_extra(path: str | os.PathLike, like: PyTree = None) -> PyTree:
+def load_extra(path: str | os.PathLike[str], like: PyTree = None) -> PyTree:
     """Reads what training changed besides the adapters: the ``extra`` given to `save`, or that of a run.
 
     Args:

@@ -46,7 +46,7 @@ class Init:
         """
         raise TypeError(f"{type(self).__name__} must define __call__ or starts")
 
-    def starts(self, params: PyTree, plans: Mapping[str, Any]) -> dict[str, Callable]:
+    def starts(self, params: PyTree, plans: Mapping[str, Any]) -> dict[str, Callable[..., Any]]:
         """For each weight of ``plans``, a function with the signature of ``__call__`` that starts it."""
         del params
         return dict.fromkeys(plans, self)

@@ -19,7 +19,9 @@ from lorax_fn.inits.base import Init, check_one_of, raise_unusable
 MODES = ("ipm", "kpm")
 
 
-def corda(fn: Callable, batches: Iterable, *, mode: str = "ipm", at_once: int | None = None) -> "Corda":
+def corda(
+    fn: Callable[..., Any], batches: Iterable[Any], *, mode: str = "ipm", at_once: int | None = None
+) -> "Corda":
     """Moves the principal directions of each weight, weighted by its inputs, into A and B.
 
     Yang et al., "CorDA" (https://arxiv.org/abs/2406.05223), section 3: ``C W = U S V^T`` with ``C`` the

@@ -26,7 +26,11 @@ from lorax_fn.targets.roles import choose, classify
 
 
 def eva(
-    fn: Callable, batches: Iterable, *, iterations: int | None = None, at_once: int | None = None
+    fn: Callable[..., Any],
+    batches: Iterable[Any],
+    *,
+    iterations: int | None = None,
+    at_once: int | None = None,
 ) -> "Eva":
     """Starts ``A`` at the principal directions of each weight's inputs, and ``B`` at 0.
 

@@ -27,8 +27,8 @@ SCALES = ("stable", "unit", "gd_scale", "weight_svd")
 
 
 def lora_ga(
-    loss: Callable,
-    batches: Iterable,
+    loss: Callable[..., Any],
+    batches: Iterable[Any],
     *,
     direction: str = "ArB2r",
     scale: str = "stable",

@@ -38,13 +38,13 @@ _HEADS = re.compile(r"(.*\.)?(lm_head|embed_tokens|embed_out|decoder|shared|word
 
 
 def load(
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     like: PyTree,
     *,
     mapping: Mapping[str, str] | None = None,
     dtype: Any = None,
     shardings: Any = None,
-    layout: Mapping | None = None,
+    layout: Mapping[Any, Any] | None = None,
     quantize: str | None = None,
     block: int = 64,
     targets: Any = None,
@@ -104,11 +104,11 @@ def load(
 
 
 def save(
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     params: PyTree,
     *,
     mapping: Mapping[str, str] | None = None,
-    layout: Mapping | None = None,
+    layout: Mapping[Any, Any] | None = None,
     config: Mapping[str, Any] | None = None,
     shard_bytes: int = 5 * 10**9,
 ) -> None:

@@ -40,12 +40,12 @@ METADATA = "lora_adapter_metadata"  # where diffusers keeps PEFT's config
 
 
 def load(
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     params: PyTree,
     *,
     component: str = "unet",
     mapping: Mapping[str, str] | None = None,
-    layout: Mapping | None = None,
+    layout: Mapping[Any, Any] | None = None,
     strict: bool = True,
 ) -> dict[str, Adapter]:
     """Reads one component's adapters from a file of Kohya, LyCORIS, ComfyUI or diffusers.
@@ -87,7 +87,7 @@ def load(
 
 
 def save(
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     lora: dict[str, Adapter],
     *,
     component: str = "unet",

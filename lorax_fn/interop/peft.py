@@ -34,11 +34,11 @@ CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "a
 
 
 def load(
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     params: PyTree,
     *,
     mapping: Mapping[str, str] | None = None,
-    layout: Mapping | None = None,
+    layout: Mapping[Any, Any] | None = None,
     strict: bool = True,
     revision: str | None = None,
 ) -> dict[str, Adapter]:
@@ -86,7 +86,7 @@ def load(
 
 
 def save(
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     lora: dict[str, Adapter],
     *,
     params: PyTree = None,
@@ -146,7 +146,7 @@ def save(
     write_text(folder / "README.md", model_card(facts, tensors))
 
 
-def config(path: str | os.PathLike) -> dict[str, Any]:
+def config(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Reads an ``adapter_config.json``, all of its fields.
 
     Args:
@@ -166,7 +166,9 @@ def config(path: str | os.PathLike) -> dict[str, Any]:
     return read_json(pathlib.Path(path) / CONFIG)
 
 
-def push(path: str | os.PathLike, repo: str, *, private: bool = True, revision: str | None = None) -> str:
+def push(
+    path: str | os.PathLike[str], repo: str, *, private: bool = True, revision: str | None = None
+) -> str:
     """Uploads the folder of an adapter to the Hub; the token is that of ``huggingface_hub``.
 
     Args:

@@ -7,6 +7,7 @@ W[i:] -= outer(U[i, i:], error / U[i, i]),   H^-1 = U^T U,   algorithm 1
 import functools
 import logging
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,15 +29,15 @@ LAZY = 64  # how many inputs pass on their errors to all later inputs in one pro
 
 
 def gptq(
-    fn: Callable,
+    fn: Callable[..., Any],
     params: PyTree,
-    batches: Iterable,
+    batches: Iterable[Any],
     format: str = "nf4",
     *,
     block: int = 64,
     double: bool = True,
     targets: Patterns = None,
-    layout: Mapping | None = None,
+    layout: Mapping[Any, Any] | None = None,
     damping: float = 0.01,
     at_once: int | None = None,
 ) -> PyTree:

@@ -25,7 +25,7 @@ def quantize(
     block: int = 64,
     double: bool = True,
     targets: Patterns = None,
-    layout: Mapping | None = None,
+    layout: Mapping[Any, Any] | None = None,
 ) -> PyTree:
     """Stores weights in 4 or 8 bits: ``w = value(code) * scale``, with one scale per block of inputs.
 

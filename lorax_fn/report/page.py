@@ -61,7 +61,9 @@ for (const table of document.querySelectorAll('table.sorts')) {
 """
 
 
-def page(result: SweepResult, path: str | os.PathLike, *, title: str = "Sweep", metric: str = "loss") -> None:
+def page(
+    result: SweepResult, path: str | os.PathLike[str], *, title: str = "Sweep", metric: str = "loss"
+) -> None:
     """Writes a sweep as one self-contained HTML page, light or dark like the reader's system.
 
     Args:

@@ -147,7 +147,7 @@ class Summary:
         ]
 
 
-def summary(params: PyTree, lora: dict[str, Adapter], *, layout: Mapping | None = None) -> Summary:
+def summary(params: PyTree, lora: dict[str, Adapter], *, layout: Mapping[Any, Any] | None = None) -> Summary:
     """Lists the adapted leaves and their costs, and every other leaf of two or more axes with the reason.
 
     Args:

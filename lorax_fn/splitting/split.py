@@ -23,17 +23,17 @@ from lorax_fn.targets.roles import choose, is_default, roles_of
 
 def split(
     params: PyTree,
-    rank: int | Sequence[int] | Mapping = 16,
+    rank: int | Sequence[int] | Mapping[Any, Any] = 16,
     *,
-    alpha: float | Callable[[int], float] | Mapping = 32.0,
-    scaling: str | Mapping = "lora",
-    method: str | Mapping = "lora",
+    alpha: float | Callable[[int], float] | Mapping[Any, Any] = 32.0,
+    scaling: str | Mapping[Any, Any] = "lora",
+    method: str | Mapping[Any, Any] = "lora",
     init: Any = "kaiming",
     targets: Patterns = None,
     exclude: Patterns = None,
     full: Patterns = None,
     rows: Mapping[Pattern, Sequence[int]] | None = None,
-    layout: Mapping | None = None,
+    layout: Mapping[Any, Any] | None = None,
     key: jax.Array | None = None,
     dtype: Any = jnp.float32,
 ) -> tuple[PyTree, dict[str, Adapter]]:

@@ -281,7 +281,7 @@ def mean_and_error(values: Sequence[float]) -> dict[str, Any]:
     return {"mean": float(numbers.mean()), "stderr": stderr, "n": n}
 
 
-def read(path: str | os.PathLike) -> SweepResult:
+def read(path: str | os.PathLike[str]) -> SweepResult:
     """Reads the file of a sweep, with its records and settings, for tables and plots.
 
     Args:

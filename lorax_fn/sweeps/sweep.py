@@ -35,7 +35,7 @@ def sweep(
     data: str = "shared",
     lanes_per_program: int | str = "auto",
     mesh: jax.sharding.Mesh | None = None,
-    file: str | os.PathLike | None = None,
+    file: str | os.PathLike[str] | None = None,
     progress: bool | None = None,
     extra: PyTree = None,
     halving: Sequence[int] = (),

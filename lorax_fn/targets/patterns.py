@@ -9,7 +9,7 @@ from typing import Any
 from lorax_fn.core.errors import SHOWN, error, nearest
 from lorax_fn.targets.synonyms import meant
 
-Pattern = str | re.Pattern | Callable[[str, Any], bool]
+Pattern = str | re.Pattern[str] | Callable[[str, Any], bool]
 Patterns = Pattern | Sequence[Pattern] | set[Pattern] | frozenset[Pattern] | None
 
 

@@ -162,7 +162,7 @@ class MeshStep:
     step: Callable
     programs: dict = dataclasses.field(default_factory=dict, repr=False)
 
-    def __call__(self, state: TrainState, params: PyTree, batch: PyTree) -> tuple[TrainState, dict]:
+    def __call__(self, state: TrainState, params: PyTree, batch: PyTree) -> tuple[TrainState, dict[str, Any]]:
         if any(is_tracer(x) for x in jax.tree.leaves((state, params, batch))):
             raise error(
                 "a mesh step was called inside jax.jit or another JAX transformation.",

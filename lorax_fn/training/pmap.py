@@ -125,7 +125,7 @@ def pmap_train_step(
     axis_name: Hashable = "devices",
     weight: Callable[[Any], Any] | None = None,
     devices: Sequence[Any] | None = None,
-) -> Callable[[TrainState, PyTree, PyTree], tuple[TrainState, dict]]:
+) -> Callable[[TrainState, PyTree, PyTree], tuple[TrainState, dict[str, Any]]]:
     """Builds the step of `make_train_step` under ``jax.pmap``, with a copy of the base on every device.
 
     ``step(state, params, batch)`` takes ``replicate(state)``, ``replicate(params)`` and ``shard(batch)``.
@@ -168,7 +168,7 @@ def pmap_train_step(
     count = jax.local_device_count() if devices is None else len(devices)
 
     @functools.wraps(inner)
-    def step(state: TrainState, params: PyTree, batch: PyTree) -> tuple[TrainState, dict]:
+    def step(state: TrainState, params: PyTree, batch: PyTree) -> tuple[TrainState, dict[str, Any]]:
         check_alive(state, "state")  # In JAX 0.10, pmap crashes on deleted arrays.
         try:
             return mapped(state, params, batch)

@@ -45,7 +45,7 @@ class TrainState:
 
     @classmethod
     def create(
-        cls, *, lora: dict, tx: optax.GradientTransformation, key: jax.Array, extra: PyTree = None
+        cls, *, lora: dict[str, Any], tx: optax.GradientTransformation, key: jax.Array, extra: PyTree = None
     ) -> "TrainState":
         """A state at step 0, with the optimizer state of ``train_only(tx)``.
 

@@ -114,7 +114,7 @@ def make_train_step(
     accumulate: int = 1,
     axis_name: Hashable | None = None,
     weight: Callable[[Any], Any] | None = None,
-) -> Callable[[TrainState, PyTree, PyTree], tuple[TrainState, dict]]:
+) -> Callable[[TrainState, PyTree, PyTree], tuple[TrainState, dict[str, Any]]]:
     """Builds ``step(state, params, batch) -> (state, metrics)``, which trains only the adapters.
 
     The step is an ordinary function, for ``jax.jit(step, donate_argnums=0)``. It combines `value_and_grad`, a

@@ -19,7 +19,7 @@ from lorax_fn.transform.walk import Walk
 FALLBACKS = ("warn", "error", "allow")
 
 
-def adapt(fn: Callable, *, argnum: int = 0, fallback: str = "warn") -> Callable:
+def adapt(fn: Callable[..., Any], *, argnum: int = 0, fallback: str = "warn") -> Callable[..., Any]:
     """Turns a function of ``(params, ...)`` into one of ``(params, lora, ...)``, without modifying it.
 
     Wherever ``fn`` uses an adapted weight ``W``, the result computes with ``W + scale * A @ B`` in its

@@ -80,7 +80,7 @@ def _cells(use: WeightUse) -> tuple[str, ...]:
     )
 
 
-def usage(fn: Callable, params: PyTree, *args: Any, argnum: int = 0, **kwargs: Any) -> Usage:
+def usage(fn: Callable[..., Any], params: PyTree, *args: Any, argnum: int = 0, **kwargs: Any) -> Usage:
     """Traces ``fn`` once and says what it does with each parameter.
 
     Axes that a dot product or convolution contracts are inputs, and those that it keeps are outputs. Axes
