@@ -208,7 +208,7 @@ def test_products_at_own_ranks(monkeypatch):
 
 
 def test_a_gradient_inside_of_the_loss(monkeypatch):
-    """Products at own ranks cannot be differentiated before they are mapped: padded ones take over."""
+    """Products at own ranks can't be differentiated before they are mapped: padded ones take over, in words."""
     monkeypatch.setattr(programs, "MANY", STEPS)
 
     def penalized(params, lora, batch, key):
@@ -216,4 +216,6 @@ def test_a_gradient_inside_of_the_loss(monkeypatch):
         return loss_fn(params, lora, batch, key) + jnp.sum(inner**2)
 
     wide = {"params": init(width=32), "data": batches(width=32)}
-    assert_lanes_are_runs([{"rank": 2}, {"rank": 20}], constant, loss=penalized, **wide)
+    with pytest.warns(lx.LoraFallbackWarning, match="instead of 20 for all") as seen:
+        assert_lanes_are_runs([{"rank": 2}, {"rank": 20}], constant, loss=penalized, **wide)
+    assert len(seen) == 1 and "do:" in str(seen[0].message)

@@ -220,3 +220,18 @@ def test_grid():
     assert lanes[1] == {"rank": 1, "targets": None, "init": "pissa", "lr": 0.1} and len(lanes) == 4
     with pytest.raises(lx.LoraError, match="no values"):
         lx.grid(rank=[])
+
+
+def test_bases_of_one_shape_share_a_program(compiled):
+    """PiSSA gives each seed a base of its own: the step is compiled once for all of them."""
+    result = lx.sweep(
+        loss_fn,
+        init(),
+        lx.grid(rank=2, init="pissa", seed=range(3)),
+        batches(),
+        steps=2,
+        tx=constant,
+        key=KEY,
+        progress=False,
+    )
+    assert len(compiled) == 1 and len(result.final()) == 3

@@ -66,6 +66,10 @@ def is_number(x: object) -> bool:
         return True
     if isinstance(x, tuple):
         return all(map(is_number, x))
+    return is_real(x)
+
+
+def is_real(x: object) -> bool:
     return isinstance(x, numbers.Real) and not isinstance(x, bool)
 
 

@@ -10,8 +10,8 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from lorax_fn.core.adapters import is_real
 from lorax_fn.report.plots import _varying, plot_curves, plot_heatmap, plot_metric
-from lorax_fn.sweeps.grid import is_number
 from lorax_fn.sweeps.results import SweepResult
 
 STYLE = """
@@ -84,7 +84,7 @@ def page(
     best = result.best(metric)
     varying = _varying(result)
     figures = [_figure("Training loss of each lane.", lambda theme: plot_curves(result, theme=theme))]
-    numbers = [n for n in varying if all(is_number(r.get(n)) for r in result.final())]
+    numbers = [n for n in varying if all(is_real(r.get(n)) for r in result.final())]
     words = [n for n in varying if n not in numbers]
     for x in numbers[:2]:
         hue = next((n for n in [*words, *numbers] if n != x), None)

@@ -7,10 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from lorax_fn.core.adapters import Adapter
+from lorax_fn.core.adapters import Adapter, is_real
 from lorax_fn.core.errors import error
 from lorax_fn.ranks.spectra import effective_rank
-from lorax_fn.sweeps.grid import is_number
 from lorax_fn.sweeps.results import SweepResult, check_metric
 
 # Color-blind readers can distinguish these on white and on black (Okabe and Ito, without their yellow).
@@ -95,7 +94,7 @@ def plot_metric(
     with _figure(theme) as (figure, axes):
         colors = _colors(names, theme)
         ticks = _ordered([at[0] for at in cells])
-        numeric = all(map(is_number, ticks))
+        numeric = all(map(is_real, ticks))
         for i, name in enumerate(names):
             own = [(at[0], cell) for at, cell in cells.items() if not hue or at[1] == name]
             own.sort(key=lambda pair: ticks.index(pair[0]))
@@ -267,7 +266,7 @@ def _by_lane(result: SweepResult) -> list[dict]:
 def _ordered(values: Sequence[Any]) -> list:
     """The distinct values, sorted if all of them are numbers."""
     seen = list(dict.fromkeys(values))
-    return sorted(seen) if all(map(is_number, seen)) else seen
+    return sorted(seen) if all(map(is_real, seen)) else seen
 
 
 def _check_entries(result: SweepResult, *names: str | None) -> None:
@@ -319,7 +318,7 @@ def _figure(
 
 def _colors(names: Sequence[Any], theme: str) -> list:
     """Distinct colors, but ordered shades for numbers or for more names than there are distinct colors."""
-    if len(names) > 1 and (all(map(is_number, names)) or len(names) > len(COLORS)):
+    if len(names) > 1 and (all(map(is_real, names)) or len(names) > len(COLORS)):
         import matplotlib
 
         look = THEMES[theme]
@@ -372,7 +371,7 @@ def _words(name: str) -> str:
 
 
 def _short(value: Any) -> str:
-    return f"{value:.3g}" if is_number(value) else str(value)
+    return f"{value:.3g}" if is_real(value) else str(value)
 
 
 def _shortened(names: Sequence[str]) -> list[str]:

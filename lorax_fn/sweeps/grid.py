@@ -1,13 +1,13 @@
 """Lanes: the configurations of a sweep, one dict each, and the checks of their entries."""
 
 import itertools
-import numbers
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
+from lorax_fn.core.adapters import is_real
 from lorax_fn.core.errors import error
 
 # Entries of a lane that are passed to `split`.
@@ -113,7 +113,7 @@ def check_lanes(lanes: Any, split: Mapping[str, Any]) -> list[dict[str, Any]]:
     rates = {
         i: rate
         for i, lane in enumerate(lanes)
-        if not (is_number(rate := lane.get("dropout", 0.0)) and 0.0 <= rate < 1.0)
+        if not (is_real(rate := lane.get("dropout", 0.0)) and 0.0 <= rate < 1.0)
     }
     if rates:
         raise error(
@@ -125,10 +125,6 @@ def check_lanes(lanes: Any, split: Mapping[str, Any]) -> list[dict[str, Any]]:
     return lanes
 
 
-def is_number(x: object) -> bool:
-    return isinstance(x, numbers.Real) and not isinstance(x, bool)
-
-
 def _plain(value: Any) -> Any:
     """Converts NumPy scalars and 0-d arrays to Python numbers."""
     if isinstance(value, np.generic) or (isinstance(value, np.ndarray | jax.Array) and value.ndim == 0):
@@ -138,7 +134,7 @@ def _plain(value: Any) -> Any:
 
 def label(value: Any) -> Any:
     """The form in which JSON and tables show an entry of a lane: a number, a string or None."""
-    if value is None or isinstance(value, str | bool) or is_number(value):
+    if value is None or isinstance(value, str | bool) or is_real(value):
         return value
     if isinstance(value, Sequence) and not isinstance(value, str):
         return ", ".join(str(label(x)) for x in value)

@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lorax_fn.core.adapters import is_real
 from lorax_fn.core.errors import error
 from lorax_fn.core.trees import PyTree
 from lorax_fn.splitting.split import split as split_params
-from lorax_fn.sweeps.grid import OWN, SPLIT, Reader, is_number
+from lorax_fn.sweeps.grid import OWN, SPLIT, Reader
 from lorax_fn.training.masks import train_only, trainable
 from lorax_fn.training.state import TrainState
 from lorax_fn.training.step import apply_gradients
@@ -66,7 +67,7 @@ def members(params: PyTree, lanes: Sequence[dict], split: Mapping[str, Any], key
 
 def hashable(value: Any) -> Any:
     """A hashable stand-in for a value. Objects that are not plain data are distinguished by identity."""
-    if value is None or isinstance(value, str | bool) or is_number(value):
+    if value is None or isinstance(value, str | bool) or is_real(value):
         return value
     if isinstance(value, Mapping):
         return tuple((hashable(name), hashable(x)) for name, x in value.items())
@@ -268,7 +269,7 @@ def _read(found: Sequence[Member], tx: Callable) -> set[str]:
 
 def _varies(found: Sequence[Member], name: str) -> bool:
     values = [member.lane.get(name) for member in found]
-    return all(map(is_number, values)) and len(set(values)) > 1
+    return all(map(is_real, values)) and len(set(values)) > 1
 
 
 def _traceable(found: Sequence[Member], tx: Callable, names: Sequence[str]) -> tuple[str, ...]:

@@ -1,6 +1,7 @@
 """The compiled programs of a sweep (step and evaluation), with or without a mesh, and their memory."""
 
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from lorax_fn.core.trees import PyTree
 from lorax_fn.sweeps.groups import hashable
 from lorax_fn.sweeps.lanes import AXIS, Chunk, Widths, make_step, own_lora, own_widths, start, whole
 from lorax_fn.training.step import make_train_step
+from lorax_fn.transform.walk import LoraFallbackWarning
 
 SHARE = 0.8  # the fraction of the free memory that a program may take
 MANY = 50  # the fewest steps for which leaving padding out of products is worth the longer compilation
@@ -71,9 +73,11 @@ class Programs:
         """The compiled step for chunks of this form."""
         facts = [(hashable(fixed), size) for fixed, size in chunk.parts]
         widths = own_widths(chunk) if chunk.own else {}
-        shapes = tuple((np.shape(x), str(x.dtype)) for x in jax.tree.leaves((states, batch)))
-        base = tuple(map(id, jax.tree.leaves(params)))
-        told = (hashable(facts), hashable(widths), jax.tree.structure((states, batch)), shapes, base)
+        given = jax.tree.leaves((states, batch, params))
+        shapes = tuple((np.shape(x), str(x.dtype), getattr(x, "weak_type", False)) for x in given)
+        places = tuple(getattr(x, "sharding", None) for x in jax.tree.leaves(params))
+        form = jax.tree.structure((states, batch, params))
+        told = (hashable(facts), hashable(widths), form, shapes, places)
         if told not in self.steps:
             args = (states, params, batch, chunk.values(), chunk.rates(), which)
             args = tuple(self.place(x, i in (0, 3, 4, 5)) for i, x in enumerate(args))
@@ -95,9 +99,11 @@ class Programs:
             step = make_step(self.loss_fn, self.tx, chunk.parts, seeded=self.seeded, widths=widths)
         try:
             return jax.jit(step, donate_argnums=0).lower(*args)
-        except Exception:
+        except Exception as problem:
             if widths:  # loss_fn may take a gradient, for example, which products of lanes do not support
-                return self._lowered(chunk, args, {})
+                padded = self._lowered(chunk, args, {})
+                _warn_of_padding(widths, problem)
+                return padded
             self._explain(chunk, args[1], args[2])
             raise
 
@@ -173,6 +179,18 @@ class Programs:
                 check_vma=False,  # lanes are independent: no value is summed over them
             )
         return jax.jit(evaluate).lower(state, params).compile()
+
+
+def _warn_of_padding(widths: Widths, problem: Exception) -> None:
+    widest = {path: max(rank for _, rank in runs) for path, runs in widths.items()}
+    text = error(
+        "products of this sweep are as wide as the widest rank: results are equal, steps take longer.",
+        got=f"{type(problem).__name__}: {str(problem).splitlines()[0] if str(problem) else ''}",
+        want=f"products at each lane's own rank, instead of {max(widest.values())} for all",
+        do="sweep over one rank at a time if steps are too slow; a gradient inside of loss_fn is what "
+        "products at several ranks cannot be part of.",
+    )
+    warnings.warn(str(text), LoraFallbackWarning, stacklevel=2)
 
 
 def _named(scores: Any) -> dict[str, Any]:

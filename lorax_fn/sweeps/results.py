@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from lorax_fn.core.adapters import Adapter
+from lorax_fn.core.adapters import Adapter, is_real
 from lorax_fn.core.errors import error
 from lorax_fn.sweeps.files import read as read_file
-from lorax_fn.sweeps.grid import is_number, label
+from lorax_fn.sweeps.grid import label
 
 
 @dataclasses.dataclass
@@ -75,7 +75,7 @@ class SweepResult:
 
         def score(record):
             value = record.get(name)
-            good = is_number(value) and math.isfinite(value) and record.get("diverged") is None
+            good = is_real(value) and math.isfinite(value) and record.get("diverged") is None
             return (0, sign * value) if good else (1, 0.0)
 
         return min(last, key=score)
@@ -258,8 +258,8 @@ class SweepResult:
 
 def check_metric(records: Sequence[dict], name: str) -> None:
     """Raises a `LoraError` if no record has a number of this name."""
-    known = sorted({key for r in records for key, value in r.items() if is_number(value)})
-    if not any(is_number(record.get(name)) for record in records):
+    known = sorted({key for r in records for key, value in r.items() if is_real(value)})
+    if not any(is_real(record.get(name)) for record in records):
         raise error(
             "no record has this score.",
             got=repr(name),
@@ -271,7 +271,7 @@ def check_metric(records: Sequence[dict], name: str) -> None:
 def value_of(record: dict, metric: str) -> float:
     """A score; NaN if the lane diverged or does not have it."""
     value: Any = record.get(metric)
-    return float(value) if is_number(value) and record.get("diverged") is None else math.nan
+    return float(value) if is_real(value) and record.get("diverged") is None else math.nan
 
 
 def mean_and_error(values: Sequence[float]) -> dict[str, Any]:

@@ -98,6 +98,10 @@ def sweep(
       LoraError: lanes, steps, ``tx`` or the file don't fit; nothing reads an entry of a lane; or what `split`
         and `make_train_step` raise.
 
+    Warns:
+      LoraFallbackWarning: products cannot leave the padding of lower ranks out, as with a gradient inside of
+        ``loss_fn``; or what `adapt` warns of.
+
     Example:
       >>> import jax, jax.numpy as jnp, lorax_fn as lx, optax
       >>> params, x = {"kernel": jnp.eye(4)}, jnp.ones((2, 4))
