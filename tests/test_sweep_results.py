@@ -165,6 +165,10 @@ def test_the_page_stands_alone(result, tmp_path):
     assert not re.search(r"https?://", text.split("</head>")[0]) and "Ranks &amp; rates" in text
     assert parser.cells > len(LANES) * 5
 
+    read_back = SweepResult(LANES, result.records, {}, result.config)  # files hold no curves
+    lx.report.page(read_back, path)
+    assert path.read_text().count("<figure>") == text.count("<figure>") - 1
+
 
 @pytest.mark.skipif(not (shutil.which("chromium") or os.environ.get("CHROMIUM")), reason="no Chromium")
 @pytest.mark.slow

@@ -208,7 +208,7 @@ def test_products_at_own_ranks(monkeypatch):
 
 
 def test_a_gradient_inside_of_the_loss(monkeypatch):
-    """Products at own ranks can't be differentiated before they are mapped: padded ones take over, in words."""
+    """Products at own ranks can't be differentiated before they are mapped: a warning says so."""
     monkeypatch.setattr(programs, "MANY", STEPS)
 
     def penalized(params, lora, batch, key):

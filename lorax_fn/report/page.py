@@ -24,14 +24,16 @@ body { margin: 0 auto; max-width: 72rem; padding: 2rem 1.25rem 4rem; background:
   color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
 h1 { font-size: 1.6rem; margin: 0 0 .25rem; } h2 { font-size: 1.15rem; margin: 2.5rem 0 .75rem; }
 p { margin: .25rem 0; } .soft { color: var(--soft); }
-.figures { display: flex; flex-wrap: wrap; gap: 1.5rem; } figure { margin: 0; flex: 1 1 28rem; min-width: 0; }
+.figures { display: grid; gap: 1.5rem;
+  grid-template-columns: repeat(auto-fill, minmax(min(28rem, 100%), 1fr)); }
+figure { margin: 0; min-width: 0; }
 figure img { width: 100%; height: auto; border: 1px solid var(--line); border-radius: 6px; }
 figcaption { font-size: .875rem; color: var(--soft); }
 .scroll { overflow-x: auto; border: 1px solid var(--line); border-radius: 6px; max-height: 36rem; }
 table { border-collapse: collapse; width: 100%; font-size: .875rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .75rem; text-align: right; white-space: nowrap;
   border-bottom: 1px solid var(--line); }
-th.text, td.text { text-align: left; }
+th.text, td.text { text-align: left; } th[scope=row] { width: 12rem; } td.text { white-space: normal; }
 thead th { position: sticky; top: 0; background: var(--row); padding: 0; }
 thead button { all: unset; box-sizing: border-box; cursor: pointer; padding: .4rem .75rem; display: block;
   width: 100%; }
@@ -83,7 +85,9 @@ def page(
     name = metric.removeprefix("-")
     best = result.best(metric)
     varying = _varying(result)
-    figures = [_figure("Training loss of each lane.", lambda theme: plot_curves(result, theme=theme))]
+    figures = []
+    if result.curves:  # a result that was read from its file has none
+        figures.append(_figure("Training loss of each lane.", lambda theme: plot_curves(result, theme=theme)))
     numbers = [n for n in varying if all(is_real(r.get(n)) for r in result.final())]
     words = [n for n in varying if n not in numbers]
     for x in numbers[:2]:
@@ -100,7 +104,7 @@ def page(
         figures.append(_figure(f"{name} over {x} and {y}; the best cell is framed.", heatmap))
     means = [
         {n: row[n] for n in row if n not in ("mean", "stderr", "n")}
-        | {f"mean {name}": row["mean"], "standard error": row["stderr"], "lanes": row["n"]}
+        | {f"mean {name}": row["mean"], "standard error": _or_none(row["stderr"]), "lanes": row["n"]}
         for row in result.means(name)
     ]
     done = "" if result.finished else " It was interrupted; this is what was done."
@@ -172,10 +176,21 @@ def _facts(config: dict[str, Any]) -> str:
     kept = {name: value for name, value in config.items() if name not in ("lanes", "base", "sweep")}
     rows = "".join(
         f'<tr><th scope="row" class="text">{html.escape(name)}</th><td class="text">'
-        f"{html.escape(value if isinstance(value, str) else json.dumps(value))}</td></tr>"
+        f"{html.escape(_words(value))}</td></tr>"
         for name, value in kept.items()
     )
     return f'<div class="scroll"><table><tbody>{rows}</tbody></table></div>'
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_words(part)}" for name, part in value.items()) or "–"
+    return value if isinstance(value, str) else json.dumps(value) if value not in ([], None) else "–"
+
+
+def _or_none(x: float) -> float | None:
+    """None for the standard error of one lane, which is not a number."""
+    return x if math.isfinite(x) else None
 
 
 def _machine(config: dict[str, Any]) -> str:
