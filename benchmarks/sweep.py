@@ -2,17 +2,22 @@
 
     python benchmarks/sweep.py                # every table: about half an hour on two idle cores
     python benchmarks/sweep.py steady         # some of them: steady, ends, memory, tpu
-    python benchmarks/sweep.py --rounds 5
+    python benchmarks/sweep.py --rounds 5 --json benchmarks/sweep.json   # into the file, beside other tables
 
 The model is the transformer of step.py, six layers of width 384, and the lanes are its ranks 1 to 64.
 Separate runs and sweeps take turns within a round, and ratios are formed within rounds, of seconds by the
 clock and of the processor's own seconds (all threads of this process), which what else the machine does
-moves less.
+moves less. "The base alone" is the gradient by the inputs without any adapter, all lanes' tokens in one
+product beside one product per lane: what reading the frozen weights once can gain.
 The table for the TPU needs libtpu, its compiler, but no TPU.
 """
 
 import argparse
+import datetime
+import json
 import os
+import pathlib
+import platform
 import sys
 import time
 from collections.abc import Callable
@@ -37,16 +42,21 @@ from lorax_fn.sweeps.programs import memory_of
 RANKS = (1, 2, 4, 8, 16, 32, 48, 64)
 KEY = jax.random.key(1)
 SEPARATE, OWN, PADDED = "separate runs", "lanes at their own ranks", "lanes padded to rank 64"
+TOGETHER, APART = "the base alone", "the base alone, lane by lane"
 
 
 def tx(lane: Any) -> Any:
     return optax.adamw(lane.get("lr", 1e-3))
 
 
-def setting(batch: int, tokens: int) -> tuple[Any, Callable, dict]:
+def model_of(batch: int, tokens: int) -> Transformer:
     sizes = Sizes(width=384, hidden=1536, heads=6, layers=6, batch=batch, tokens=tokens)
-    model = Transformer(sizes)
-    x = np.random.default_rng(0).normal(size=(batch, tokens, sizes.width)).astype("f4")
+    return Transformer(sizes)
+
+
+def setting(batch: int, tokens: int) -> tuple[Any, Callable, dict]:
+    model = model_of(batch, tokens)
+    x = np.random.default_rng(0).normal(size=(batch, tokens, model.sizes.width)).astype("f4")
     params = jax.jit(model.init)(jax.random.key(0), x)
     apply = lx.adapt(model.apply, fallback="error")
 
@@ -87,6 +97,22 @@ def programs_of(params: Any, loss_fn: Callable, batch: dict) -> dict[str, tuple[
     return found
 
 
+def base_alone(params: Any, batch: dict) -> dict[str, tuple[Callable, Any]]:
+    """The gradient by the inputs of the plain model, for the tokens of all lanes at once and lane by lane."""
+    model = model_of(*batch["x"].shape[:2])
+
+    def gradient(x, params):
+        return jax.grad(lambda x: jnp.mean(jnp.square(model.apply(params, x))))(x)
+
+    one = batch["x"]
+    every = jnp.concatenate([one] * len(RANKS))
+    together, apart = (jax.jit(gradient).lower(x, params).compile() for x in (every, one))
+    return {
+        TOGETHER: (lambda x: together(x, params), every),
+        APART: (lambda xs: [apart(x, params) for x in xs], [one] * len(RANKS)),
+    }
+
+
 def timed(run: Callable, *args: Any) -> tuple[Any, np.ndarray]:
     """What it gave, and seconds by the clock and of the processor."""
     clock, processor = time.perf_counter(), time.process_time()
@@ -94,10 +120,15 @@ def timed(run: Callable, *args: Any) -> tuple[Any, np.ndarray]:
     return result, np.array([time.perf_counter() - clock, time.process_time() - processor])
 
 
-def steady(rounds: int) -> None:
+Title = str
+Rows = list[list[str]]
+
+
+def steady(rounds: int) -> tuple[Title, Rows]:
     rows = [["tokens per lane", "form", "per lane / separate run, clock", "processor"]]
     for batch, tokens in ((4, 128), (1, 32)):
-        found = programs_of(*setting(batch, tokens))
+        params, loss_fn, data = setting(batch, tokens)
+        found = programs_of(params, loss_fn, data) | base_alone(params, data)
         states = {name: state for name, (_, state) in found.items()}
         taken: dict[str, list] = {name: [] for name in found}
         for i in range(-1, rounds):
@@ -105,14 +136,14 @@ def steady(rounds: int) -> None:
                 states[name], seconds = timed(found[name][0], states[name])
                 if i >= 0:
                     taken[name].append(seconds)
-        base = np.array(taken.pop(SEPARATE))
+        base, apart = np.array(taken.pop(SEPARATE)), np.array(taken.pop(APART))
         for name, values in taken.items():
-            ratio = np.array(values) / base
+            ratio = np.array(values) / (apart if name == TOGETHER else base)
             rows.append([str(batch * tokens), name, spread(ratio[:, 0]), spread(ratio[:, 1])])
-    print(f"Steady time per lane of {len(RANKS)}, {rounds} rounds: median [quartiles]\n\n{table(rows)}\n")
+    return f"Steady time per lane of {len(RANKS)}, {rounds} rounds: median [quartiles]", rows
 
 
-def ends(rounds: int, steps: int = 20) -> None:
+def ends(rounds: int, steps: int = 20) -> tuple[Title, Rows]:
     """From params to trained adapters, compilation and all."""
     params, loss_fn, batch = setting(1, 64)
 
@@ -144,14 +175,14 @@ def ends(rounds: int, steps: int = 20) -> None:
             ratios.append(took["separate"] / took["sweep"])
         both = np.array(ratios)
         rows.append([str(len(some)), spread(both[:, 0]), spread(both[:, 1])])
-    print(f"{steps} steps end to end at 64 tokens, {rounds} rounds: median [quartiles]\n\n{table(rows)}\n")
+    return f"{steps} steps end to end at 64 tokens, {rounds} rounds: median [quartiles]", rows
 
 
 def in_turn_pairs(runs: dict, i: int) -> list:
     return [(name, runs[name]) for name in in_turn(runs, i)]
 
 
-def memory() -> None:
+def memory() -> tuple[Title, Rows]:
     """Bytes of the compiled step, with 1 to 8 lanes of one rank."""
     params, loss_fn, batch = setting(4, 128)
     base = sum(x.nbytes for x in jax.tree.leaves(params))
@@ -165,10 +196,10 @@ def memory() -> None:
         rows.append(
             [str(count), f"{used / 1e6:.1f}", f"{base / 1e6:.1f}", f"{(used - base) / count / 1e6:.1f}"]
         )
-    print(f"Arguments, results and temporaries of one step at 512 tokens per lane\n\n{table(rows)}\n")
+    return "Arguments, results and temporaries of one step at 512 tokens per lane", rows
 
 
-def tpu() -> None:
+def tpu() -> tuple[Title, Rows]:
     """Bytes accessed by a step, as the TPU's compiler counts them, of eight ranks together and one by one."""
     from jax.experimental import topologies
     from jax.sharding import SingleDeviceSharding
@@ -204,7 +235,21 @@ def tpu() -> None:
         state = lanes.start(chunk, tx, None)
         each = accessed(step, state, params, batch, chunk.values(), None, None) / len(RANKS)
         rows.append([name, f"{each / 1e6:.1f}", f"{each / np.mean(one):.3f}"])
-    print(f"Bytes accessed on a v5e chip, bfloat16, 64 tokens per lane\n\n{table(rows)}\n")
+    return "Bytes accessed on a v5e chip, bfloat16, 64 tokens per lane", rows
+
+
+def record(path: pathlib.Path, name: str, title: Title, rows: Rows) -> None:
+    """Puts a table into a JSON file, with what made it."""
+    held = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    held[name] = {
+        "command": "python benchmarks/sweep.py " + " ".join(sys.argv[1:]),
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+        "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores",
+        "versions": {"python": platform.python_version(), "jax": jax.__version__, "lorax_fn": lx.__version__},
+        "title": title,
+        "rows": rows,
+    }
+    path.write_text(json.dumps(held, indent=1) + "\n", "utf-8")
 
 
 def main() -> int:
@@ -212,6 +257,7 @@ def main() -> int:
     parser.add_argument("tables", nargs="*", help="steady, ends, memory, tpu; default: all")
     parser.add_argument("--rounds", type=int, default=9, help="timed rounds of the steady table")
     parser.add_argument("--ends", type=int, default=3, help="timed rounds of the table end to end")
+    parser.add_argument("--json", type=pathlib.Path, help="a file to put the tables into as well")
     args = parser.parse_args()
     runs = {
         "steady": lambda: steady(args.rounds),
@@ -222,7 +268,10 @@ def main() -> int:
     load = f", load {os.getloadavg()[0]:.1f} at the start" if hasattr(os, "getloadavg") else ""
     print(f"{os.cpu_count()} cores{load}; JAX {jax.__version__}\n")
     for name in args.tables or runs:
-        runs[name]()
+        title, rows = runs[name]()
+        print(f"{title}\n\n{table(rows)}\n", flush=True)
+        if args.json:
+            record(args.json, name, title, rows)
     return 0
 
 

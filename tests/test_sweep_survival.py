@@ -155,6 +155,8 @@ def test_lanes_over_a_mesh(explicit):
     by = {(r["lane"], r["step"]): r["loss"] for r in plain.records}
     for record in result.records:
         np.testing.assert_allclose(record["loss"], by[record["lane"], record["step"]], rtol=1e-4)
+    for mine, other in zip(*(jax.tree.leaves(x.lora(7)) for x in (result, plain)), strict=True):
+        np.testing.assert_allclose(mine, other, rtol=1e-4, atol=1e-6)
     with pytest.raises(lx.LoraError, match="no axis for the lanes"):
         run(lanes, mesh=jax.make_mesh((8,), ("data",), axis_types=(kind,)))
 

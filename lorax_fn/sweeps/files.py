@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from lorax_fn.core.errors import error
 from lorax_fn.core.trees import PyTree
@@ -51,22 +52,35 @@ def read(path: str | os.PathLike) -> tuple[dict | None, list[dict]]:
 
 
 class Folder:
-    """The file of a sweep, and the folder of its saved states, ``<file>.state``."""
+    """The file of a sweep, and the folder of its saved states, ``<file>.state``.
+
+    Of several processes the first one writes, and all read.
+    """
 
     def __init__(self, file: str | os.PathLike, head: dict[str, Any]):
         self.file = pathlib.Path(file)
         self.states = self.file.with_name(self.file.name + ".state")
         self.head, self.records = head, []
+        self.writes = jax.process_index() == 0
+        if not self.writes:
+            multihost_utils.sync_global_devices("the folder of the sweep")
+        try:
+            self._open()
+        finally:
+            if self.writes and jax.process_count() > 1:
+                multihost_utils.sync_global_devices("the folder of the sweep")
+
+    def _open(self) -> None:
         found, rows = read(self.file)
-        if found is None:
+        if found is not None:
+            self._check(found)
+            self.records = rows
+        if self.writes:
             self.states.mkdir(parents=True, exist_ok=True)
-            for old in self.states.glob("*"):
-                old.unlink()
-            self._rewrite([])
-            return
-        self._check(found)
-        self.states.mkdir(parents=True, exist_ok=True)
-        self.records = rows
+            if found is None:
+                for old in self.states.glob("*"):
+                    old.unlink()
+                self._rewrite([])
 
     def _check(self, found: dict) -> None:
         names = [n for n in ("lanes", "steps", "every", "data", "key", "base", "halving", "best", "split")
@@ -83,7 +97,8 @@ class Folder:
     def begin(self, reached: dict[int, int]) -> list[dict]:
         """Keeps the records of each lane up to the step that its state has reached, and returns them."""
         self.records = [row for row in self.records if row["step"] <= reached.get(row["lane"], 0)]
-        self._rewrite(self.records)
+        if self.writes:
+            self._rewrite(self.records)
         return self.records
 
     def _rewrite(self, rows: Sequence[dict]) -> None:
@@ -93,6 +108,8 @@ class Folder:
         os.replace(stage, self.file)
 
     def add(self, rows: Sequence[dict]) -> None:
+        if not self.writes:
+            return
         with open(self.file, "a", encoding="utf-8") as out:
             out.write("".join(json.dumps(as_json(row)) + "\n" for row in rows))
 
@@ -101,7 +118,7 @@ class Folder:
         path = self.states / "plan.json"
         if path.is_file():
             return json.loads(path.read_text("utf-8"))
-        if plan is not None:
+        if plan is not None and self.writes:
             stage = path.with_suffix(".new")
             stage.write_text(json.dumps(plan), "utf-8")
             os.replace(stage, path)
@@ -119,6 +136,8 @@ class Folder:
 
     def save(self, name: str, tree: PyTree, lanes: Sequence[int], step: int) -> None:
         """Writes the leaves of a tree as bytes, whole or not at all."""
+        if not self.writes:
+            return
         leaves: dict[str, Any] = {
             f"{i}": np.frombuffer(_numpy(x).tobytes(), np.uint8) for i, x in enumerate(jax.tree.leaves(tree))
         }

@@ -14,6 +14,7 @@ from lorax_fn.core.errors import error
 from lorax_fn.core.trees import PyTree
 from lorax_fn.sweeps.groups import hashable
 from lorax_fn.sweeps.lanes import AXIS, Chunk, Widths, make_step, own_lora, own_widths, start, whole
+from lorax_fn.training.mesh import put
 from lorax_fn.training.step import make_train_step
 from lorax_fn.transform.walk import LoraFallbackWarning
 
@@ -61,13 +62,13 @@ class Programs:
             return tree
         where = NamedSharding(self.mesh, PartitionSpec(AXIS) if lanes else PartitionSpec())
 
-        def put(x):
+        def placed(x):
             if isinstance(x, jax.ShapeDtypeStruct):
                 return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
             mine = getattr(getattr(x, "sharding", None), "mesh", None)
-            return x if not lanes and mine == self.mesh else jax.device_put(x, where)
+            return x if not lanes and mine == self.mesh else put(x, where)
 
-        return jax.tree.map(put, tree)
+        return jax.tree.map(placed, tree)
 
     def step(self, chunk: Chunk, states: PyTree, params: PyTree, batch: PyTree, which: Any) -> Any:
         """The compiled step for chunks of this form."""
@@ -208,9 +209,11 @@ def _named(scores: Any) -> dict[str, Any]:
     return {str(name): x if traced else float(x) for name, x in named.items()}
 
 
-def host(x: Any) -> np.ndarray:
+def host(x: Any) -> Any:
     """The whole array in this process, even if other processes hold parts of it."""
     if isinstance(x, jax.Array) and not x.is_fully_addressable:
+        if jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(host(jax.random.key_data(x)), impl=jax.random.key_impl(x))
         return np.asarray(multihost_utils.process_allgather(x, tiled=True))
     return np.asarray(x)
 

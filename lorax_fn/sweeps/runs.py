@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from lorax_fn.checkpoint.fingerprint import fingerprint
 from lorax_fn.core.errors import error
@@ -89,7 +90,7 @@ class Run:
             base = [[x["path"], x["shape"], x["dtype"], x["crc32"]] for x in fingerprint(self.params)]
             self.folder = Folder(file, {**self.head, "base": base})
         plan = self.folder.plan(None) if self.folder else None
-        self.sizes = plan or [self._size(one) for one in self.groups]
+        self.sizes = plan or agreed([self._size(one) for one in self.groups])
         if self.folder:
             self.folder.plan(self.sizes)
             self.records = list(self.folder.begin(self.folder.reached()))
@@ -194,7 +195,7 @@ class Run:
             read()
             pending = done, metrics
             done += 1
-            stop = self.stopping()
+            stop = any(agreed([self.stopping()], of_all=True))
             due = done % self.settings.every == 0 or done == end
             if due or stop:
                 read()
@@ -205,8 +206,7 @@ class Run:
             if (due or stop) and self.folder:
                 facts = {"step": np.int64(done), "since": np.int64(since), **log}
                 local = jax.tree.map(lambda x: x if x.is_fully_addressable else host(x), states)
-                if jax.process_index() == 0:
-                    self.folder.save(name, (local, facts), chunk.lanes, done)
+                self.folder.save(name, (local, facts), chunk.lanes, done)
             self.bar.step(self._best_so_far())
             if stop or done == end:
                 break
@@ -236,7 +236,7 @@ class Run:
             rows.append(row)
             self._lead(row)
         self.records.extend(rows)
-        if self.folder and jax.process_index() == 0:
+        if self.folder:
             self.folder.add(rows)
 
     def _lead(self, row: dict) -> None:
@@ -253,8 +253,19 @@ class Run:
     def _keep(self, chunk: Chunk, states: Any) -> None:
         """Keeps the adapters for `SweepResult.lora`, which cuts out those of a lane when it is called."""
         lora = whole(states).lora
+        if self.programs.mesh is not None:  # off the mesh: its lanes lie on several devices, or processes
+            lora = jax.tree.map(lambda x: jnp.asarray(host(x)), lora)
         for slot, member in enumerate(chunk.slots[: chunk.real]):
             self.loras[member.index] = lambda member=member, slot=slot: own_lora(member, lora, slot)
+
+
+def agreed(values: list[int], *, of_all: bool = False) -> list[int]:
+    """The values of the first process, or those of all in turn: what processes have to do alike."""
+    if jax.process_count() == 1:
+        return values
+    if of_all:
+        return np.ravel(multihost_utils.process_allgather(np.asarray(values))).tolist()
+    return np.asarray(multihost_utils.broadcast_one_to_all(np.asarray(values))).tolist()
 
 
 def moved(chunk: Chunk, former: dict[int, Any]) -> Any:

@@ -174,7 +174,7 @@ class MeshStep:
         check_alive(state, "state")
         batch = self._put_batch(batch)
         run, (at_state, at_params, _) = self._program(state, params, batch)
-        state, params = _put(state, at_state), _put(params, at_params)
+        state, params = put(state, at_state), put(params, at_params)
         with jax.set_mesh(self.mesh):
             return run(state, params, batch)
 
@@ -187,7 +187,7 @@ class MeshStep:
     def place(self, state: TrainState, params: PyTree) -> tuple[TrainState, PyTree]:
         """``(state, params)`` on the mesh. The new state may share buffers with the old."""
         at_state, at_params = self.shardings(state, params)
-        return _put(state, at_state), _put(params, at_params)
+        return put(state, at_state), put(params, at_params)
 
     def lower(self, state: TrainState, params: PyTree, batch: PyTree) -> Any:
         """The lowered program, like ``jax.jit(...).lower``; arguments may be abstract."""
@@ -225,7 +225,7 @@ class MeshStep:
         return jax.tree.map(whole, batch, jax.tree.broadcast(self.batch, batch))
 
 
-def _put(tree: PyTree, where: PyTree) -> PyTree:
+def put(tree: PyTree, where: PyTree) -> PyTree:
     """``jax.device_put`` that, unlike JAX's, can also put keys on a mesh of several processes."""
     if jax.process_count() == 1:
         return jax.device_put(tree, where)
