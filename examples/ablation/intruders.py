@@ -17,6 +17,15 @@ import lorax_fn as lx
 NAME, LEADING, SIMILAR = "intruders", 10, 0.6
 
 
+def vectors(w: np.ndarray) -> np.ndarray:
+    """The singular vectors on the side of the outputs, ``[k, m]``, the leading one first."""
+    w = w.astype(np.float64)
+    if w.shape[0] >= w.shape[1]:
+        return np.linalg.eigh(w.T @ w)[1].T[::-1]
+    squares, left = np.linalg.eigh(w @ w.T)  # of the smaller side, which is quicker
+    return ((left.T @ w) / np.sqrt(squares)[:, None])[::-1]
+
+
 def count(params: dict, lora: dict, known: dict) -> float:
     """The mean over the adapted matrices of how many of the leading vectors are intruders."""
     counts = []
@@ -26,9 +35,9 @@ def count(params: dict, lora: dict, known: dict) -> float:
             continue
         w = np.asarray(params[layer][name][kind])
         if path not in known:
-            known[path] = np.linalg.svd(w, full_matrices=False)[2]
+            known[path] = vectors(w)
         changed = np.asarray(lx.merge({"w": w}, {"w": adapter})["w"])
-        leading = np.linalg.svd(changed, full_matrices=False)[2][:LEADING]
+        leading = vectors(changed)[:LEADING]
         counts.append(int((np.abs(leading @ known[path].T).max(1) < SIMILAR).sum()))
     return float(np.mean(counts))
 
