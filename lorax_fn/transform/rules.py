@@ -348,7 +348,7 @@ def _gather(walk, eqn, values):
     if not is_factored(w) or is_factored(indices):
         return NotImplemented
     dims, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
-    # Out of bounds, the base is the result: the change adds 0, and a column is 1 if its own axes are indexed.
+    # Out of bounds, the base is the result: the change adds 0, and a column of the indexed axes is 1.
     column, fills = w.parts.get("column"), eqn.params["mode"] == lax.GatherScatterMode.FILL_OR_DROP
     outside = column is not None and not set(dims.start_index_map) <= set(column.axes)
     if outside and fills and eqn.params["fill_value"] not in (None, 0):
@@ -387,7 +387,6 @@ def _gather(walk, eqn, values):
             numbers,
             window,
             mode=eqn.params["mode"],
-            indices_are_sorted=False,
             fill_value=int(part is column) if fills else None,
         )
         axes = (*index_place, *(axis if axis < 0 else place[axis] for axis in inner))
