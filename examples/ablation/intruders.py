@@ -93,7 +93,7 @@ def show() -> None:
             ["full", ("best", "half a decade above")[offset], f"{full['intruders']:.1f}", "", "", ""]
         )
         at.axhline(full["intruders"], color="gray", linestyle="--", label="full")
-        at.set(xscale="log", xlabel="rank", ylabel=f"intruders among {LEADING}, mean of 12 matrices")
+        at.set(xscale="log", xlabel="rank", ylabel=f"intruders of {LEADING}")
         at.set_xticks(rank_and_rate.RANKS, list(map(str, rank_and_rate.RANKS)))
         at.minorticks_off()
         at.set_title(("at the best rate", "half a decade above it")[offset], fontsize=9)
