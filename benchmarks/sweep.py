@@ -2,7 +2,7 @@
 
     python benchmarks/sweep.py                # every table: about half an hour on two idle cores
     python benchmarks/sweep.py steady         # some of them: steady, ends, memory, tpu
-    python benchmarks/sweep.py --rounds 5 --json benchmarks/results/sweep.json  # into the file, beside others
+    python benchmarks/sweep.py --rounds 5 --json benchmarks/results/sweep.json  # into a file
 
 The model is the transformer of step.py, six layers of width 384, and the lanes are its ranks 1 to 64.
 Separate runs and sweeps take turns within a round, and ratios are formed within rounds, of seconds by the

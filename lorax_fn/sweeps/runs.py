@@ -2,11 +2,11 @@
 
 import dataclasses
 import datetime
-import importlib.metadata
 import itertools
 import math
 import os
 import platform
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -298,7 +298,8 @@ def head(asked: Settings) -> dict[str, Any]:
         "key": np.asarray(key).tolist(),
         "lanes": [{name: label(value) for name, value in lane.items()} for lane in asked.lanes],
         "versions": {"python": platform.python_version()}
-        | {name: importlib.metadata.version(name) for name in ("lorax_fn", "jax", "optax", "numpy")},
+        # Of the modules themselves: a checkout on the path has no metadata.
+        | {name: sys.modules[name].__version__ for name in ("lorax_fn", "jax", "optax", "numpy")},
         "device": f"{jax.devices()[0].device_kind}, {jax.device_count()} of them",
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
