@@ -34,7 +34,15 @@ def name_of(page):
 
 
 # Tables of facts, and the reference: its examples are doctests of the package.
-WITHOUT_BLOCKS = ("api.md", "costs.md", "notebooks.md", "peers.md", "releasing.md")
+WITHOUT_BLOCKS = (
+    "api.md",
+    "benchmarks.md",
+    "costs.md",
+    "evidence.md",
+    "notebooks.md",
+    "peers.md",
+    "releasing.md",
+)
 
 
 # Each page is a process of its own: those of docs/ run with -m slow, as CI does.
