@@ -13,7 +13,6 @@ import argparse
 import json
 import subprocess
 import sys
-import time
 from typing import Any
 
 import jax
@@ -21,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import results
-from step import in_turn, spread, table
+from step import spread, table, timed
 
 import lorax_fn as lx
 
@@ -86,18 +85,6 @@ def compiled_step(params: Any, x: jax.Array) -> tuple[Any, Any]:
     return jax.jit(step).lower(start, params, x).compile(), (start, params, x)
 
 
-def timed(runs: dict, rounds: int) -> dict[str, list[float]]:
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for i in range(-2, rounds):
-        for name in in_turn(runs, i):
-            run, args = runs[name]
-            start = time.perf_counter()
-            jax.block_until_ready(run(*args))
-            if i >= 0:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=8)
@@ -117,12 +104,12 @@ def main() -> int:
         name: compiled_step(form, x.astype("bfloat16") if name == "bfloat16" else x)
         for name, form in forms.items()
     }
-    took = timed(steps, args.rounds)
+    took = timed(steps, args.rounds, warmup=2)
     copy = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1.0, tree))
     unpack = {"float32": (copy, (params,))}
     for name in FORMATS[2:]:
         unpack[name] = jax.jit(lambda form: lx.dequantize(form)), (forms[name],)
-    unpacking = timed(unpack, args.rounds)
+    unpacking = timed(unpack, args.rounds, warmup=2)
     rows = [
         {
             "name": name,

@@ -11,14 +11,13 @@ inside a deeper model. On paper full fine-tuning costs ``3 mn`` products per tok
 
 import argparse
 import sys
-import time
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import results
-from step import in_turn, table
+from step import table, timed
 
 import lorax_fn as lx
 
@@ -57,14 +56,7 @@ def adapted(lora: dict, params: Any, x: jax.Array) -> Any:
 def measured(programs: dict[str, tuple], rounds: int) -> dict[str, tuple[list[float], float]]:
     """``name: (seconds of each round, FLOPs)`` of ``name: (function, arguments)``."""
     compiled = {name: (jax.jit(fn).lower(*args).compile(), args) for name, (fn, args) in programs.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in compiled}
-    for i in range(-1, rounds):
-        for name in in_turn(compiled, i):
-            run, args = compiled[name]
-            start = time.perf_counter()
-            jax.block_until_ready(run(*args))
-            if i >= 0:
-                seconds[name].append(time.perf_counter() - start)
+    seconds = timed(compiled, rounds)
     return {name: (seconds[name], run.cost_analysis()["flops"]) for name, (run, _) in compiled.items()}
 
 

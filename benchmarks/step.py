@@ -228,6 +228,19 @@ def in_turn(names: Any, i: int) -> list[str]:
     return names if (i // len(names)) % 2 == 0 else names[::-1]
 
 
+def timed(runs: dict[str, tuple], rounds: int, warmup: int = 1) -> dict[str, list[float]]:
+    """Seconds of each round by name, of ``name: (function, arguments)``, which take turns."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for i in range(-warmup, rounds):
+        for name in in_turn(runs, i):
+            run, args = runs[name]
+            start = time.perf_counter()
+            jax.block_until_ready(run(*args))
+            if i >= 0:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
 def check_losses(variants: dict, programs: dict, batch: dict, steps: int = 3) -> dict[str, list[float]]:
     """Checks that all variants begin with the same loss, and the three of the same factors keep it equal."""
     losses: dict[str, list[float]] = {}

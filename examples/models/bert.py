@@ -7,13 +7,14 @@ Shapes: `B` texts, `T` tokens, `D` width.
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
+from models import torch_layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,20 +113,8 @@ def params_from(tensors: Mapping[str, Any], config: BertConfig) -> dict[str, Any
       ``{"params": {...}}``, float32 JAX arrays.
     """
 
-    def get(name: str) -> np.ndarray:
-        return np.asarray(tensors[name], np.float32)
-
-    def stacked(name: str) -> np.ndarray:
-        return np.stack([get(f"encoder.layer.{i}.{name}") for i in range(config.layers)])
-
-    layers = {}
-    for theirs, ours in _LAYER.items():
-        weight, bias = stacked(f"{theirs}.weight"), stacked(f"{theirs}.bias")
-        norm = ours.startswith("norm")
-        layers[ours] = {
-            "scale" if norm else "kernel": weight if norm else weight.swapaxes(1, 2),
-            "bias": bias,
-        }
+    get = functools.partial(torch_layers.array, tensors)
+    layers = torch_layers.modules(tensors, _LAYER, config.layers)
     norm = "embeddings.LayerNorm"
     params = {
         "words": {"embedding": get("embeddings.word_embeddings.weight")},

@@ -9,6 +9,7 @@ Shapes: `B` images, `T` tokens (the class token and the patches), `D` width.
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from models import torch_layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,20 +119,10 @@ def params_from(tensors: Mapping[str, Any], config: ViTConfig) -> dict[str, Any]
       ``{"params": {...}}``, float32 JAX arrays.
     """
 
-    def get(name: str) -> np.ndarray:
-        return np.asarray(tensors[name], np.float32)
-
-    def stacked(name: str) -> np.ndarray:
-        return np.stack([get(f"encoder.layer.{i}.{name}") for i in range(config.layers)])
-
-    layers: dict[str, Any] = {f"scale{i}": stacked(f"layer_scale{i}.lambda1") for i in (1, 2)}
-    for theirs, ours in _LAYER.items():
-        weight, bias = stacked(f"{theirs}.weight"), stacked(f"{theirs}.bias")
-        norm = ours.startswith("norm")
-        layers[ours] = {
-            "scale" if norm else "kernel": weight if norm else weight.swapaxes(1, 2),
-            "bias": bias,
-        }
+    get = functools.partial(torch_layers.array, tensors)
+    layers = torch_layers.modules(tensors, _LAYER, config.layers)
+    for i in (1, 2):
+        layers[f"scale{i}"] = torch_layers.stacked(tensors, f"layer_scale{i}.lambda1", config.layers)
     patches = "embeddings.patch_embeddings.projection"
     params = {
         "patches": {"kernel": get(f"{patches}.weight").transpose(2, 3, 1, 0), "bias": get(f"{patches}.bias")},
