@@ -13,6 +13,7 @@ import pathlib
 import re
 import shutil
 import stat
+import time
 import zlib
 from typing import Any
 
@@ -231,8 +232,12 @@ def remove(folder: pathlib.Path, facts_name: str, files: Any) -> None:
 
 
 def sweep(path: pathlib.Path) -> None:
-    """Removes a directory that a crash left half-written; if it is a link, only the link."""
+    """Removes a directory that was left half-written; if it is a link, only the link."""
     if path.is_symlink():
         path.unlink()
-    else:
+        return
+    for _ in range(20):  # After a failed write, Orbax's other threads may still create files in it.
         shutil.rmtree(path, ignore_errors=True)
+        if not path.exists():
+            return
+        time.sleep(0.05)

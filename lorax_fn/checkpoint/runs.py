@@ -16,6 +16,7 @@ run writes here, ``.lorax_fn.lock`` keeps other runs out. Files with other names
 The state of a pmap is stored once rather than once per device, except for ``extra``.
 """
 
+import contextlib
 import json
 import os
 import pathlib
@@ -94,14 +95,17 @@ class Snapshots:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.lock = Lock(self.folder)
-            for stage in self.folder.iterdir():
-                if STAGE.fullmatch(stage.name):
-                    sweep(stage)
+            self._sweep()
         except OSError as failure:
             if self.lock is not None:
                 self.lock.release()
             do = "pass a checkpoint_dir that this process can write to; no step was taken."
             raise unwritable(self.folder, failure, do) from failure
+
+    def _sweep(self) -> None:
+        for stage in self.folder.iterdir():
+            if STAGE.fullmatch(stage.name):
+                sweep(stage)
 
     def restore(self, state: Any) -> tuple[Any, dict, Any] | None:
         """``(state, facts of the loop, data position)`` of the newest intact checkpoint, or None."""
@@ -228,6 +232,8 @@ class Snapshots:
         self.checkpointer.close()
         self.writer.close()
         if self.lock is not None:
+            with contextlib.suppress(OSError):
+                self._sweep()  # Threads of a write that failed may have gone on until here.
             self.lock.release()
 
 
