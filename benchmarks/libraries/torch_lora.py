@@ -35,7 +35,7 @@ class Worker:
         with tempfile.TemporaryDirectory() as folder:
             arrays = f"{folder}/arrays.npz"
             np.savez(arrays, **held)
-            sizes = dataclasses.asdict(problem)
+            sizes = {**dataclasses.asdict(problem), "linear": problem.linear}
             sizes |= {"folder": str(minilm_folder())} if problem.model == "minilm" else {}
             start = {"problem": sizes, "arrays": arrays, "ways": ways}
             self.write(json.dumps(start))
