@@ -28,7 +28,7 @@ def attention(problem: Problem, q: jax.Array, k: jax.Array, v: jax.Array) -> jax
     grouped = rotated(q).reshape(*q.shape[:2], groups, -1, each)
     scores = jnp.einsum("btkgd,bskd->bkgts", grouped, rotated(k)) * each**-0.5
     causal = jnp.tril(jnp.ones((q.shape[1], q.shape[1]), bool))
-    mixed = jnp.einsum("bkgts,bskd->btkgd", nn.softmax(jnp.where(causal, scores, jnp.float32(-1e30))), v)
+    mixed = jnp.einsum("bkgts,bskd->btkgd", nn.softmax(jnp.where(causal, scores, -1e30)), v)
     return mixed.reshape(*q.shape[:2], problem.width)
 
 

@@ -28,10 +28,10 @@ class Block(nnx.Module):
         new = k, v
         if past is not None:
             k, v = (jnp.concatenate([old, own], 1) for old, own in zip(past, new, strict=True))
-        scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) / jnp.sqrt(jnp.float32(split[-1]))
+        scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) / split[-1] ** 0.5
         if past is None:
             causal = jnp.tril(jnp.ones((x.shape[1], x.shape[1]), bool))
-            scores = jnp.where(causal, scores, jnp.float32(-1e30))
+            scores = jnp.where(causal, scores, -1e30)
         mixed = jnp.einsum("bhqk,bkhd->bqhd", nnx.softmax(scores), v)
         x = x + self.o(mixed.reshape(x.shape))
         return x + self.down(nnx.gelu(self.up(self.norm_2(x)))), new
