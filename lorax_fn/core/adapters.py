@@ -110,8 +110,11 @@ def register(cls: type[T]) -> type[T]:
         return [(jax.tree_util.GetAttrKey(name), x.__dict__[name]) for name in names], static
 
     def flatten(x):
-        static, held = structure(x), x.__dict__
-        return [held[name] for name in arrays + static[0]], static
+        flat = x.__dict__.get("_flat")
+        if flat is None:
+            static, held = structure(x), x.__dict__
+            flat = held["_flat"] = tuple([held[name] for name in arrays + static[0]]), static
+        return flat
 
     def unflatten(static, leaves):
         live, values = static
@@ -121,6 +124,7 @@ def register(cls: type[T]) -> type[T]:
         x.__dict__.update(zip(facts + still, values, strict=True))
         # tree_map may put a Python number where an array was. It stays a leaf, so that structures agree.
         x.__dict__["_static"] = static
+        x.__dict__["_flat"] = leaves, static
         return x
 
     jax.tree_util.register_pytree_with_keys(made, flatten_with_keys, unflatten, flatten)

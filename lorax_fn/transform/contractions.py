@@ -86,7 +86,8 @@ def _same(x: Any) -> Any:
 def _same_but_turned(primals, tangents):
     # The tangent is [n, r]; it is computed as [r, n] up to the barrier and transposed back after it.
     turned = lax.optimization_barrier(lax.transpose(tangents[0], (1, 0)))
-    return _same(*primals), lax.transpose(turned, (1, 0))
+    # The primal is the factor itself, so that a loop does not keep a copy of it for the backward pass.
+    return primals[0], lax.transpose(turned, (1, 0))
 
 
 def _with_flat_gradient(factor: Any, other: Any) -> Any:
@@ -186,27 +187,29 @@ def low_rank_product(
         x, xs = dropped(w, x, xs, walk.drawn(w))
     x, precision = (inputs_of_tap(x), EXACT) if w.tap else (x, precision)
     stacked = w.parts.get("scale")
-    axes = tuple(xs), first.axes, second.axes, stacked.axes if stacked else (), tuple(out)
+    known = {*first.axes, *second.axes, *(stacked.axes if stacked else ())}
+    x, xs, out, split = _tokens_merged(x, tuple(xs), known, tuple(out), walk)
+    axes = xs, first.axes, second.axes, stacked.axes if stacked else (), out
     arrays = x, first.array, second.array, stacked.array if stacked else None
     facts = {"scale": w.scale, "axes": axes, "dtype": jnp.dtype(dtype), "precision": precision}
-    return _two_products(*arrays, **facts, tap=w.tap, lanes=w.lanes)
+    return _two_products(*arrays, **facts, split=split, tap=w.tap, lanes=w.lanes)
 
 
-@partial(jax.jit, static_argnames=("scale", "axes", "dtype", "precision", "tap", "lanes"))
-def _two_products(x, first, second, stacked, scale, axes, dtype, precision, tap, lanes):
+@partial(jax.jit, static_argnames=("scale", "axes", "split", "dtype", "precision", "tap", "lanes"))
+def _two_products(x, first, second, stacked, scale, axes, split, dtype, precision, tap, lanes):
     """``scale * (x @ first) @ second``, jitted so that equal uses share one trace and lowered function."""
-    product = partial(_product, scale=scale, axes=axes, dtype=dtype, precision=precision, tap=tap)
+    facts = {"scale": scale, "axes": axes, "split": split, "dtype": dtype, "precision": precision, "tap": tap}
+    product = partial(_product, **facts)
     if lanes is not None and stacked is not None:
         product = by_lane(product, lanes, (axes[1].index(RANK), axes[2].index(RANK)))
     return product(x, first, second, stacked)
 
 
-def _product(x, first, second, stacked, *, scale, axes, dtype, precision, tap):
+def _product(x, first, second, stacked, *, scale, axes, split, dtype, precision, tap):
     xs, first_axes, second_axes, stacked_axes, out = axes
     # The low-rank half computes in the dtype of the activations, as the base product does: float32 factors of
     # a bfloat16 model are cast here, and their gradients are float32 again.
     compute = x.dtype if jnp.issubdtype(x.dtype, jnp.floating) else dtype
-    x, xs, out, split = _tokens_merged(x, xs, {*first_axes, *second_axes, *stacked_axes}, out)
     # h is [tokens, r], with the stack axes if there are any. First come the axes of x that the result or the
     # second factor needs, then those that only the first factor has (the rank, and what x does not contract).
     later = {*out, *second_axes, *stacked_axes}
@@ -222,16 +225,21 @@ def _product(x, first, second, stacked, *, scale, axes, dtype, precision, tap):
     # h [tokens, r] is the smallest array around, so the scale costs least here.
     if scale != 1.0:
         h = h * scale
-    return split(contract(h, h_axes, second, second_axes, out, dtype=dtype, precision=precision))
+    y = contract(h, h_axes, second, second_axes, out, dtype=dtype, precision=precision)
+    if split is None:
+        return y
+    at, sizes = split
+    return lax.reshape(y, (*y.shape[:at], *sizes, *y.shape[at + 1 :]))
 
 
 def _tokens_merged(
-    x: Any, xs: Sequence, known: set, out: Sequence
-) -> tuple[Any, Sequence, Sequence, Callable]:
+    x: Any, xs: tuple, known: set, out: tuple, walk: Any
+) -> tuple[Any, tuple, tuple, tuple[int, tuple[int, ...]] | None]:
     """``x`` with all axes that no factor has merged into one, if they are adjacent here and in ``out``.
 
-    This takes one reshape before both products and one after them: the last value returned undoes it on a
-    result.
+    This takes one reshape before both products and one after them: the last value returned is the axis of a
+    result to be split again, and into what. Products of the same ``x`` share the first, for otherwise the
+    backward pass of a loop would keep one array per product.
     """
     # For x [B, T, n] and a [n, r] the tokens are (B, T). They have to be adjacent in x and in the result,
     # so that [B, T, n] -> [B * T, n] and [B * T, m] -> [B, T, m] move nothing.
@@ -239,15 +247,14 @@ def _tokens_merged(
     i, count = (xs.index(tokens[0]), len(tokens)) if tokens else (0, 0)
     j = out.index(tokens[0]) if tokens and tokens[0] in out else 0
     if count < 2 or xs[i : i + count] != tokens or out[j : j + count] != tokens or explicit_mesh(x):
-        return x, xs, out, lambda y: y
-    sizes = x.shape[i : i + count]
-    x = lax.reshape(x, (*x.shape[:i], math.prod(sizes), *x.shape[i + count :]))
-
-    def split(y: Any) -> Any:
-        at = sum(n in known for n in out[:j])  # axes of `out` that no factor has are not in the result
-        return lax.reshape(y, (*y.shape[:at], *sizes, *y.shape[at + 1 :]))
-
-    return x, (*xs[:i], "tokens", *xs[i + count :]), (*out[:j], "tokens", *out[j + count :]), split
+        return x, xs, out, None
+    sizes, last = x.shape[i : i + count], {} if walk is None else walk.last
+    if last.get("of") is not x or last["axes"] != (i, count):
+        flat = lax.reshape(x, (*x.shape[:i], math.prod(sizes), *x.shape[i + count :]))
+        last.update(of=x, axes=(i, count), flat=flat)
+    at = sum(n in known for n in out[:j])  # axes of `out` that no factor has are not in the result
+    xs, out = (*xs[:i], "tokens", *xs[i + count :]), (*out[:j], "tokens", *out[j + count :])
+    return last["flat"], xs, out, (at, sizes)
 
 
 def align(x: Any, names: Sequence[Any], out: Sequence[Any]) -> Any:
