@@ -65,7 +65,7 @@ LIBRARIES = {
     "quax": quax_lora.quax,
     "jax-lorax": jax_lorax,
 }
-FORWARD = {"full fine-tuning", "by hand, flat tokens"}  # of the plain ways, those that decode
+FORWARD = {"full fine-tuning", "by hand, flat tokens", "limit: forward and dx"}  # of the plain ways, those that decode
 TORCH = {
     "c": ["lora", "lora compiled", "full"],
     "a": ["lora", "lora compiled", "dora", "full"],

@@ -73,7 +73,7 @@ def measured(name: str, problem: Problem, dtype: Any) -> dict[str, float]:
     jax.clear_caches()
     began = time.perf_counter()
     if name == WITHOUT:
-        with mock.patch.object(contractions, "_with_flat_gradient", lambda factor, other: factor):
+        with mock.patch.object(contractions, "_turned", lambda tangent, other: tangent):
             program = compiled(peer, dtype)
     else:
         program = compiled(peer, dtype)

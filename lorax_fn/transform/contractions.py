@@ -2,13 +2,14 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 
 from lorax_fn.core.errors import LoraError, error
 from lorax_fn.transform import jaxpr as jx
@@ -56,61 +57,93 @@ def contract(
     summed = [name for name in large if name in xs and name in ys and name not in batch]
     x_free = [name for name in xs if name not in ys]
     y_free = [name for name in ys if name not in xs]
-    merged = None
-    if not explicit_mesh(x, y):
-        merged = _merged_pair(x, xs, y, ys, batch, summed, x_free, y_free)
-    if merged is None:
+    axes = tuple(map(tuple, (xs, ys, batch, summed, x_free, y_free)))
+    if not explicit_mesh(x, y) and all(movable or in_order for movable, in_order in _orders(x, y, axes)):
+        result = _flat_in_gradient(x, y, axes, 0 if swapped else 1, dtype, precision)
+    else:
         # No reshape is free, so this is one dot_general over all axes, which XLA lays out as it likes.
         result = _dot(x, xs, y, ys, batch, summed, x_free + y_free, dtype, precision)
-    else:
-        # Both are now [*batch, free, sum] or [*batch, sum, free], and the product is [*batch, x, y]. The last
-        # reshape splits its merged axes x and y again.
-        sizes = {**dict(zip(ys, y.shape, strict=True)), **dict(zip(xs, x.shape, strict=True))}
-        (x, xs), (y, ys) = merged
-        x, y = (_with_flat_gradient(x, y), y) if swapped else (x, _with_flat_gradient(y, x))
-        names = [n for n in (*xs, *ys) if n in ("x", "y")]
-        result = _dot(x, xs, y, ys, batch, ["sum"] if summed else [], names, dtype, precision)
-        result = lax.reshape(result, [sizes[name] for name in batch + x_free + y_free])
     have = batch + x_free + y_free
     if have != wanted:
         result = lax.transpose(result, [have.index(name) for name in wanted])
     return result
 
 
-@jax.custom_jvp
-def _same(x: Any) -> Any:
-    return x
+@partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4, 5))
+def _flat_in_gradient(x: Any, y: Any, axes: tuple, factor: int, dtype: Any, precision: Any) -> Any:
+    """The product over all axes as they are; operand number ``factor`` gets its gradient from flat arrays.
+
+    That gradient sums over all tokens, and on a CPU a sum over two axes ``[B, T]`` copies the activation. On
+    a TPU, the reshape of a flat product would keep it from being fused with what is added to it.
+    """
+    del factor
+    return _plain_product(x, y, axes, dtype, precision)
 
 
-@_same.defjvp
-def _same_but_turned(primals, tangents):
-    # The tangent is [n, r]; it is computed as [r, n] up to the barrier and transposed back after it.
-    turned = lax.optimization_barrier(lax.transpose(tangents[0], (1, 0)))
-    # The primal is the factor itself, so that a loop does not keep a copy of it for the backward pass.
-    return primals[0], lax.transpose(turned, (1, 0))
+def _plain_product(x: Any, y: Any, axes: tuple, dtype: Any, precision: Any) -> Any:
+    xs, ys, batch, summed, x_free, y_free = axes
+    return _dot(x, xs, y, ys, batch, summed, x_free + y_free, dtype, precision)
 
 
-def _with_flat_gradient(factor: Any, other: Any) -> Any:
-    """``factor`` itself; if it is ``[n, r]``, its gradient is computed as ``[r, n]`` and then transposed.
+@partial(_flat_in_gradient.defjvp, symbolic_zeros=True)
+def _tangent(axes, factor, dtype, precision, primals, tangents):
+    # Plain products, because the policy of a checkpoint around this one asks for a dot_general.
+    out, total = _plain_product(*primals, axes, dtype, precision), None
+    for i, tangent in enumerate(tangents):
+        if isinstance(tangent, SymbolicZero):
+            continue
+        if i == factor:
+            # The checkpoint has the loops keep the activation itself, which other products share.
+            flat = partial(_flat_product, axes=axes, factor=factor, dtype=dtype, precision=precision)
+            term = jax.checkpoint(flat, prevent_cse=False)(primals[1 - i], tangent)
+        else:
+            pair = (tangent, primals[1]) if i == 0 else (primals[0], tangent)
+            term = _plain_product(*pair, axes, dtype, precision)
+        total = term if total is None else total + term
+    return out, SymbolicZero(jax.typeof(out)) if total is None else total
+
+
+def _flat_product(other: Any, tangent: Any, *, axes: tuple, factor: int, dtype: Any, precision: Any) -> Any:
+    """The product of ``other`` and the tangent of a factor, both with one free and one summed axis."""
+    xs, ys, batch, summed, x_free, y_free = axes
+    x, y = (tangent, other) if factor == 0 else (other, tangent)
+    sizes = {**dict(zip(ys, y.shape, strict=True)), **dict(zip(xs, x.shape, strict=True))}
+    # Both are now [*batch, free, sum] or [*batch, sum, free], and the product is [*batch, x, y]. The last
+    # reshape splits its merged axes x and y again.
+    x, xs = _merged(x, xs, batch, summed, x_free, "x")
+    y, ys = _merged(y, ys, batch, summed, y_free, "y")
+    x, y = (_turned(x, y), y) if factor == 0 else (x, _turned(y, x))
+    names = [n for n in (*xs, *ys) if n in ("x", "y")]
+    result = _dot(x, xs, y, ys, batch, ["sum"] if summed else [], names, dtype, precision)
+    return lax.reshape(result, [sizes[name] for name in (*batch, *x_free, *y_free)])
+
+
+def _turned(tangent: Any, other: Any) -> Any:
+    """The tangent ``[n, r]`` of a factor, transposed twice, so that its gradient is computed as ``[r, n]``.
 
     On a CPU, ``x^T @ dh`` with its ``r`` columns takes four to eight times as long as ``dh^T @ x`` with its
-    ``r`` rows. XLA turns the second into the first when it sees the transpose, hence the barrier. It is in
-    the tangent alone, so values and the residuals of the gradient stay as they were. Small or batched
-    products are left alone: they gain nothing, and the XLA of JAX 0.10 aborts on some batched ones of 3
-    tokens.
+    ``r`` rows. XLA turns the second into the first when it sees the transpose, hence the barrier. Small or
+    batched products are left alone: they gain nothing, and the XLA of JAX 0.10 aborts on some batched ones of
+    3 tokens.
     """
-    if factor.ndim != 2 or other.ndim != 2:
-        return factor
-    tall = jx.surely(lambda: min(factor.shape[0], *other.shape) >= 64 and factor.shape[1] < factor.shape[0])
-    return _same(factor) if tall else factor
+    if tangent.ndim != 2 or other.ndim != 2:
+        return tangent
+    shape = tangent.shape
+    tall = jx.surely(lambda: min(shape[0], *other.shape) >= 64 and shape[1] < shape[0])
+    if not tall:
+        return tangent
+    return lax.transpose(lax.optimization_barrier(lax.transpose(tangent, (1, 0))), (1, 0))
 
 
-def _merged_pair(x, xs, y, ys, batch, summed, x_free, y_free):
-    """Both operands with one free and one contracted axis each, or None if the larger would be moved."""
+def _orders(x: Any, y: Any, axes: tuple) -> list[tuple[bool, bool]]:
+    """For each operand: whether it may be transposed, as the smaller one may, and whether it needs not be."""
+    xs, ys, batch, summed, x_free, y_free = axes
     x_smaller = jx.surely(lambda: x.size < y.size)
-    x2 = _merged(x, xs, batch, summed, x_free, "x", move=x_smaller)
-    y2 = _merged(y, ys, batch, summed, y_free, "y", move=not x_smaller)
-    return None if x2 is None or y2 is None else (x2, y2)
+    in_order = [
+        names in (batch + summed + free, batch + free + summed)
+        for names, free in ((xs, x_free), (ys, y_free))
+    ]
+    return [(x_smaller, in_order[0]), (not x_smaller, in_order[1])]
 
 
 def _sum_unshared(x: Any, xs: list, others: Sequence, out: Sequence) -> tuple[Any, list]:
@@ -120,25 +153,19 @@ def _sum_unshared(x: Any, xs: list, others: Sequence, out: Sequence) -> tuple[An
     return lax.reduce_sum(x, lonely), [name for i, name in enumerate(xs) if i not in lonely]
 
 
-def _merged(x: Any, xs: list, batch: list, summed: list, free: list, side: str, move: bool = False):
-    """``x`` with its free axes merged into one and its contracted axes into one.
-
-    None where that would move data, unless ``move`` allows a transpose (right for the small factor only).
-    """
+def _merged(x: Any, xs: tuple, batch: tuple, summed: tuple, free: tuple, side: str) -> tuple[Any, tuple]:
+    """``x`` with its free axes merged into one and its contracted axes into one."""
     # All summed axes become one axis, and all free axes another: [B, T, n] -> [B * T, n] where B and T are
     # free and adjacent.
-    groups = {"sum": summed, side: free}
     orders = [batch + summed + free, batch + free + summed]
     if xs not in orders:
-        if not move:
-            return None
         x = lax.transpose(x, [xs.index(name) for name in orders[1]])
         xs = orders[1]
-    sizes = dict(zip(xs, x.shape, strict=True))
+    sizes, groups = dict(zip(xs, x.shape, strict=True)), {"sum": summed, side: free}
     # An empty group gets no axis: a vector has no free axis, and an outer product has no summed one.
-    order = [group for group in (("sum", side) if xs == orders[0] else (side, "sum")) if groups[group]]
+    order = tuple(group for group in (("sum", side) if xs == orders[0] else (side, "sum")) if groups[group])
     shape = [sizes[n] for n in batch] + [math.prod(sizes[n] for n in groups[group]) for group in order]
-    return lax.reshape(x, shape), batch + order
+    return lax.reshape(x, shape), (*batch, *order)
 
 
 def _dot(x, xs, y, ys, batch, summed, free, dtype, precision):
@@ -187,25 +214,22 @@ def low_rank_product(
         x, xs = dropped(w, x, xs, walk.drawn(w))
     x, precision = (inputs_of_tap(x), EXACT) if w.tap else (x, precision)
     stacked = w.parts.get("scale")
-    known = {*first.axes, *second.axes, *(stacked.axes if stacked else ())}
-    x, xs, out, split = _tokens_merged(x, tuple(xs), known, tuple(out), walk)
-    axes = xs, first.axes, second.axes, stacked.axes if stacked else (), out
+    axes = tuple(xs), first.axes, second.axes, stacked.axes if stacked else (), tuple(out)
     arrays = x, first.array, second.array, stacked.array if stacked else None
     facts = {"scale": w.scale, "axes": axes, "dtype": jnp.dtype(dtype), "precision": precision}
-    return _two_products(*arrays, **facts, split=split, tap=w.tap, lanes=w.lanes)
+    return _two_products(*arrays, **facts, tap=w.tap, lanes=w.lanes)
 
 
-@partial(jax.jit, static_argnames=("scale", "axes", "split", "dtype", "precision", "tap", "lanes"))
-def _two_products(x, first, second, stacked, scale, axes, split, dtype, precision, tap, lanes):
+@partial(jax.jit, static_argnames=("scale", "axes", "dtype", "precision", "tap", "lanes"))
+def _two_products(x, first, second, stacked, scale, axes, dtype, precision, tap, lanes):
     """``scale * (x @ first) @ second``, jitted so that equal uses share one trace and lowered function."""
-    facts = {"scale": scale, "axes": axes, "split": split, "dtype": dtype, "precision": precision, "tap": tap}
-    product = partial(_product, **facts)
+    product = partial(_product, scale=scale, axes=axes, dtype=dtype, precision=precision, tap=tap)
     if lanes is not None and stacked is not None:
         product = by_lane(product, lanes, (axes[1].index(RANK), axes[2].index(RANK)))
     return product(x, first, second, stacked)
 
 
-def _product(x, first, second, stacked, *, scale, axes, split, dtype, precision, tap):
+def _product(x, first, second, stacked, *, scale, axes, dtype, precision, tap):
     xs, first_axes, second_axes, stacked_axes, out = axes
     # The low-rank half computes in the dtype of the activations, as the base product does: float32 factors of
     # a bfloat16 model are cast here, and their gradients are float32 again.
@@ -225,36 +249,7 @@ def _product(x, first, second, stacked, *, scale, axes, split, dtype, precision,
     # h [tokens, r] is the smallest array around, so the scale costs least here.
     if scale != 1.0:
         h = h * scale
-    y = contract(h, h_axes, second, second_axes, out, dtype=dtype, precision=precision)
-    if split is None:
-        return y
-    at, sizes = split
-    return lax.reshape(y, (*y.shape[:at], *sizes, *y.shape[at + 1 :]))
-
-
-def _tokens_merged(
-    x: Any, xs: tuple, known: set, out: tuple, walk: Any
-) -> tuple[Any, tuple, tuple, tuple[int, tuple[int, ...]] | None]:
-    """``x`` with all axes that no factor has merged into one, if they are adjacent here and in ``out``.
-
-    This takes one reshape before both products and one after them: the last value returned is the axis of a
-    result to be split again, and into what. Products of the same ``x`` share the first, for otherwise the
-    backward pass of a loop would keep one array per product.
-    """
-    # For x [B, T, n] and a [n, r] the tokens are (B, T). They have to be adjacent in x and in the result,
-    # so that [B, T, n] -> [B * T, n] and [B * T, m] -> [B, T, m] move nothing.
-    tokens = tuple(n for n in xs if n not in known)
-    i, count = (xs.index(tokens[0]), len(tokens)) if tokens else (0, 0)
-    j = out.index(tokens[0]) if tokens and tokens[0] in out else 0
-    if count < 2 or xs[i : i + count] != tokens or out[j : j + count] != tokens or explicit_mesh(x):
-        return x, xs, out, None
-    sizes, last = x.shape[i : i + count], {} if walk is None else walk.last
-    if last.get("of") is not x or last["axes"] != (i, count):
-        flat = lax.reshape(x, (*x.shape[:i], math.prod(sizes), *x.shape[i + count :]))
-        last.update(of=x, axes=(i, count), flat=flat)
-    at = sum(n in known for n in out[:j])  # axes of `out` that no factor has are not in the result
-    xs, out = (*xs[:i], "tokens", *xs[i + count :]), (*out[:j], "tokens", *out[j + count :])
-    return last["flat"], xs, out, (at, sizes)
+    return contract(h, h_axes, second, second_axes, out, dtype=dtype, precision=precision)
 
 
 def align(x: Any, names: Sequence[Any], out: Sequence[Any]) -> Any:

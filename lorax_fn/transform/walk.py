@@ -79,7 +79,6 @@ class Walk:
       around: the control flow around the current equation, the outermost first.
       notes: what this walk leaves for its caller.
       quiet: whether reports wait in ``notes``, because the caller is not known yet.
-      last: the last activation of this jaxpr whose tokens were merged, and the result.
     """
 
     fallback: str
@@ -87,7 +86,6 @@ class Walk:
     around: tuple[Any, ...] = ()
     notes: Notes = dataclasses.field(default_factory=Notes)
     quiet: bool = False
-    last: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def call(self) -> "Walk":
         """The walk of one call, which shares only the memory with other calls."""
@@ -102,7 +100,6 @@ class Walk:
         return dataclasses.replace(self, notes=Notes(), around=(), quiet=True)
 
     def evaluate(self, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
-        self = dataclasses.replace(self, last={})
         # A variable holds an array, a `Factored` weight, or for a moment a `Sum` that waits for its bias.
         env = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True))
         biased = self.once(("bias", id(jaxpr)), jaxpr, lambda: jx.before_bias(jaxpr))

@@ -1,0 +1,115 @@
+"""What might make LoRA faster still: each idea, written by hand, beside the same model without it.
+
+    python benchmarks/tricks.py            # the blocks a and b of peers.py
+    python benchmarks/tricks.py --save     # results/tricks.json
+
+All are `by hand, flat tokens` of `peers.py` with one change. *h* is ``x @ A`` ``[tokens, r]``, which the
+gradient of B needs.
+
+- h recomputed: not kept for the backward pass, but computed again.
+- h saved: the checkpoint of block b saves it, where it saves nothing otherwise.
+"""
+
+import argparse
+import dataclasses
+import sys
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import results
+from jax.ad_checkpoint import checkpoint_name
+from libraries import linen
+from libraries.problem import Problem, arranged, factors, nested
+from peers import check_losses, timed
+from step import spread, table
+
+PLAIN, KEPT, RECOMPUTED, SAVED = "by hand", "h kept", "h recomputed", "h saved by the checkpoint"
+BLOCKS = {
+    "a": (Problem(), (KEPT, RECOMPUTED)),
+    "b": (Problem(layers=12, scanned=True), (KEPT, SAVED)),
+}
+
+
+class Dense(nn.Module):
+    """LoRA by hand on flat tokens, with a change of how h is kept."""
+
+    features: int
+    problem: Problem
+    way: str
+
+    @nn.compact
+    def __call__(self, x):
+        n, rank = x.shape[-1], self.problem.rank
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (n, self.features))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        a = self.variable("lora", "a", jnp.zeros, (n, rank)).value
+        b = self.variable("lora", "b", jnp.zeros, (rank, self.features)).value
+        rows = x.reshape(-1, n)
+
+        def change(rows, a, b):
+            h = rows @ a
+            return self.problem.scale * ((checkpoint_name(h, "h") if self.way == SAVED else h) @ b)
+
+        change = jax.checkpoint(change) if self.way == RECOMPUTED else change
+        y = rows @ kernel + bias + change(rows, a, b)
+        return y.reshape(*x.shape[:-1], self.features)
+
+
+def made(problem: Problem, way: str) -> Any:
+    if way == PLAIN:
+        return linen.by_hand(problem)
+
+    def dense(features, **options):
+        return Dense(features, problem, way, **options)
+
+    policy = jax.checkpoint_policies.save_only_these_names("h") if way == SAVED else None
+    model = linen.Transformer(problem, dense, policy)
+    held = arranged(problem, factors(problem))
+    lora = nested({f"{path}/{'ab'[i]}": pair[i] for path, pair in held.items() for i in (0, 1)})
+    apply = lambda lora, params, *x: model.apply({**params, "lora": lora}, *x)  # noqa: E731
+    return linen.peer(way, problem, lambda: apply, lora, linen.variables(problem))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("blocks", nargs="*", help="a, b; default: both")
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--tiny", action="store_true", help="small sizes, to try it out")
+    parser.add_argument("--save", action="store_true", help="write results/tricks.json")
+    args = parser.parse_args()
+    facts, found = results.facts(), {}
+    for block in args.blocks or BLOCKS:
+        problem, ways = BLOCKS[block]
+        if args.tiny:
+            small = {"width": 64, "hidden": 128, "heads": 4, "layers": 2, "tokens": 16}
+            problem = dataclasses.replace(problem, **small)
+        peers = [made(problem, way) for way in (PLAIN, *ways)]
+        for peer in peers:
+            peer.compile()
+        peers, wrong, _ = check_losses(peers)
+        if wrong:
+            raise SystemExit(f"other losses than by hand: {wrong}")
+        for peer in peers:
+            peer.reset()
+        seconds = timed(peers, args.rounds, 1)
+        rows = [{"name": peer.name, "seconds": seconds[peer.name], **peer.costs()} for peer in peers[1:]]
+        lines = [["way", "ms", "/ h kept", "FLOPs / h kept", "temp MB", "/ h kept"]]
+        for row in rows:
+            lines.append([
+                row["name"], f"{1e3 * np.median(row['seconds']):.1f}",
+                spread(np.divide(row["seconds"], rows[0]["seconds"])),
+                f"{row['flops'] / rows[0]['flops']:.4f}", f"{row['temp bytes'] / 1e6:.1f}",
+                f"{row['temp bytes'] / rows[0]['temp bytes']:.4f}",
+            ])  # fmt: skip
+        print(f"{block}: {problem}\n\n{table(lines)}\n", flush=True)
+        found[block] = rows
+    if args.save:
+        results.save("tricks", {**facts, "blocks": found})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
