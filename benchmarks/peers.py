@@ -65,7 +65,8 @@ LIBRARIES = {
     "quax": quax_lora.quax,
     "jax-lorax": jax_lorax,
 }
-FORWARD = {"full fine-tuning", "by hand, flat tokens", "limit: forward and dx"}  # of the plain ways, those that decode
+# Of the plain ways, those that decode.
+FORWARD = {"full fine-tuning", "by hand, flat tokens", "limit: forward and dx"}
 TORCH = {
     "c": ["lora", "lora compiled", "full"],
     "a": ["lora", "lora compiled", "dora", "full"],
@@ -192,7 +193,7 @@ def main() -> int:
         problem = dataclasses.replace(problem, layers=2, batch=min(problem.batch, 2), **TINY)
     facts, began = results.facts(*SHOWN), time.perf_counter()
     plain = {name: make for name, make in PLAIN.items() if not problem.decode or name in FORWARD}
-    if problem.model != "transformer":  # of the others, only qwix takes a model in Linen; its inputs are no floats
+    if problem.model != "transformer":  # inputs are tokens; of the others, only qwix takes a model in Linen
         plain = {name: make for name, make in plain.items() if "limit" not in name}
     libraries = LIBRARIES if problem.model == "transformer" else {"qwix": linen.qwix}
     makers = REFERENCES | (plain if args.only != "libraries" else {})

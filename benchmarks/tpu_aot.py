@@ -94,8 +94,7 @@ def weights(c: Llama) -> dict:
         layers["experts"] = each
     return {
         "embed": {"embedding": weight(c.vocab, c.width)},
-        "layers": layers
-        | {name: {"scale": weight(c.layers, c.width)} for name in ("attn_norm", "mlp_norm")},
+        "layers": layers | {name: {"scale": weight(c.layers, c.width)} for name in ("attn_norm", "mlp_norm")},
         "norm": {"scale": weight(c.width)},
         "lm_head": {"kernel": weight(c.width, c.vocab)},
     }
@@ -150,7 +149,8 @@ def experts(c, h, w):
     picked = jax.nn.one_hot(chosen, c.experts, dtype=jnp.float32)  # [B, T, 2, E]
     flat = picked.reshape(h.shape[0], -1, c.experts)
     place = (jnp.cumsum(flat, 1) - 1).reshape(picked.shape).astype(jnp.int32)
-    at = jax.nn.one_hot(place, slots, dtype=h.dtype) * picked[..., None].astype(h.dtype)  # [B, T, 2, E, slots]
+    # [B, T, 2, E, slots]
+    at = jax.nn.one_hot(place, slots, dtype=h.dtype) * picked[..., None].astype(h.dtype)
     rows = jnp.einsum("btkes,btd->ebsd", at, h)
     gate, up = (jnp.einsum("ebsd,edf->ebsf", rows, w["experts"][n]["kernel"]) for n in ("gate", "up"))
     rows = jnp.einsum("ebsf,efd->ebsd", jax.nn.silu(gate) * up, w["experts"]["down"]["kernel"])

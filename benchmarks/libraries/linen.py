@@ -169,7 +169,8 @@ def variables(problem: Problem) -> dict:
 def adapters(problem: Problem, method: str = "lora") -> tuple[dict, dict]:
     """Frozen params and adapters with the problem's factors."""
     layout = lx.Layout(stack=(0,), inputs=(1,), outputs=(2,)) if problem.scanned else None
-    options = {"layout": {f"params/layers/{name}/kernel": layout for name in problem.linear}} if layout else {}
+    layouts = {f"params/layers/{name}/kernel": layout for name in problem.linear}
+    options: dict = {"layout": layouts} if layout else {}
     params = variables(problem)
     options |= {"targets": [f"params/{path}/kernel" for path in arranged(problem, factors(problem))]}
     params, lora = lx.split(params, rank=problem.rank, alpha=problem.alpha, method=method, **options)
@@ -259,7 +260,8 @@ def limit(problem: Problem) -> JaxPeer:
 def qwix(problem: Problem) -> JaxPeer:
     import qwix
 
-    provider = qwix.LoraProvider(module_path=r".*([qkvo]|up|gate|down)", rank=problem.rank, alpha=problem.alpha)
+    modules = r".*([qkvo]|up|gate|down)"
+    provider = qwix.LoraProvider(module_path=modules, rank=problem.rank, alpha=problem.alpha)
     model = qwix.apply_lora_to_model(model_of(problem), provider)
     x = inputs(problem)["x"]
     past = [inputs(problem)[name] for name in ("keys", "values")] if problem.decode else None

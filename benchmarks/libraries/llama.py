@@ -48,7 +48,7 @@ class Block(nn.Module):
 
 
 class Llama(nn.Module):
-    """``ids [B, T] -> logits [B, T, vocab]``; scanned layers, which keep their activations, and a tied head."""
+    """``ids [B, T] -> logits [B, T, vocab]``: layers are scanned, not checkpointed, and the head is tied."""
 
     problem: Problem
     dense: Callable = nn.Dense

@@ -17,7 +17,6 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 
-
 class Block(nn.Module):
     def __init__(self, p):
         super().__init__()
