@@ -86,6 +86,7 @@ def dispatch() -> dict[str, float]:
             "base": (plain, params, x),
             "by hand": (written, params, by_hand, x),
             "lx.adapt": (adapted, params, lora, x),
+            "arguments of the base": (nothing, params, {}, x),
             "arguments by hand": (nothing, params, by_hand, x),
             "arguments of lx.adapt": (nothing, params, lora, x),
         }
@@ -270,9 +271,16 @@ def merge(million: int = 1024) -> dict[str, float]:
         lora = jax.tree.map(lambda x: jnp.full(x.shape, 0.1, x.dtype), lora)
         size = sum(x.nbytes for x in jax.tree.leaves(params)) / 1e9
         jitted, copied = jax.jit(lx.merge), jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
+
+        def unchecked(params, lora, jitted=jitted):  # under jit, nothing is checked
+            places = {path.split("/")[0]: path for path in lora}
+            return [jitted({at: params[at]}, {path: lora[path]}) for at, path in places.items()]
+
         runs = {
             "copy": (copied, params),
+            "copy, leaf by leaf": (lambda params: jax.tree.map(jnp.copy, params), params),
             "merge": (lx.merge, params, lora),
+            "merge without its check": (unchecked, params, lora),
             "merge, jitted": (jitted, params, lora),
         }
         what = f"{layers * width**2 / 1e9:.2f}B {dtype} parameters"

@@ -49,13 +49,13 @@ def tx(lane: Any) -> Any:
     return optax.adamw(lane.get("lr", 1e-3))
 
 
-def model_of(batch: int, tokens: int) -> Transformer:
-    sizes = Sizes(width=384, hidden=1536, heads=6, layers=6, batch=batch, tokens=tokens)
+def model_of(batch: int, tokens: int, width: int = 384, layers: int = 6) -> Transformer:
+    sizes = Sizes(width, 4 * width, heads=width // 64, layers=layers, batch=batch, tokens=tokens)
     return Transformer(sizes)
 
 
-def setting(batch: int, tokens: int) -> tuple[Any, Callable, dict]:
-    model = model_of(batch, tokens)
+def setting(batch: int, tokens: int, width: int = 384, layers: int = 6) -> tuple[Any, Callable, dict]:
+    model = model_of(batch, tokens, width, layers)
     x = np.random.default_rng(0).normal(size=(batch, tokens, model.sizes.width)).astype("f4")
     params = jax.jit(model.init)(jax.random.key(0), x)
     apply = lx.adapt(model.apply, fallback="error")
@@ -211,30 +211,40 @@ def tpu() -> tuple[Title, Rows]:
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype, sharding=where), tree)
 
     def accessed(step, *args):
-        return (
-            jax.jit(step, donate_argnums=0).lower(*placed(args)).compile().cost_analysis()["bytes accessed"]
-        )
+        lowered = jax.jit(step, donate_argnums=0).lower(*placed(args))
+        return lowered.compile().cost_analysis()["bytes accessed"]
 
-    params, loss_fn, batch = setting(1, 64)
-    params, batch = jax.tree.map(lambda x: x.astype(jnp.bfloat16), (params, batch))
-    _, made = chunk_of(params, [{"rank": r} for r in RANKS])
-    one = [
-        accessed(
-            lx.make_train_step(loss_fn, tx({})),
-            lx.TrainState.create(lora=member.lora, tx=tx({}), key=KEY),
-            params,
-            batch,
-        )
-        for member in made
-    ]
-    rows = [["form", "MB per lane", "/ separate run"], [SEPARATE, f"{np.mean(one) / 1e6:.1f}", "1.000"]]
-    for name, own in ((PADDED, False), (OWN, True)):
-        chunk, _ = chunk_of(params, [{"rank": r} for r in RANKS], own)
-        widths = lanes.own_widths(chunk) if own else None
-        step = lanes.make_step(loss_fn, tx, chunk.parts, seeded=False, widths=widths)
-        state = lanes.start(chunk, tx, None)
-        each = accessed(step, state, params, batch, chunk.values(), None, None) / len(RANKS)
-        rows.append([name, f"{each / 1e6:.1f}", f"{each / np.mean(one):.3f}"])
+    rows = [["width", "layers", "form", "MB per lane", "/ separate run"]]
+    for width, layers in ((384, 6), (2048, 2)):
+        params, loss_fn, batch = setting(1, 64, width, layers)
+        params, batch = jax.tree.map(lambda x: x.astype(jnp.bfloat16), (params, batch))
+        _, made = chunk_of(params, [{"rank": r} for r in RANKS])
+        model = model_of(1, 64, width, layers)
+
+        def base(x, params, target, model=model):
+            return jax.value_and_grad(lambda x: mse(model.apply(params, x), {"target": target}))(x)
+
+        each = {"the base alone, one lane": accessed(base, batch["x"], params, batch["target"])}
+        separate = [
+            accessed(
+                lx.make_train_step(loss_fn, tx({})),
+                lx.TrainState.create(lora=member.lora, tx=tx({}), key=KEY),
+                params,
+                batch,
+            )
+            for member in made
+        ]
+        each[SEPARATE] = float(np.mean(separate))
+        for name, own in ((PADDED, False), (OWN, True)):
+            chunk, _ = chunk_of(params, [{"rank": r} for r in RANKS], own)
+            widths = lanes.own_widths(chunk) if own else None
+            step = lanes.make_step(loss_fn, tx, chunk.parts, seeded=False, widths=widths)
+            state = lanes.start(chunk, tx, None)
+            each[name] = accessed(step, state, params, batch, chunk.values(), None, None) / len(RANKS)
+        for name, bytes_ in each.items():
+            row = [str(width), str(layers), name, f"{bytes_ / 1e6:.1f}", f"{bytes_ / each[SEPARATE]:.3f}"]
+            rows.append(row)
+            print(table([rows[0], row]), flush=True)
     return "Bytes accessed on a v5e chip, bfloat16, 64 tokens per lane", rows
 
 
