@@ -24,12 +24,14 @@ PEERS = {
     "a": ["peers_a_plain", "peers_a_libraries"],
     "b": ["peers_b", "peers_b_more"],
     "c": ["peers_c"],
+    "d": ["peers_d"],
     "e": ["peers_e"],
 }
 TITLES = {
     "a": "4 layers, 8 x 128 tokens: one AdamW step",
     "b": "12 layers, scanned and checkpointed: one AdamW step",
     "c": "MiniLM, real weights, 32 x 64 tokens: one AdamW step",
+    "d": "SmolLM2-135M, real weights, 4 x 128 tokens: one AdamW step",
     "e": "Decoding one token through 4 layers",
 }
 
@@ -132,6 +134,28 @@ def qlora_table() -> str:
     return table(lines)
 
 
+def tpu_table(name: str) -> str:
+    """A table of `tpu_peers.py`, in the order of bytes accessed."""
+    rows = results.load("tpu_peers")["tables"][name]
+    lines = [["", "GFLOP", "/ by hand", "MB accessed", "/ by hand", "temp MB", "/ by hand"]]
+    for row in sorted(rows.values(), key=lambda row: row["bytes accessed"]):
+        cells = [f"**{row['name']}**" if row["name"] == ADAPT else row["name"]]
+        for of, unit in (("flops", 1e9), ("bytes accessed", 1e6), ("temp bytes", 1e6)):
+            cells += [f"{row[of] / unit:.1f}", f"{row[of] / rows[HAND][of]:.3f}"]
+        lines.append(cells)
+    return table(lines)
+
+
+def tricks_table() -> str:
+    lines = [["block", "", "time / h kept", "FLOPs / h kept", "temp / h kept"]]
+    for block, rows in results.load("tricks")["blocks"].items():
+        kept = rows[0]
+        for row in rows[1:]:
+            counts = [f"{row[of] / kept[of]:.4f}" for of in ("flops", "temp bytes")]
+            lines.append([block, row["name"], spread(np.divide(row["seconds"], kept["seconds"])), *counts])
+    return table(lines)
+
+
 def guards_table() -> str:
     committed = results.load("guards")
     version = max(committed)
@@ -147,11 +171,14 @@ def guards_table() -> str:
 TABLES = {
     **{f"peers_{block}": lambda block=block: peers_table(block) for block in PEERS},
     **{f"{name}_run": lambda name=name: machine_line(results.load(name)) for name in
-       ("peers_a_libraries", "peers_b", "peers_c", "peers_e", "startup", "scaling", "qlora")},
+       ("peers_a_libraries", "peers_b", "peers_c", "peers_d", "peers_e", "startup", "scaling", "qlora")},
     "startup": lambda: figures_table("startup"),
     "scaling": scaling_table,
     "qlora": qlora_table,
     "guards": guards_table,
+    "tricks": tricks_table,
+    "tpu_a": lambda: tpu_table("a, bfloat16"),
+    "tpu_b": lambda: tpu_table("b, bfloat16"),
 }  # fmt: skip
 
 

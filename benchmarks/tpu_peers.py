@@ -6,9 +6,9 @@
     python benchmarks/tpu_peers.py --save         # results/tpu_peers.json, which draw.py shows
 
 Every way of `peers.py` that is plain JAX is compiled for one v5e chip. With bfloat16 every array has that
-dtype, factors and optimizer state included. "no barrier" is `lx.adapt` without the optimization barrier that
-it puts before the gradient of a factor. The compiler's `optimal_seconds` is kept in the results, but not
-shown: it is negative for these programs.
+dtype, factors and optimizer state included; in "factors in float32" these stay as `split` makes them. "no
+barrier" is `lx.adapt` without the optimization barrier that it puts before the gradient of a factor. The
+compiler's `optimal_seconds` is kept in the results, but not shown: it is negative for these programs.
 """
 
 import argparse
@@ -40,10 +40,12 @@ from step import table
 from lorax_fn.transform import contractions
 
 HAND, ADAPT, WITHOUT = "by hand", "lx.adapt", "lx.adapt, no barrier"
+WIDE = "lx.adapt, factors in float32"
 BLOCKS = {"a": Problem(), "b": Problem(layers=12, scanned=True)}
 WAYS: dict[str, Callable] = {
     ADAPT: linen.adapt,
     WITHOUT: linen.adapt,
+    WIDE: linen.adapt,
     HAND: linen.by_hand,
     "by hand, flat tokens": linen.flat_by_hand,
     "nnx.LoRA": nnx_lora.nnx_lora,
@@ -55,35 +57,36 @@ WAYS: dict[str, Callable] = {
 COLUMNS = {"flops": 1e9, "bytes accessed": 1e6, "temp bytes": 1e6}
 
 
-def compiled(peer: Any, dtype: Any) -> Any:
-    """The step of a way for one chip, all of whose floats are of this dtype."""
+def compiled(peer: Any, dtype: Any, trained: Any) -> Any:
+    """The step of a way for one chip; ``trained`` is the dtype of what the step carries."""
     chip = topologies.get_topology_desc("v5e:2x2", platform="tpu").devices[0]
     where = SingleDeviceSharding(chip)
 
-    def placed(x):
+    def placed(x, dtype):
         kind = dtype if jnp.issubdtype(x.dtype, jnp.floating) else x.dtype
         return jax.ShapeDtypeStruct(x.shape, kind, sharding=where)
 
-    given = jax.tree.map(placed, (peer.start, peer.fixed))
+    given = [jax.tree.map(lambda x, kind=kind: placed(x, kind), tree)
+             for tree, kind in ((peer.start, trained), (peer.fixed, dtype))]  # fmt: skip
     return jax.jit(peer.make_step(), donate_argnums=0).lower(*given).compile()
 
 
 def measured(name: str, problem: Problem, dtype: Any) -> dict[str, float]:
     peer = WAYS[name](problem)
     jax.clear_caches()
-    began = time.perf_counter()
+    began, trained = time.perf_counter(), jnp.dtype("float32") if name == WIDE else dtype
     if name == WITHOUT:
         with mock.patch.object(contractions, "_turned", lambda tangent, other: tangent):
-            program = compiled(peer, dtype)
+            program = compiled(peer, dtype, trained)
     else:
-        program = compiled(peer, dtype)
+        program = compiled(peer, dtype, trained)
     seconds = time.perf_counter() - began
     optimal = program.cost_analysis().get("optimal_seconds")
     return {**counts(program), "optimal_seconds": optimal, "to build, s": seconds}
 
 
 def printed(rows: list[dict]) -> str:
-    hand = next(row for row in rows if row["name"] == HAND)
+    hand = next((row for row in rows if row["name"] == HAND), rows[0])
     lines = [["", "GFLOP", "/ by hand", "MB accessed", "/ by hand", "temp MB", "/ by hand"]]
     for row in rows:
         cells = [row["name"]]

@@ -294,3 +294,47 @@ def test_a_second_step_compiles_nothing():
     for i in range(3):
         lora, state = step(lora, state, normal(i, (4, 16)))
     assert step._cache_size() == 1
+
+
+# What a loop keeps for its backward pass.
+
+
+def kept_by_the_loop(fn, *args):
+    """Shapes of what the forward scan of a gradient stacks up, one per layer, largest first."""
+    scans = [eqn for eqn in jax.make_jaxpr(fn)(*args).eqns if eqn.primitive.name == "scan"]
+    stacked = scans[0].outvars[scans[0].params["num_carry"] :]
+    return sorted((var.aval.shape[1:] for var in stacked), key=lambda shape: -np.prod(shape))
+
+
+def test_products_of_one_activation_keep_it_once_as_by_hand():
+    """Two weights read the same x [2, 8, 64]: the scan keeps x, and no flat copy of it per weight."""
+    weights = {name: jax.ShapeDtypeStruct((3, 64, 64), jnp.float32) for name in ("q", "k")}
+    x = jax.ShapeDtypeStruct((2, 8, 64), jnp.float32)
+
+    def model(weights, x):
+        body = lambda x, w: (jnp.tanh(x @ w["q"]) * jnp.tanh(x @ w["k"]), None)  # noqa: E731
+        return jax.lax.scan(body, x, weights)[0]
+
+    def by_hand(factors, weights, x):
+        def body(x, layer):
+            w, f = layer
+            q, k = (x @ w[name] + 2.0 * ((x @ f[name][0]) @ f[name][1]) for name in "qk")
+            return jnp.tanh(q) * jnp.tanh(k), None
+
+        return jax.lax.scan(body, x, (weights, factors))[0]
+
+    layout = lx.Layout(stack=(0,), inputs=(1,), outputs=(2,))
+    _, lora = lx.split(weights, rank=4, targets=["q", "k"], layout=dict.fromkeys("qk", layout))
+    factors = {name: (lora[name].a, lora[name].b) for name in "qk"}
+    run = lx.adapt(model, fallback="error")
+    ours = jax.grad(lambda lora, weights, x: squared(run(weights, lora, x)))
+    theirs = jax.grad(lambda factors, weights, x: squared(by_hand(factors, weights, x)))
+    got, want = kept_by_the_loop(ours, lora, weights, x), kept_by_the_loop(theirs, factors, weights, x)
+    assert got == want
+    assert want.count((2, 8, 64)) == 5, "x, and of each weight tanh and its derivative"
+
+
+def test_the_forward_pass_merges_no_tokens():
+    """On a TPU, a reshape keeps the change from being fused with what it is added to."""
+    text = str(jax.make_jaxpr(lx.adapt(layer, fallback="error"))({"w": W}, layer_lora(), X))
+    assert "dot_general" in text and "reshape" not in text

@@ -140,3 +140,20 @@ class _compiled(logging.Handler):
 
     def __exit__(self, *_):
         logging.getLogger("jax").removeHandler(self)
+
+
+def test_what_survives_is_that_of_the_exact_formula():
+    """Two sums, each in a program of its own, give what `survival` gives; it takes over where they cannot."""
+    from lorax_fn.splitting import rounding
+
+    w = jax.random.normal(jax.random.key(0), (40, 24)).astype(jnp.bfloat16)
+    params, lora = lx.split({"kernel": w}, rank=2)
+    sized = lambda size: jax.tree.map(lambda x: size * jnp.ones_like(x), lora)  # noqa: E731
+    for adapter in (sized(0.01), sized(0.0), sized(1e-8), sized(1e-13)):
+        merged = jax.jit(lx.merge)(params, adapter)
+        want = rounding.survival(adapter["kernel"], w, merged["kernel"])[0]
+        got = lx.surviving(params, adapter, merged)["kernel"]
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6)
+    infinite = {"kernel": w.at[0].set(jnp.inf)}
+    merged = jax.jit(lx.merge)(infinite, sized(0.05))
+    assert 0.5 < lx.surviving(infinite, sized(0.05), merged)["kernel"] < 1.5

@@ -93,8 +93,8 @@ def _survivals(
 ) -> dict[str, Any]:
     """The numbers of `survival`. Arrays whose numbers are all of usual size get the first and the last.
 
-    Each sum is a program of its own, which keeps no array of the weight's size but the product. In `survival`
-    several sums share such arrays, which takes eight times as long.
+    Each sum is a program of its own, whose only array of the weight's size is the product of the factors. In
+    `survival`, several sums share four such arrays.
     """
     quick, whole = {}, {}
     for path in paths:

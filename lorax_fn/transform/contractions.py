@@ -1,4 +1,4 @@
-"""Products of a factored weight: ``x A`` first, then ``B``, over flattened tokens."""
+"""Products of a factored weight: ``x A`` first, then ``B``; the gradients of both over flattened tokens."""
 
 import dataclasses
 import math
@@ -31,11 +31,9 @@ def contract(
     dtype: Any,
     precision: Any = None,
 ) -> Any:
-    """``einsum`` over named axes as one dot product, 2-D wherever a reshape is free.
+    """``einsum`` over named axes as one dot product; ``y`` is the small factor, where there is one.
 
-    Skinny products are fast as plain ``[T, n] @ [n, r]``; the transposes that autodiff makes of a product
-    with two token axes are not. Names of ``out`` that neither operand has are broadcast by the caller.
-    ``y`` is the small factor, where there is one.
+    Names of ``out`` that neither operand has are broadcast by the caller.
     """
     # A name that only one operand has, and the result does not, is summed before the product. Otherwise it
     # would be a free axis of the product and make it larger than it has to be.
@@ -58,11 +56,10 @@ def contract(
     x_free = [name for name in xs if name not in ys]
     y_free = [name for name in ys if name not in xs]
     axes = tuple(map(tuple, (xs, ys, batch, summed, x_free, y_free)))
-    if not explicit_mesh(x, y) and all(movable or in_order for movable, in_order in _orders(x, y, axes)):
+    if not explicit_mesh(x, y) and _can_be_flat(x, y, axes):
         result = _flat_in_gradient(x, y, axes, 0 if swapped else 1, dtype, precision)
     else:
-        # No reshape is free, so this is one dot_general over all axes, which XLA lays out as it likes.
-        result = _dot(x, xs, y, ys, batch, summed, x_free + y_free, dtype, precision)
+        result = _plain_product(x, y, axes, dtype, precision)
     have = batch + x_free + y_free
     if have != wanted:
         result = lax.transpose(result, [have.index(name) for name in wanted])
@@ -135,15 +132,11 @@ def _turned(tangent: Any, other: Any) -> Any:
     return lax.transpose(lax.optimization_barrier(lax.transpose(tangent, (1, 0))), (1, 0))
 
 
-def _orders(x: Any, y: Any, axes: tuple) -> list[tuple[bool, bool]]:
-    """For each operand: whether it may be transposed, as the smaller one may, and whether it needs not be."""
+def _can_be_flat(x: Any, y: Any, axes: tuple) -> bool:
+    """Whether the larger operand can be flat without being moved; the smaller one may be transposed."""
     xs, ys, batch, summed, x_free, y_free = axes
-    x_smaller = jx.surely(lambda: x.size < y.size)
-    in_order = [
-        names in (batch + summed + free, batch + free + summed)
-        for names, free in ((xs, x_free), (ys, y_free))
-    ]
-    return [(x_smaller, in_order[0]), (not x_smaller, in_order[1])]
+    large, free = (ys, y_free) if jx.surely(lambda: x.size < y.size) else (xs, x_free)
+    return large in (batch + summed + free, batch + free + summed)
 
 
 def _sum_unshared(x: Any, xs: list, others: Sequence, out: Sequence) -> tuple[Any, list]:
