@@ -85,7 +85,8 @@ def _plain_product(x: Any, y: Any, axes: tuple, dtype: Any, precision: Any) -> A
 @partial(_flat_in_gradient.defjvp, symbolic_zeros=True)
 def _tangent(axes, factor, dtype, precision, primals, tangents):
     # Plain products, because the policy of a checkpoint around this one asks for a dot_general.
-    out, total = _plain_product(*primals, axes, dtype, precision), None
+    x, y = primals
+    out, total = _plain_product(x, y, axes, dtype, precision), None
     for i, tangent in enumerate(tangents):
         if isinstance(tangent, SymbolicZero):
             continue
@@ -93,9 +94,10 @@ def _tangent(axes, factor, dtype, precision, primals, tangents):
             # The checkpoint has the loops keep the activation itself, which other products share.
             flat = partial(_flat_product, axes=axes, factor=factor, dtype=dtype, precision=precision)
             term = jax.checkpoint(flat, prevent_cse=False)(primals[1 - i], tangent)
+        elif i == 0:
+            term = _plain_product(tangent, y, axes, dtype, precision)
         else:
-            pair = (tangent, primals[1]) if i == 0 else (primals[0], tangent)
-            term = _plain_product(*pair, axes, dtype, precision)
+            term = _plain_product(x, tangent, axes, dtype, precision)
         total = term if total is None else total + term
     return out, SymbolicZero(jax.typeof(out)) if total is None else total
 
