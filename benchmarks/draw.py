@@ -178,7 +178,6 @@ TABLES = {
     "guards": guards_table,
     "tricks": tricks_table,
     "tpu_a": lambda: tpu_table("a, bfloat16"),
-    "tpu_b": lambda: tpu_table("b, bfloat16"),
 }  # fmt: skip
 
 
