@@ -92,7 +92,13 @@ def oracle(name):
     return (y, *grads) if differentiable(case.input) else (y, grads, None)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        pytest.param(jnp.float32, id="float32"),
+        pytest.param(jnp.bfloat16, id="bfloat16", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("case", RULE_CASES, ids=lambda c: c.name)
 def test_every_rule_under_every_transformation(case, dtype):
     table = INSIDE if dtype == jnp.float32 else NESTED  # bfloat16 meets the same, in fewer compilations
