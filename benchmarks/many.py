@@ -83,7 +83,7 @@ def variants(sizes, count):
         "bank": mixed.lower(params, bank, ids, x).compile(),
     }
     groups = {i: x[rows[i]] for i in used}
-    merged = {i: lx.merge(params, loras[i]) for i in used} if count <= 16 else {}
+    merged = {i: lx.merge(params, loras[i]) for i in used}
 
     def loop():
         return [one(params, loras[i], groups[i]) for i in used]
@@ -92,9 +92,8 @@ def variants(sizes, count):
         "one adapter": lambda: programs["one adapter"](params, loras[0], x),
         "bank": lambda: programs["bank"](params, bank, ids, x),
         "loop over adapters": loop,
+        "merged copies": lambda: [plain(merged[i], groups[i]) for i in used],
     }
-    if merged:
-        calls["merged copies"] = lambda: [plain(merged[i], groups[i]) for i in used]
     want = loop()
     got = calls["bank"]()
     for i, alone in zip(used, want, strict=True):
