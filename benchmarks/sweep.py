@@ -1,7 +1,7 @@
 """A sweep over ranks beside separate runs: steady, end to end, its memory, and its bytes on a TPU chip.
 
     python benchmarks/sweep.py                # every table: about half an hour on two idle cores
-    python benchmarks/sweep.py steady         # some of them: steady, ends, memory, tpu
+    python benchmarks/sweep.py steady         # some of them: steady, ends, ends64, memory, tpu
     python benchmarks/sweep.py --rounds 5 --json benchmarks/results/sweep.json  # into a file
     python benchmarks/sweep.py ends --torch-python .venv-peft/bin/python  # and a loop over PEFT on torch
 
@@ -202,9 +202,9 @@ def first_adapters(params: Any, lane: dict) -> tuple[Any, dict]:
     return lx.split(params, rank=lane["rank"], key=jax.random.fold_in(KEY, 0))
 
 
-def ends(rounds: int, steps: int = 20, torch_python: str | None = None) -> tuple[Title, Rows]:
+def ends(rounds: int, tokens: int, torch_python: str | None = None, steps: int = 20) -> tuple[Title, Rows]:
     """From params to trained adapters, compilation and all."""
-    params, loss_fn, batch = setting(1, 64)
+    params, loss_fn, batch = setting(1, tokens)
 
     def swept(some):
         result = lx.sweep(loss_fn, params, some, [batch], steps=steps, tx=tx, key=KEY, progress=False)
@@ -244,7 +244,7 @@ def ends(rounds: int, steps: int = 20, torch_python: str | None = None) -> tuple
         for name, found in ratios.items():
             both = np.array(found)
             rows.append([str(len(some)), name, spread(both[:, 0]), spread(both[:, 1])])
-    return f"{steps} steps end to end at 64 tokens, {rounds} rounds: median [quartiles]", rows
+    return f"{steps} steps end to end at {tokens} tokens per lane, {rounds} rounds: median [quartiles]", rows
 
 
 def in_turn_pairs(runs: dict, i: int) -> list:
@@ -323,7 +323,7 @@ def record(path: pathlib.Path, name: str, title: Title, rows: Rows) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Times a sweep over ranks beside separate runs.")
-    parser.add_argument("tables", nargs="*", help="steady, ends, memory, tpu; default: all")
+    parser.add_argument("tables", nargs="*", help="steady, ends, ends64, memory, tpu; default: all")
     parser.add_argument("--rounds", type=int, default=9, help="timed rounds of the steady table")
     parser.add_argument("--ends", type=int, default=3, help="timed rounds of the table end to end")
     parser.add_argument("--torch-python", help="an interpreter with torch and peft, for the table end to end")
@@ -331,7 +331,8 @@ def main() -> int:
     args = parser.parse_args()
     runs = {
         "steady": lambda: steady(args.rounds),
-        "ends": lambda: ends(args.ends, torch_python=args.torch_python),
+        "ends": lambda: ends(args.ends, 32, args.torch_python),
+        "ends64": lambda: ends(args.ends, 64, args.torch_python),
         "memory": memory,
         "tpu": tpu,
     }
