@@ -30,10 +30,10 @@ class Block(nn.Module):
         new = k, v
         if past is not None:
             k, v = (jnp.concatenate([old, own], 1) for old, own in zip(past, new, strict=True))
-        scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) / jnp.sqrt(jnp.float32(split[-1]))
+        scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) / split[-1] ** 0.5
         if past is None:
             causal = jnp.tril(jnp.ones((x.shape[1], x.shape[1]), bool))
-            scores = jnp.where(causal, scores, jnp.float32(-1e30))
+            scores = jnp.where(causal, scores, -1e30)
         mixed = jnp.einsum("bhqk,bkhd->bqhd", nn.softmax(scores), v)
         x = x + self.dense(sizes.width, name="o")(mixed.reshape(x.shape))
         h = self.dense(sizes.hidden, name="up")(nn.LayerNorm(name="norm_2")(x))
@@ -78,7 +78,7 @@ class PostBlock(nn.Module):
         sizes, norm = self.problem, partial(nn.LayerNorm, epsilon=1e-12)
         split = (*x.shape[:2], sizes.heads, sizes.width // sizes.heads)
         q, k, v = (self.dense(sizes.width, name=name)(x).reshape(split) for name in "qkv")
-        scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) / jnp.sqrt(jnp.float32(split[-1]))
+        scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) / split[-1] ** 0.5
         mixed = jnp.einsum("bhqk,bkhd->bqhd", nn.softmax(scores), v)
         x = norm(name="norm_1")(x + self.dense(sizes.width, name="o")(mixed.reshape(x.shape)))
         h = nn.gelu(self.dense(sizes.hidden, name="up")(x), approximate=False)

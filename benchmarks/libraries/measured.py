@@ -16,7 +16,7 @@ def leaves(tree: Any) -> int:
 
 
 def mse(output: jax.Array, batch: dict) -> jax.Array:
-    return jnp.mean(jnp.square(output - batch["target"]))
+    return jnp.mean(jnp.square((output - batch["target"]).astype(jnp.float32)))
 
 
 class JaxPeer:
@@ -79,8 +79,7 @@ def counts(program: Any) -> dict[str, float]:
     """FLOPs, bytes accessed and bytes of temporaries, as counted by the compiler."""
     analysis = program.cost_analysis()
     return {
-        "flops": analysis["flops"],
-        "bytes accessed": analysis["bytes accessed"],
+        **{of: analysis[of] for of in ("flops", "bytes accessed") if of in analysis},
         "temp bytes": program.memory_analysis().temp_size_in_bytes,
     }
 

@@ -5,6 +5,7 @@ import functools
 import importlib.util
 from pathlib import Path
 
+import jax
 import numpy as np
 
 LINEAR = ("q", "k", "v", "o", "up", "down")  # the adapted weights of a layer
@@ -28,6 +29,7 @@ class Problem:
     alpha: float = 32.0
     scanned: bool = False
     decode: bool = False
+    dtype: str = "float32"  # of weights, factors and inputs, and so of all arithmetic
     model: str = "transformer"  # or "minilm": post-LN, not causal, with an embedding, and with real weights
 
     @property
@@ -41,7 +43,18 @@ class Problem:
         return {name: wide.get(name, (self.width, self.width)) for name in LINEAR}
 
 
-@functools.cache
+def in_its_dtype(make):
+    """``make(problem)``, made once, with the floating-point arrays in the problem's dtype."""
+
+    @functools.cache
+    def cast(problem: Problem) -> dict:
+        to = jax.numpy.dtype(problem.dtype)
+        return jax.tree.map(lambda x: x.astype(to) if x.dtype == np.float32 else x, make(problem))
+
+    return cast
+
+
+@in_its_dtype
 def weights(problem: Problem) -> dict[str, np.ndarray]:
     """Arrays by path, ``layers_0/q/kernel`` and so on, not stacked."""
     if problem.model == "minilm":
@@ -97,7 +110,7 @@ def minilm_weights(problem: Problem) -> dict[str, np.ndarray]:
     return held
 
 
-@functools.cache
+@in_its_dtype
 def factors(problem: Problem) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """A ``[n, r]`` and B ``[r, m]`` by path, ``layers_0/q``; with B = 0 nothing would be compared."""
     rng, held = np.random.default_rng(1), {}
@@ -108,7 +121,7 @@ def factors(problem: Problem) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     return held
 
 
-@functools.cache
+@in_its_dtype
 def inputs(problem: Problem) -> dict[str, np.ndarray]:
     """``x`` and ``target``; for decoding ``x`` of one token, and ``keys`` and ``values`` of all layers."""
     rng = np.random.default_rng(2)
