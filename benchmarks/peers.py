@@ -3,6 +3,7 @@
     python benchmarks/peers.py a                 # 4 layers of width 768
     python benchmarks/peers.py b                 # 12 of them, scanned and checkpointed
     python benchmarks/peers.py c                 # MiniLM with its real weights, 32 x 64 tokens
+    python benchmarks/peers.py d                 # SmolLM2-135M with its real weights, 4 x 128 tokens
     python benchmarks/peers.py e                 # decoding: one token through 4 layers
     python benchmarks/peers.py a --only plain    # or libraries: half of the ways
     python benchmarks/peers.py a --torch-python .venv-peft/bin/python   # and PEFT on torch
@@ -35,6 +36,9 @@ BLOCKS = {
     "a": Problem(),
     "b": Problem(layers=12, scanned=True),
     "c": Problem(width=384, hidden=1536, layers=6, batch=32, tokens=64, model="minilm"),
+    "d": Problem(
+        width=576, hidden=1536, heads=9, kv_heads=3, layers=30, batch=4, scanned=True, model="smollm2"
+    ),
     "e": Problem(batch=1, decode=True),
 }
 TINY = {"width": 48, "hidden": 96, "heads": 4, "tokens": 8, "rank": 4}
@@ -67,6 +71,7 @@ TORCH = {
     "c": ["lora", "lora compiled", "full"],
     "a": ["lora", "lora compiled", "dora", "full"],
     "b": ["lora"],
+    "d": ["lora", "lora compiled", "full"],
     "e": ["lora", "lora compiled", "merged"],
 }
 SHOWN = ("qwix", "google-tunix", "keras", "quax", "jax-lorax", "equinox")
@@ -189,14 +194,17 @@ def main() -> int:
     parser.add_argument("--save", action="store_true", help="write results/*.json")
     args = parser.parse_args()
     problem = BLOCKS[args.block]
-    if args.tiny and problem.model == "minilm":
-        problem = dataclasses.replace(problem, batch=2, tokens=8)
+    if args.tiny and problem.model != "transformer":
+        layers = 2 if problem.model == "smollm2" else problem.layers
+        problem = dataclasses.replace(problem, batch=2, tokens=8, layers=layers)
     elif args.tiny:
         problem = dataclasses.replace(problem, layers=2, batch=min(problem.batch, 2), **TINY)
     problem = dataclasses.replace(problem, dtype=args.dtype, batch=args.batch or problem.batch)
     facts, began = results.facts(*SHOWN), time.perf_counter()
     plain = {name: make for name, make in PLAIN.items() if not problem.decode or name in FORWARD}
-    if problem.model == "minilm":  # of the others, only qwix takes a model in Linen; its inputs are no floats
+    if (
+        problem.model != "transformer"
+    ):  # of the others, only qwix takes a model in Linen; its inputs are no floats
         plain = {name: make for name, make in plain.items() if "limit" not in name}
     libraries = LIBRARIES if problem.model == "transformer" else {"qwix": linen.qwix}
     makers = REFERENCES | (plain if args.only != "libraries" else {})

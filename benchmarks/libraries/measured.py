@@ -19,6 +19,13 @@ def mse(output: jax.Array, batch: dict) -> jax.Array:
     return jnp.mean(jnp.square((output - batch["target"]).astype(jnp.float32)))
 
 
+def loss_of(output: jax.Array, batch: dict) -> jax.Array:
+    """The mean square error, or for logits of tokens the cross-entropy."""
+    if not jnp.issubdtype(batch["target"].dtype, jnp.integer):
+        return mse(output, batch)
+    return optax.softmax_cross_entropy_with_integer_labels(output, batch["target"]).mean()
+
+
 class JaxPeer:
     """``step(carried, fixed) -> (carried, loss)``, compiled ahead of time; what is carried is donated.
 

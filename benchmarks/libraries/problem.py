@@ -3,20 +3,22 @@
 import dataclasses
 import functools
 import importlib.util
+import sys
 from pathlib import Path
 
 import jax
 import numpy as np
 
 LINEAR = ("q", "k", "v", "o", "up", "down")  # the adapted weights of a layer
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
     """A pre-LN transformer, its adapters and its batch.
 
-    ``scanned`` layers are stacked, scanned and checkpointed. With ``decode`` the step has no gradient: one
-    token goes through the model, beside the keys and values of ``tokens`` earlier ones.
+    ``scanned`` layers are stacked and scanned, and but for SmolLM2's checkpointed. With ``decode`` the step
+    has no gradient: one token goes through the model, beside the keys and values of ``tokens`` earlier ones.
     """
 
     width: int = 768
@@ -30,7 +32,13 @@ class Problem:
     scanned: bool = False
     decode: bool = False
     dtype: str = "float32"  # of weights, factors and inputs, and so of all arithmetic
-    model: str = "transformer"  # or "minilm": post-LN, not causal, with an embedding, and with real weights
+    # Or, with real weights and an embedding, "minilm" (post-LN, not causal) or "smollm2" (a Llama).
+    model: str = "transformer"
+    kv_heads: int | None = None  # of the Llama; None: as many as heads
+
+    @property
+    def linear(self) -> tuple[str, ...]:
+        return (*LINEAR, "gate") if self.model == "smollm2" else LINEAR
 
     @property
     def scale(self) -> float:
@@ -39,8 +47,10 @@ class Problem:
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:
         """``(n, m)`` of each linear weight of a layer."""
-        wide = {"up": (self.width, self.hidden), "down": (self.hidden, self.width)}
-        return {name: wide.get(name, (self.width, self.width)) for name in LINEAR}
+        kv = self.width, self.width // self.heads * (self.kv_heads or self.heads)
+        wide = {"k": kv, "v": kv, "down": (self.hidden, self.width)}
+        wide |= dict.fromkeys(("up", "gate"), (self.width, self.hidden))
+        return {name: wide.get(name, (self.width, self.width)) for name in self.linear}
 
 
 def in_its_dtype(make):
@@ -59,6 +69,8 @@ def weights(problem: Problem) -> dict[str, np.ndarray]:
     """Arrays by path, ``layers_0/q/kernel`` and so on, not stacked."""
     if problem.model == "minilm":
         return minilm_weights(problem)
+    if problem.model == "smollm2":
+        return smollm2_weights(problem)
     rng, held = np.random.default_rng(0), {}
 
     def draw(*shape):
@@ -110,6 +122,24 @@ def minilm_weights(problem: Problem) -> dict[str, np.ndarray]:
     return held
 
 
+def smollm2_weights(problem: Problem) -> dict[str, np.ndarray]:
+    """The real weights as float32, from the GGUF file of the examples; kernels ``(in, out)``."""
+    sys.path.append(str(EXAMPLES))
+    import data
+    from models.llama import load_gguf
+
+    _, tree = load_gguf(data.smollm2())
+    params, norms = tree["params"], {"norm_1": "attn_norm", "norm_2": "mlp_norm"}
+    held = {"embed/embedding": np.asarray(params["embed"]["embedding"])}
+    held["norm/scale"] = np.asarray(params["norm"]["scale"])
+    stacks = {f"{name}/scale": params["layers"][theirs]["scale"] for name, theirs in norms.items()}
+    for part in ("attn", "mlp"):
+        stacks |= {f"{name}/kernel": layer["kernel"] for name, layer in params["layers"][part].items()}
+    for path, stack in stacks.items():
+        held |= {f"layers_{i}/{path}": x for i, x in enumerate(np.asarray(stack)[: problem.layers])}
+    return held
+
+
 @in_its_dtype
 def factors(problem: Problem) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """A ``[n, r]`` and B ``[r, m]`` by path, ``layers_0/q``; with B = 0 nothing would be compared."""
@@ -128,6 +158,9 @@ def inputs(problem: Problem) -> dict[str, np.ndarray]:
     if problem.model == "minilm":
         ids = rng.integers(1000, 30000, (problem.batch, problem.tokens)).astype(np.int32)
         return {"x": ids, "target": rng.standard_normal((*ids.shape, problem.width), np.float32)}
+    if problem.model == "smollm2":
+        ids = rng.integers(100, 49000, (problem.batch, problem.tokens + 1)).astype(np.int32)
+        return {"x": ids[:, :-1].copy(), "target": ids[:, 1:].copy()}
     if not problem.decode:
         shape = (problem.batch, problem.tokens, problem.width)
         return {name: rng.standard_normal(shape, np.float32) for name in ("x", "target")}

@@ -38,7 +38,7 @@ class Worker:
             arrays = f"{folder}/arrays.npz"
             floats = {n: x if x.dtype.kind == "i" else x.astype(np.float32) for n, x in held.items()}
             np.savez(arrays, **floats)  # bfloat16 is not a dtype of NumPy files: torch converts it back
-            sizes = dataclasses.asdict(problem)
+            sizes = {**dataclasses.asdict(problem), "linear": problem.linear}
             sizes |= {"folder": str(minilm_folder())} if problem.model == "minilm" else {}
             start = {"problem": sizes, "arrays": arrays, "ways": ways}
             start |= {"device": "cuda" if results.on_gpu() else "cpu", "tf32": results.products() == "TF32"}

@@ -20,7 +20,6 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-LINEAR = ("q", "k", "v", "o", "up", "down")
 
 
 class Block(nn.Module):
@@ -79,10 +78,46 @@ class MiniLM(nn.Module):
         return self.bert(ids.long()).last_hidden_state
 
 
+class SmolLM2(nn.Module):
+    """Llama of transformers, in whose weights those of SmolLM2 are written; ``ids -> logits``."""
+
+    def __init__(self, p):
+        super().__init__()
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        config = LlamaConfig(
+            vocab_size=49152,
+            hidden_size=p["width"],
+            intermediate_size=p["hidden"],
+            num_hidden_layers=p["layers"],
+            num_attention_heads=p["heads"],
+            num_key_value_heads=p["kv_heads"],
+            rope_parameters={"rope_type": "default", "rope_theta": 1e5},
+            rms_norm_eps=1e-5,
+            tie_word_embeddings=True,
+            attn_implementation="sdpa",
+        )
+        self.llama = LlamaForCausalLM(config)
+
+    def forward(self, ids):
+        return self.llama(ids.long(), use_cache=False).logits
+
+
+MODELS = {"transformer": Transformer, "minilm": MiniLM, "smollm2": SmolLM2}
+TARGETS = {
+    "transformer": ["q", "k", "v", "o", "up", "down"],
+    "minilm": ["query", "key", "value", "intermediate.dense", "output.dense"],
+    "smollm2": [f"{name}_proj" for name in ("q", "k", "v", "o", "up", "gate", "down")],
+}
+
+
 def linear_of(net, i, name):
-    """A linear module of either model."""
+    """A linear module of any of the models."""
     if isinstance(net, Transformer):
         return getattr(net.layers[i], name)
+    if isinstance(net, SmolLM2):
+        layer = net.llama.model.layers[i]
+        return getattr(layer.self_attn if name in "qkvo" else layer.mlp, f"{name}_proj")
     layer = net.bert.encoder.layer[i]
     if name in "qkv":
         return getattr(layer.attention.self, {"q": "query", "k": "key", "v": "value"}[name])
@@ -94,12 +129,10 @@ class Way:
 
     def __init__(self, way, p, held, device):
         self.p, kind = p, way.split()[0]
-        net = self.model = (MiniLM if p["model"] == "minilm" else Transformer)(p)
+        net = self.model = MODELS[p["model"]](p)
         net.eval()  # without dropout
-        adapted = kind != "full"
-        targets = list(LINEAR)
-        if p["model"] == "minilm":
-            targets = ["query", "key", "value", "intermediate.dense", "output.dense"]
+        adapted, linear = kind != "full", p["linear"]
+        targets = TARGETS[p["model"]]
         if adapted:
             config = peft.LoraConfig(
                 r=p["rank"], lora_alpha=p["alpha"], target_modules=targets, use_dora=kind == "dora"
@@ -107,13 +140,21 @@ class Way:
         with torch.no_grad():
             if isinstance(net, Transformer):
                 for i, layer in enumerate(net.layers):
-                    for name in (*LINEAR, "norm_1", "norm_2"):
+                    for name in (*linear, "norm_1", "norm_2"):
                         self.fill(getattr(layer, name), held, f"layers_{i}/{name}")
                 self.fill(net.norm, held, "norm")
+            if isinstance(net, SmolLM2):
+                net.llama.model.embed_tokens.weight.copy_(torch.from_numpy(held["embed/embedding"]))
+                self.fill(net.llama.model.norm, held, "norm")
+                for i, layer in enumerate(net.llama.model.layers):
+                    self.fill(layer.input_layernorm, held, f"layers_{i}/norm_1")
+                    self.fill(layer.post_attention_layernorm, held, f"layers_{i}/norm_2")
+                    for name in linear:
+                        self.fill(linear_of(net, i, name), held, f"layers_{i}/{name}")
             if adapted:
                 self.model = peft.get_peft_model(net, config)
             for i in range(p["layers"]):
-                for name in LINEAR:
+                for name in linear:
                     a, b = (torch.from_numpy(held[f"layers_{i}/{name}/{n}"].T.copy()) for n in "ab")
                     layer = linear_of(net, i, name)
                     if adapted:
@@ -147,7 +188,8 @@ class Way:
             module.weight.copy_(torch.from_numpy(held[f"{path}/kernel"].T.copy()))
         else:
             module.weight.copy_(torch.from_numpy(held[f"{path}/scale"]))
-        module.bias.copy_(torch.from_numpy(held[f"{path}/bias"]))
+        if f"{path}/bias" in held:
+            module.bias.copy_(torch.from_numpy(held[f"{path}/bias"]))
 
     def reset(self):
         with torch.no_grad():
@@ -163,7 +205,11 @@ class Way:
                 self.token, _ = self.run(self.token, *self.past)
                 return self.token.square().mean()
         self.tx.zero_grad()
-        loss = F.mse_loss(self.run(self.x).float(), self.target.float())
+        y = self.run(self.x).float()
+        if self.target.is_floating_point():
+            loss = F.mse_loss(y, self.target.float())
+        else:
+            loss = F.cross_entropy(y.flatten(0, 1), self.target.flatten().long())
         loss.backward()
         self.tx.step()
         return loss
