@@ -23,7 +23,8 @@ def loss_of(output: jax.Array, batch: dict) -> jax.Array:
     """The mean square error, or for logits of tokens the cross-entropy."""
     if not jnp.issubdtype(batch["target"].dtype, jnp.integer):
         return mse(output, batch)
-    return optax.softmax_cross_entropy_with_integer_labels(output, batch["target"]).mean()
+    logits = output.astype(jnp.float32)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, batch["target"]).mean()
 
 
 class JaxPeer:
