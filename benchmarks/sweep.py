@@ -15,11 +15,9 @@ The table for the TPU needs libtpu, its compiler, but no TPU.
 
 import argparse
 import dataclasses
-import datetime
 import json
 import os
 import pathlib
-import platform
 import re
 import subprocess
 import sys
@@ -39,6 +37,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import results
 from step import Sizes, Transformer, in_turn, mse, spread, table
 
 import lorax_fn as lx
@@ -69,7 +68,7 @@ def setting(batch: int, tokens: int) -> tuple[Any, Callable, dict]:
     def loss_fn(params, lora, batch, key):
         return mse(apply(params, lora, batch["x"]), batch)
 
-    return params, loss_fn, {"x": x, "target": x[:, ::-1].copy()}
+    return params, loss_fn, jax.device_put({"x": x, "target": x[:, ::-1].copy()})
 
 
 def chunk_of(params: Any, some: list[dict], own: bool = False) -> tuple[Any, list]:
@@ -171,6 +170,7 @@ class TorchLoop:
             arrays = f"{folder}/arrays.npz"
             np.savez(arrays, **{name: np.asarray(x) for name, x in held.items()})
             start = {"problem": problem, "arrays": arrays, "lanes": rows, "steps": steps}
+            start |= {"device": "cuda" if results.on_gpu() else "cpu", "tf32": results.products() == "TF32"}
             self.process = subprocess.Popen(
                 [python, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
             )
@@ -237,8 +237,11 @@ def ends(rounds: int, tokens: int, torch_python: str | None = None, steps: int =
                 losses["PEFT on torch, a loop"] = answer["losses"]
                 took["PEFT on torch, a loop"] = np.array(answer["seconds"])
             for name, found in ratios.items():
-                np.testing.assert_allclose(losses["sweep"], losses[name], rtol=1e-3)
+                np.testing.assert_allclose(
+                    losses["sweep"], losses[name], rtol=10 * results.TOLERANCES[results.products()]
+                )
                 found.append(took[name] / took["sweep"])
+        print(f"{len(some)} lanes: seconds by the clock and of the processor: {took}", flush=True)
         if loop:
             loop.close()
         for name, found in ratios.items():
@@ -312,9 +315,7 @@ def record(path: pathlib.Path, name: str, title: Title, rows: Rows) -> None:
     held = json.loads(path.read_text("utf-8")) if path.is_file() else {}
     held[name] = {
         "command": "python benchmarks/sweep.py " + " ".join(sys.argv[1:]),
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
-        "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores",
-        "versions": {"python": platform.python_version(), "jax": jax.__version__, "lorax_fn": lx.__version__},
+        **results.facts(),
         "title": title,
         "rows": rows,
     }

@@ -2,7 +2,7 @@
 
     pip install "jax[tpu]"                    # libtpu is the compiler
     python benchmarks/tpu_aot.py              # every table of README.md: more than an hour on two cores
-    python benchmarks/tpu_aot.py 7b ranks     # some of them: 7b, ranks, sharding, 70b, qlora, flops
+    python benchmarks/tpu_aot.py 7b ranks     # some of them: 7b, ranks, sharding, 70b, moe, qlora, flops
     python benchmarks/tpu_aot.py --list
 
 The model is a Llama in plain functions without code for LoRA. Parameters are `jax.ShapeDtypeStruct`, and the
@@ -51,12 +51,15 @@ class Llama:
     vocab: int = 32000
     chunk: int = 256  # queries at a time, and tokens at a time in the loss
     unroll: int = 1  # layers per iteration of the scan
+    experts: int = 0  # 0: one MLP for all tokens; else each token goes to two of these, as in Mixtral
 
 
 MODELS = {
     "7B": Llama(layers=32, width=4096, hidden=11008, heads=32, kv_heads=32),
     "65B": Llama(layers=80, width=8192, hidden=22016, heads=64, kv_heads=64),
     "70B": Llama(layers=80, width=8192, hidden=28672, heads=64, kv_heads=8),
+    "8x7B": Llama(layers=32, width=4096, hidden=14336, heads=32, kv_heads=8, experts=8),
+    "tiny MoE": Llama(layers=2, width=256, hidden=512, heads=4, kv_heads=2, vocab=512, chunk=64, experts=4),
     "tiny": Llama(layers=6, width=512, hidden=2048, heads=4, kv_heads=2, vocab=512, chunk=64),
 }
 
@@ -67,6 +70,9 @@ RULES = {
     "embed/embedding": P(None, ("fsdp", "tensor")),
     "lm_head/kernel": P("fsdp", "tensor"),
     "layers/[od]*/kernel": P(None, "tensor", "fsdp"),  # o and down
+    "layers/experts/down/kernel": P(None, "tensor", None, "fsdp"),
+    "layers/experts/*/kernel": P(None, "tensor", "fsdp", None),
+    "layers/router/kernel": P(),
     "layers/*/kernel": P(None, "fsdp", "tensor"),
 }
 STREAM = P("fsdp", "tensor")  # [B, T, width] between layers
@@ -80,11 +86,15 @@ def weights(c: Llama) -> dict:
 
     kv = c.width // c.heads * c.kv_heads
     sizes = {"q": (c.width, c.width), "k": (c.width, kv), "v": (c.width, kv), "o": (c.width, c.width)}
-    sizes |= {"gate": (c.width, c.hidden), "up": (c.width, c.hidden), "down": (c.hidden, c.width)}
+    mlp = {"gate": (c.width, c.hidden), "up": (c.width, c.hidden), "down": (c.hidden, c.width)}
+    sizes |= {"router": (c.width, c.experts)} if c.experts else mlp
+    layers: dict = {name: {"kernel": weight(c.layers, *size)} for name, size in sizes.items()}
+    if c.experts:
+        each = {name: {"kernel": weight(c.layers, c.experts, *size)} for name, size in mlp.items()}
+        layers["experts"] = each
     return {
         "embed": {"embedding": weight(c.vocab, c.width)},
-        "layers": {name: {"kernel": weight(c.layers, *size)} for name, size in sizes.items()}
-        | {name: {"scale": weight(c.layers, c.width)} for name in ("attn_norm", "mlp_norm")},
+        "layers": layers | {name: {"scale": weight(c.layers, c.width)} for name in ("attn_norm", "mlp_norm")},
         "norm": {"scale": weight(c.width)},
         "lm_head": {"kernel": weight(c.width, c.vocab)},
     }
@@ -128,13 +138,36 @@ def attend(q, k, v, chunk):
     return out.swapaxes(0, 1).reshape(batch, length, heads * d)
 
 
+def experts(c, h, w):
+    """Each token of ``[B, T, width]`` through two of the experts, which take at most 1.25 of their share.
+
+    Rows are sorted into ``[experts, B, slots, width]`` by products with one-hot arrays (GShard,
+    https://arxiv.org/abs/2006.16668); a token that finds no slot keeps its residual stream.
+    """
+    slots = int(1.25 * 2 * h.shape[1] / c.experts)
+    share, chosen = jax.lax.top_k(jax.nn.softmax((h @ w["router"]["kernel"]).astype(jnp.float32)), 2)
+    picked = jax.nn.one_hot(chosen, c.experts, dtype=jnp.float32)  # [B, T, 2, E]
+    flat = picked.reshape(h.shape[0], -1, c.experts)
+    place = (jnp.cumsum(flat, 1) - 1).reshape(picked.shape).astype(jnp.int32)
+    at = jax.nn.one_hot(place, slots, dtype=h.dtype) * picked[..., None].astype(
+        h.dtype
+    )  # [B, T, 2, E, slots]
+    rows = jnp.einsum("btkes,btd->ebsd", at, h)
+    gate, up = (jnp.einsum("ebsd,edf->ebsf", rows, w["experts"][n]["kernel"]) for n in ("gate", "up"))
+    rows = jnp.einsum("ebsf,efd->ebsd", jax.nn.silu(gate) * up, w["experts"]["down"]["kernel"])
+    return jnp.einsum("btkes,btk,ebsd->btd", at, share.astype(h.dtype), rows)
+
+
 def block(c, x, w):
     """One layer, as the body of a scan."""
     h = norm(x, w["attn_norm"])
     q, k, v = ((h @ w[n]["kernel"]).reshape(*x.shape[:2], -1, c.width // c.heads) for n in "qkv")
     x = x + attend(rotate(q), rotate(k), v, c.chunk) @ w["o"]["kernel"]
     h = norm(x, w["mlp_norm"])
-    x = x + (jax.nn.silu(h @ w["gate"]["kernel"]) * (h @ w["up"]["kernel"])) @ w["down"]["kernel"]
+    if c.experts:
+        x = x + experts(c, h, w)
+    else:
+        x = x + (jax.nn.silu(h @ w["gate"]["kernel"]) * (h @ w["up"]["kernel"])) @ w["down"]["kernel"]
     return jax.lax.with_sharding_constraint(x, STREAM), None
 
 
@@ -260,7 +293,9 @@ V5E_128 = {"model": "70B", "topology": "v5e:8x16", "mesh": (128, 1), "batch": 12
 ONE = {"mesh": (1, 1), "batch": 1}
 RANKS = [Case("lora", rank=rank) for rank in (1, 4, 16, 64, 256)]
 SHARDINGS = [Case("lora", mesh=mesh) for mesh in ((8, 1), (4, 2), (2, 4), (1, 8))]
+MOE = {"model": "8x7B", "topology": "v5e:4x4", "mesh": (8, 2), "batch": 8}
 TABLES: dict[str, list[Case]] = {
+    "moe": [Case("lora", **MOE), Case("merge", **MOE), Case("full", **MOE)],
     "7b": [Case("lora"), Case("merge"), Case("full")],
     "ranks": RANKS,
     "sharding": SHARDINGS,

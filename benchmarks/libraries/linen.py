@@ -1,6 +1,7 @@
 """Plain Flax Linen: full fine-tuning, merging, LoRA by hand, `lx.adapt`, the limit, and qwix."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -11,8 +12,9 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 import lorax_fn as lx
-from libraries.measured import JaxPeer, decoding, mse, training
-from libraries.problem import LINEAR, Problem, arranged, factors, inputs, nested, weights
+from libraries import llama
+from libraries.measured import JaxPeer, decoding, loss_of, mse, training
+from libraries.problem import Problem, arranged, factors, inputs, nested, weights
 
 
 class Block(nn.Module):
@@ -30,10 +32,10 @@ class Block(nn.Module):
         new = k, v
         if past is not None:
             k, v = (jnp.concatenate([old, own], 1) for old, own in zip(past, new, strict=True))
-        scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) / jnp.sqrt(jnp.float32(split[-1]))
+        scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) / split[-1] ** 0.5
         if past is None:
             causal = jnp.tril(jnp.ones((x.shape[1], x.shape[1]), bool))
-            scores = jnp.where(causal, scores, jnp.float32(-1e30))
+            scores = jnp.where(causal, scores, -1e30)
         mixed = jnp.einsum("bhqk,bkhd->bqhd", nn.softmax(scores), v)
         x = x + self.dense(sizes.width, name="o")(mixed.reshape(x.shape))
         h = self.dense(sizes.hidden, name="up")(nn.LayerNorm(name="norm_2")(x))
@@ -78,7 +80,7 @@ class PostBlock(nn.Module):
         sizes, norm = self.problem, partial(nn.LayerNorm, epsilon=1e-12)
         split = (*x.shape[:2], sizes.heads, sizes.width // sizes.heads)
         q, k, v = (self.dense(sizes.width, name=name)(x).reshape(split) for name in "qkv")
-        scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) / jnp.sqrt(jnp.float32(split[-1]))
+        scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) / split[-1] ** 0.5
         mixed = jnp.einsum("bhqk,bkhd->bqhd", nn.softmax(scores), v)
         x = norm(name="norm_1")(x + self.dense(sizes.width, name="o")(mixed.reshape(x.shape)))
         h = nn.gelu(self.dense(sizes.hidden, name="up")(x), approximate=False)
@@ -106,7 +108,8 @@ class MiniLM(nn.Module):
 
 
 def model_of(problem: Problem, dense: Callable = nn.Dense) -> nn.Module:
-    return (MiniLM if problem.model == "minilm" else Transformer)(problem, dense)
+    kinds = {"transformer": Transformer, "minilm": MiniLM, "smollm2": llama.Llama}
+    return kinds[problem.model](problem, dense)
 
 
 class HandDense(nn.Module):
@@ -116,19 +119,20 @@ class HandDense(nn.Module):
     rank: int
     scale: float
     flat: bool = False
+    use_bias: bool = True
 
     @nn.compact
     def __call__(self, x):
         n = x.shape[-1]
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (n, self.features))
-        bias = self.param("bias", nn.initializers.zeros, (self.features,))
         a = self.variable("lora", "a", jnp.zeros, (n, self.rank)).value
         b = self.variable("lora", "b", jnp.zeros, (self.rank, self.features)).value
-        if not self.flat:
-            return x @ kernel + bias + self.scale * ((x @ a) @ b)
-        rows = x.reshape(-1, n)  # the tokens flattened by hand
-        y = rows @ kernel + bias + self.scale * ((rows @ a) @ b)
-        return y.reshape(*x.shape[:-1], self.features)
+        rows = x.reshape(-1, n) if self.flat else x  # the tokens flattened by hand
+        y = rows @ kernel
+        if self.use_bias:
+            y = y + self.param("bias", nn.initializers.zeros, (self.features,))
+        y = y + self.scale * ((rows @ a) @ b)
+        return y.reshape(*x.shape[:-1], self.features) if self.flat else y
 
 
 def peer(
@@ -146,20 +150,28 @@ def peer(
 
     def make_loss():
         apply = make_apply()
-        return lambda trainable, frozen, batch: mse(apply(trainable, frozen, batch["x"]), batch)
+        return lambda trainable, frozen, batch: loss_of(apply(trainable, frozen, batch["x"]), batch)
 
     return training(name, make_loss, trainable, frozen, batch, **facts)
 
 
+@functools.cache
+def held_weights(problem: Problem) -> dict[str, jax.Array]:
+    """By path, and one copy for all ways."""
+    return {path: jnp.asarray(x) for path, x in arranged(problem, weights(problem)).items()}
+
+
 def variables(problem: Problem) -> dict:
-    return {"params": nested(arranged(problem, weights(problem)))}
+    return {"params": nested(held_weights(problem))}
 
 
 def adapters(problem: Problem, method: str = "lora") -> tuple[dict, dict]:
     """Frozen params and adapters with the problem's factors."""
     layout = lx.Layout(stack=(0,), inputs=(1,), outputs=(2,)) if problem.scanned else None
-    options = {"layout": {f"params/layers/{name}/kernel": layout for name in LINEAR}} if layout else {}
-    params = jax.tree.map(jnp.asarray, variables(problem))
+    options = (
+        {"layout": {f"params/layers/{name}/kernel": layout for name in problem.linear}} if layout else {}
+    )
+    params = variables(problem)
     options |= {"targets": [f"params/{path}/kernel" for path in arranged(problem, factors(problem))]}
     params, lora = lx.split(params, rank=problem.rank, alpha=problem.alpha, method=method, **options)
     held = {f"params/{path}/kernel": pair for path, pair in arranged(problem, factors(problem)).items()}
@@ -188,8 +200,8 @@ def merge_in_loss(problem: Problem) -> JaxPeer:
 
 
 def by_hand(problem: Problem, flat: bool = False) -> JaxPeer:
-    def dense(features, name):
-        return HandDense(features, problem.rank, problem.scale, flat, name=name)
+    def dense(features, **options):
+        return HandDense(features, problem.rank, problem.scale, flat, **options)
 
     model = model_of(problem, dense)
     held = arranged(problem, factors(problem))
@@ -238,12 +250,14 @@ def limit(problem: Problem) -> JaxPeer:
 def qwix(problem: Problem) -> JaxPeer:
     import qwix
 
-    provider = qwix.LoraProvider(module_path=r".*([qkvo]|up|down)", rank=problem.rank, alpha=problem.alpha)
+    provider = qwix.LoraProvider(
+        module_path=r".*([qkvo]|up|gate|down)", rank=problem.rank, alpha=problem.alpha
+    )
     model = qwix.apply_lora_to_model(model_of(problem), provider)
     x = inputs(problem)["x"]
     past = [inputs(problem)[name] for name in ("keys", "values")] if problem.decode else None
     shapes = flatten_dict(jax.eval_shape(model.init, jax.random.key(0), x, past)["params"], sep="/")
-    held = arranged(problem, weights(problem))
+    held = held_weights(problem)
     pairs = arranged(problem, factors(problem))
     for path, pair in pairs.items():
         held = {**held, f"{path}/kernel_lora_a": pair[0], f"{path}/kernel_lora_b": pair[1]}

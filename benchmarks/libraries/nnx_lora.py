@@ -16,10 +16,10 @@ from libraries.problem import LINEAR, Problem, arranged, factors, inputs, weight
 class Block(nnx.Module):
     def __init__(self, problem: Problem, rngs: nnx.Rngs):
         self.problem = problem
-        self.norm_1 = nnx.LayerNorm(problem.width, rngs=rngs)
-        self.norm_2 = nnx.LayerNorm(problem.width, rngs=rngs)
+        made = {"param_dtype": problem.dtype, "rngs": rngs}
+        self.norm_1, self.norm_2 = (nnx.LayerNorm(problem.width, **made) for _ in range(2))
         for name, shape in problem.shapes.items():
-            setattr(self, name, nnx.Linear(*shape, rngs=rngs))
+            setattr(self, name, nnx.Linear(*shape, **made))
 
     def __call__(self, x, past=None):
         split = (*x.shape[:2], self.problem.heads, self.problem.width // self.problem.heads)
@@ -28,10 +28,10 @@ class Block(nnx.Module):
         new = k, v
         if past is not None:
             k, v = (jnp.concatenate([old, own], 1) for old, own in zip(past, new, strict=True))
-        scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) / jnp.sqrt(jnp.float32(split[-1]))
+        scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) / split[-1] ** 0.5
         if past is None:
             causal = jnp.tril(jnp.ones((x.shape[1], x.shape[1]), bool))
-            scores = jnp.where(causal, scores, jnp.float32(-1e30))
+            scores = jnp.where(causal, scores, -1e30)
         mixed = jnp.einsum("bhqk,bkhd->bqhd", nnx.softmax(scores), v)
         x = x + self.o(mixed.reshape(x.shape))
         return x + self.down(nnx.gelu(self.up(self.norm_2(x)))), new
@@ -44,7 +44,8 @@ class LoRABlock(Block):
         super().__init__(problem, rngs)
         for name, (n, m) in problem.shapes.items():
             base = getattr(self, name)
-            setattr(self, name, nnx.LoRA(n, problem.rank, m, base_module=base, rngs=rngs))
+            made = {"param_dtype": problem.dtype, "rngs": rngs}
+            setattr(self, name, nnx.LoRA(n, problem.rank, m, base_module=base, **made))
 
 
 class Transformer(nnx.Module):
@@ -56,7 +57,7 @@ class Transformer(nnx.Module):
         else:
             for i in range(problem.layers):
                 setattr(self, f"layers_{i}", block(problem, rngs))
-        self.norm = nnx.LayerNorm(problem.width, rngs=rngs)
+        self.norm = nnx.LayerNorm(problem.width, param_dtype=problem.dtype, rngs=rngs)
 
     def __call__(self, x, past=None):
         if self.problem.scanned:

@@ -3,19 +3,22 @@
 import dataclasses
 import functools
 import importlib.util
+import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 
 LINEAR = ("q", "k", "v", "o", "up", "down")  # the adapted weights of a layer
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
     """A pre-LN transformer, its adapters and its batch.
 
-    ``scanned`` layers are stacked, scanned and checkpointed. With ``decode`` the step has no gradient: one
-    token goes through the model, beside the keys and values of ``tokens`` earlier ones.
+    ``scanned`` layers are stacked and scanned, and but for SmolLM2's checkpointed. With ``decode`` the step
+    has no gradient: one token goes through the model, beside the keys and values of ``tokens`` earlier ones.
     """
 
     width: int = 768
@@ -28,7 +31,14 @@ class Problem:
     alpha: float = 32.0
     scanned: bool = False
     decode: bool = False
-    model: str = "transformer"  # or "minilm": post-LN, not causal, with an embedding, and with real weights
+    dtype: str = "float32"  # of weights, factors and inputs, and so of all arithmetic
+    # Or, with real weights and an embedding, "minilm" (post-LN, not causal) or "smollm2" (a Llama).
+    model: str = "transformer"
+    kv_heads: int | None = None  # of the Llama; None: as many as heads
+
+    @property
+    def linear(self) -> tuple[str, ...]:
+        return (*LINEAR, "gate") if self.model == "smollm2" else LINEAR
 
     @property
     def scale(self) -> float:
@@ -37,15 +47,30 @@ class Problem:
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:
         """``(n, m)`` of each linear weight of a layer."""
-        wide = {"up": (self.width, self.hidden), "down": (self.hidden, self.width)}
-        return {name: wide.get(name, (self.width, self.width)) for name in LINEAR}
+        kv = self.width, self.width // self.heads * (self.kv_heads or self.heads)
+        wide = {"k": kv, "v": kv, "down": (self.hidden, self.width)}
+        wide |= dict.fromkeys(("up", "gate"), (self.width, self.hidden))
+        return {name: wide.get(name, (self.width, self.width)) for name in self.linear}
 
 
-@functools.cache
+def in_its_dtype(make):
+    """``make(problem)``, made once, with the floating-point arrays in the problem's dtype."""
+
+    @functools.cache
+    def cast(problem: Problem) -> dict:
+        to = jax.numpy.dtype(problem.dtype)
+        return jax.tree.map(lambda x: x.astype(to) if x.dtype == np.float32 else x, make(problem))
+
+    return cast
+
+
+@in_its_dtype
 def weights(problem: Problem) -> dict[str, np.ndarray]:
     """Arrays by path, ``layers_0/q/kernel`` and so on, not stacked."""
     if problem.model == "minilm":
         return minilm_weights(problem)
+    if problem.model == "smollm2":
+        return smollm2_weights(problem)
     rng, held = np.random.default_rng(0), {}
 
     def draw(*shape):
@@ -97,7 +122,25 @@ def minilm_weights(problem: Problem) -> dict[str, np.ndarray]:
     return held
 
 
-@functools.cache
+def smollm2_weights(problem: Problem) -> dict[str, np.ndarray]:
+    """The real weights as float32, from the GGUF file of the examples; kernels ``(in, out)``."""
+    sys.path.append(str(EXAMPLES))
+    import data
+    from models.llama import load_gguf
+
+    _, tree = load_gguf(data.smollm2())
+    params, norms = tree["params"], {"norm_1": "attn_norm", "norm_2": "mlp_norm"}
+    held = {"embed/embedding": np.asarray(params["embed"]["embedding"])}
+    held["norm/scale"] = np.asarray(params["norm"]["scale"])
+    stacks = {f"{name}/scale": params["layers"][theirs]["scale"] for name, theirs in norms.items()}
+    for part in ("attn", "mlp"):
+        stacks |= {f"{name}/kernel": layer["kernel"] for name, layer in params["layers"][part].items()}
+    for path, stack in stacks.items():
+        held |= {f"layers_{i}/{path}": x for i, x in enumerate(np.asarray(stack)[: problem.layers])}
+    return held
+
+
+@in_its_dtype
 def factors(problem: Problem) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """A ``[n, r]`` and B ``[r, m]`` by path, ``layers_0/q``; with B = 0 nothing would be compared."""
     rng, held = np.random.default_rng(1), {}
@@ -108,13 +151,16 @@ def factors(problem: Problem) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     return held
 
 
-@functools.cache
+@in_its_dtype
 def inputs(problem: Problem) -> dict[str, np.ndarray]:
     """``x`` and ``target``; for decoding ``x`` of one token, and ``keys`` and ``values`` of all layers."""
     rng = np.random.default_rng(2)
     if problem.model == "minilm":
         ids = rng.integers(1000, 30000, (problem.batch, problem.tokens)).astype(np.int32)
         return {"x": ids, "target": rng.standard_normal((*ids.shape, problem.width), np.float32)}
+    if problem.model == "smollm2":
+        ids = rng.integers(100, 49000, (problem.batch, problem.tokens + 1)).astype(np.int32)
+        return {"x": ids[:, :-1].copy(), "target": ids[:, 1:].copy()}
     if not problem.decode:
         shape = (problem.batch, problem.tokens, problem.width)
         return {name: rng.standard_normal(shape, np.float32) for name in ("x", "target")}

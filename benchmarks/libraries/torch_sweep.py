@@ -15,17 +15,17 @@ import torch.nn.functional as F
 from torch_worker import LINEAR, Transformer, Way
 
 
-def trained(base, held, lane, steps):
+def trained(base, held, lane, steps, device):
     """The plain model again, and the last loss of an adapter that was trained on it."""
     config = peft.LoraConfig(r=lane["rank"], lora_alpha=lane["alpha"], target_modules=list(LINEAR))
-    model = peft.get_peft_model(base, config)
+    model = peft.get_peft_model(base, config).to(device)
     with torch.no_grad():
         for path, place in lane["factors"].items():
             module = base.get_submodule(path)
             module.lora_A["default"].weight.copy_(torch.from_numpy(held[f"{place}/a"].T.copy()))
             module.lora_B["default"].weight.copy_(torch.from_numpy(held[f"{place}/b"].T.copy()))
     tx = torch.optim.AdamW([x for x in model.parameters() if x.requires_grad], lane["lr"], weight_decay=1e-4)
-    x, target = torch.from_numpy(held["x"]), torch.from_numpy(held["target"])
+    x, target = (torch.from_numpy(held[name]).to(device) for name in ("x", "target"))
     for _ in range(steps):
         tx.zero_grad()
         loss = F.mse_loss(model(x), target)
@@ -36,8 +36,9 @@ def trained(base, held, lane, steps):
 
 def main():
     start = json.loads(sys.stdin.readline())
-    held, problem = dict(np.load(start["arrays"])), start["problem"]
-    base = Transformer(problem).eval()
+    held, device = dict(np.load(start["arrays"])), start["device"]
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = start["tf32"]
+    base = Transformer(start["problem"]).eval()
     with torch.no_grad():
         for i, layer in enumerate(base.layers):
             for name in (*LINEAR, "norm_1", "norm_2"):
@@ -47,7 +48,7 @@ def main():
     for _ in sys.stdin:
         clock, processor, losses = time.perf_counter(), time.process_time(), []
         for lane in start["lanes"]:
-            base, loss = trained(base, held, lane, start["steps"])
+            base, loss = trained(base, held, lane, start["steps"], device)
             losses.append(loss)
         took = [time.perf_counter() - clock, time.process_time() - processor]
         print(json.dumps({"seconds": took, "losses": losses}), flush=True)

@@ -1,5 +1,8 @@
 """The torch side of `torch_lora.py`, run by an interpreter that has torch and peft; no JAX here.
 
+It runs where JAX does, on the CPU or on the GPU, with products of float32 in TF32 if JAX has them so. On a
+GPU "temp bytes" are what the allocator held at most in a step beyond what it held before.
+
 It reads one JSON line at its start (the problem, a file of arrays, the ways), answers one JSON line per way,
 and then one for each line ``reset NAME`` or ``step NAME``: the seconds and the loss of a step.
 """
@@ -16,7 +19,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-LINEAR = ("q", "k", "v", "o", "up", "down")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class Block(nn.Module):
@@ -75,10 +78,46 @@ class MiniLM(nn.Module):
         return self.bert(ids.long()).last_hidden_state
 
 
+class SmolLM2(nn.Module):
+    """Llama of transformers, in whose weights those of SmolLM2 are written; ``ids -> logits``."""
+
+    def __init__(self, p):
+        super().__init__()
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        config = LlamaConfig(
+            vocab_size=49152,
+            hidden_size=p["width"],
+            intermediate_size=p["hidden"],
+            num_hidden_layers=p["layers"],
+            num_attention_heads=p["heads"],
+            num_key_value_heads=p["kv_heads"],
+            rope_parameters={"rope_type": "default", "rope_theta": 1e5},
+            rms_norm_eps=1e-5,
+            tie_word_embeddings=True,
+            attn_implementation="sdpa",
+        )
+        self.llama = LlamaForCausalLM(config)
+
+    def forward(self, ids):
+        return self.llama(ids.long(), use_cache=False).logits
+
+
+MODELS = {"transformer": Transformer, "minilm": MiniLM, "smollm2": SmolLM2}
+TARGETS = {
+    "transformer": ["q", "k", "v", "o", "up", "down"],
+    "minilm": ["query", "key", "value", "intermediate.dense", "output.dense"],
+    "smollm2": [f"{name}_proj" for name in ("q", "k", "v", "o", "up", "gate", "down")],
+}
+
+
 def linear_of(net, i, name):
-    """A linear module of either model."""
+    """A linear module of any of the models."""
     if isinstance(net, Transformer):
         return getattr(net.layers[i], name)
+    if isinstance(net, SmolLM2):
+        layer = net.llama.model.layers[i]
+        return getattr(layer.self_attn if name in "qkvo" else layer.mlp, f"{name}_proj")
     layer = net.bert.encoder.layer[i]
     if name in "qkv":
         return getattr(layer.attention.self, {"q": "query", "k": "key", "v": "value"}[name])
@@ -88,14 +127,12 @@ def linear_of(net, i, name):
 class Way:
     """One model with its optimizer; ``lora``, ``dora``, ``full`` or ``merged``, and perhaps compiled."""
 
-    def __init__(self, way, p, held):
+    def __init__(self, way, p, held, device):
         self.p, kind = p, way.split()[0]
-        net = self.model = (MiniLM if p["model"] == "minilm" else Transformer)(p)
+        net = self.model = MODELS[p["model"]](p)
         net.eval()  # without dropout
-        adapted = kind != "full"
-        targets = list(LINEAR)
-        if p["model"] == "minilm":
-            targets = ["query", "key", "value", "intermediate.dense", "output.dense"]
+        adapted, linear = kind != "full", p["linear"]
+        targets = TARGETS[p["model"]]
         if adapted:
             config = peft.LoraConfig(
                 r=p["rank"], lora_alpha=p["alpha"], target_modules=targets, use_dora=kind == "dora"
@@ -103,13 +140,21 @@ class Way:
         with torch.no_grad():
             if isinstance(net, Transformer):
                 for i, layer in enumerate(net.layers):
-                    for name in (*LINEAR, "norm_1", "norm_2"):
+                    for name in (*linear, "norm_1", "norm_2"):
                         self.fill(getattr(layer, name), held, f"layers_{i}/{name}")
                 self.fill(net.norm, held, "norm")
+            if isinstance(net, SmolLM2):
+                net.llama.model.embed_tokens.weight.copy_(torch.from_numpy(held["embed/embedding"]))
+                self.fill(net.llama.model.norm, held, "norm")
+                for i, layer in enumerate(net.llama.model.layers):
+                    self.fill(layer.input_layernorm, held, f"layers_{i}/norm_1")
+                    self.fill(layer.post_attention_layernorm, held, f"layers_{i}/norm_2")
+                    for name in linear:
+                        self.fill(linear_of(net, i, name), held, f"layers_{i}/{name}")
             if adapted:
                 self.model = peft.get_peft_model(net, config)
             for i in range(p["layers"]):
-                for name in LINEAR:
+                for name in linear:
                     a, b = (torch.from_numpy(held[f"layers_{i}/{name}/{n}"].T.copy()) for n in "ab")
                     layer = linear_of(net, i, name)
                     if adapted:
@@ -119,11 +164,13 @@ class Way:
                         layer.weight += p["alpha"] / p["rank"] * b @ a
         if kind == "merged":
             self.model = self.model.merge_and_unload().requires_grad_(False)
+        self.model.to(device, DTYPES[p["dtype"]])
         self.start = {n: x.detach().clone() for n, x in self.model.named_parameters() if x.requires_grad}
         self.trained = [x for x in self.model.parameters() if x.requires_grad]
         self.trainable = sum(x.numel() for x in self.trained)
         self.x, *rest = (
-            torch.from_numpy(held[n]) for n in (("x", "keys", "values") if p["decode"] else ("x", "target"))
+            to_device(torch.from_numpy(held[n]), device, p)
+            for n in (("x", "keys", "values") if p["decode"] else ("x", "target"))
         )
         if p["decode"]:
             self.past = [
@@ -131,7 +178,9 @@ class Way:
             ]  # [L, B, H, T, d], as torch keeps them
         else:
             (self.target,) = rest
-        self.run = torch.compile(self.model) if way.endswith("compiled") else self.model
+        modes = {"compiled": "default", "graphs": "reduce-overhead"}
+        mode = modes.get(way.split()[-1])
+        self.run = torch.compile(self.model, mode=mode) if mode else self.model
 
     @staticmethod
     def fill(module, held, path):
@@ -139,7 +188,8 @@ class Way:
             module.weight.copy_(torch.from_numpy(held[f"{path}/kernel"].T.copy()))
         else:
             module.weight.copy_(torch.from_numpy(held[f"{path}/scale"]))
-        module.bias.copy_(torch.from_numpy(held[f"{path}/bias"]))
+        if f"{path}/bias" in held:
+            module.bias.copy_(torch.from_numpy(held[f"{path}/bias"]))
 
     def reset(self):
         with torch.no_grad():
@@ -155,14 +205,29 @@ class Way:
                 self.token, _ = self.run(self.token, *self.past)
                 return self.token.square().mean()
         self.tx.zero_grad()
-        loss = F.mse_loss(self.run(self.x), self.target)
+        y = self.run(self.x).float()
+        if self.target.is_floating_point():
+            loss = F.mse_loss(y, self.target.float())
+        else:
+            loss = F.cross_entropy(y.flatten(0, 1), self.target.flatten().long())
         loss.backward()
         self.tx.step()
         return loss
 
 
+def to_device(x, device, p):
+    return x.to(device, DTYPES[p["dtype"]]) if x.is_floating_point() else x.to(device)
+
+
+def wait(device):
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
 def main():
     start = json.loads(sys.stdin.readline())
+    device = start["device"]
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = start["tf32"]
     held, ways = dict(np.load(start["arrays"])), {}
     for name in start["ways"]:
         answer = {
@@ -172,16 +237,22 @@ def main():
             "threads": torch.get_num_threads(),
         }
         try:
-            way = ways[name] = Way(name, start["problem"], held)
+            way = ways[name] = Way(name, start["problem"], held, device)
             way.reset()
             # XLA counts the body of a loop once, so that nothing could be compared with scanned layers.
-            if not name.endswith("compiled") and not start["problem"]["scanned"]:
+            if not name.endswith(("compiled", "graphs")) and not start["problem"]["scanned"]:
                 with FlopCounterMode(display=False) as counter:
                     way.step()
                 answer["flops"] = counter.get_total_flops()
             clock = time.perf_counter()
             way.step()
+            wait(device)
             answer |= {"trainable": way.trainable, "first": time.perf_counter() - clock}
+            if device == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+                before = torch.cuda.memory_allocated()
+                way.step()
+                answer["temp bytes"] = torch.cuda.max_memory_allocated() - before
         except Exception as error:  # said in the table: a way that does not run is a finding
             answer["failed"] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
             ways.pop(name, None)
@@ -192,9 +263,12 @@ def main():
             ways[name].reset()
             print("{}", flush=True)
             continue
+        wait(device)
         clock = time.perf_counter()
         loss = ways[name].step()
-        print(json.dumps({"seconds": time.perf_counter() - clock, "loss": float(loss)}), flush=True)
+        wait(device)
+        seconds = time.perf_counter() - clock
+        print(json.dumps({"seconds": seconds, "loss": float(loss)}), flush=True)
 
 
 if __name__ == "__main__":
