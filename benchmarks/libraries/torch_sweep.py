@@ -12,7 +12,9 @@ import numpy as np
 import peft
 import torch
 import torch.nn.functional as F
-from torch_worker import LINEAR, Transformer, Way
+from torch_worker import Transformer, Way
+
+LINEAR = ("q", "k", "v", "o", "up", "down")
 
 
 def trained(base, held, lane, steps, device):
