@@ -237,9 +237,11 @@ def ends(rounds: int, tokens: int, torch_python: str | None = None, steps: int =
                 losses["PEFT on torch, a loop"] = answer["losses"]
                 took["PEFT on torch, a loop"] = np.array(answer["seconds"])
             for name, found in ratios.items():
-                np.testing.assert_allclose(
-                    losses["sweep"], losses[name], rtol=10 * results.TOLERANCES[results.products()]
-                )
+                room = (
+                    100 if "PEFT" in name else 10
+                )  # at the highest rate 20 steps enlarge what rounding does
+                tolerance = room * results.TOLERANCES[results.products()]
+                np.testing.assert_allclose(losses["sweep"], losses[name], rtol=tolerance)
                 found.append(took[name] / took["sweep"])
         print(f"{len(some)} lanes: seconds by the clock and of the processor: {took}", flush=True)
         if loop:
