@@ -27,6 +27,11 @@ PEERS = {
     "d": ["peers_d"],
     "e": ["peers_e"],
 }
+GPU = {  # one run each
+    **{f"gpu_{block}": [f"gpu_peers_{block}_tf32"] for block in "abcde"},
+    "gpu_a_bfloat16": ["gpu_peers_a_bfloat16"],
+    "gpu_a_bfloat16_64": ["gpu_peers_a_bfloat16_batch64"],
+}
 TITLES = {
     "a": "4 layers, 8 x 128 tokens: one AdamW step",
     "b": "12 layers, scanned and checkpointed: one AdamW step",
@@ -38,7 +43,7 @@ TITLES = {
 
 def runs(block: str) -> list[dict]:
     """The committed runs of a block of `peers.py`."""
-    return [results.load(name) for name in PEERS[block]]
+    return [results.load(name) for name in {**PEERS, **GPU}[block]]
 
 
 def peer_rows(block: str) -> list[dict]:
@@ -50,14 +55,18 @@ def peer_rows(block: str) -> list[dict]:
             relative = {of: np.divide(row["seconds"], by_name[of]["seconds"]) for of in (HAND, ADAPT)}
             build = [sum(statistics.median(r[part]) for part in ("trace", "compile")) if r["trace"] else None
                      for r in (row, by_name[HAND])]  # fmt: skip
-            counts = {of: row[of] / by_name[HAND][of] for of in ("flops", "temp bytes") if of in row}
+            counts = {
+                of: row[of] / by_name[HAND][of]
+                for of in ("flops", "temp bytes")
+                if of in row and by_name[HAND].get(of)
+            }
             rows.setdefault(name, {**row, "relative": relative, "build": build, "counts": counts})
     return sorted(rows.values(), key=lambda row: float(np.median(row["relative"][HAND])))
 
 
 def milliseconds(seconds: list[float]) -> str:
     middle = 1e3 * statistics.median(seconds)
-    return f"{middle:,.0f}" if middle >= 100 else f"{middle:.1f}"
+    return f"{middle:,.0f}" if middle >= 100 else f"{middle:.1f}" if middle >= 5 else f"{middle:.2f}"
 
 
 def peers_table(block: str) -> str:
@@ -110,8 +119,50 @@ def scaling_table() -> str:
     return "\n\n".join(texts)
 
 
-def qlora_table() -> str:
-    run = results.load("qlora")
+def sweep_tables() -> str:
+    """Those of `sweep.py` on a GPU, as it printed them."""
+    return "\n\n".join(
+        f"{one['title']}:\n\n{table(one['rows'])}" for one in results.load("gpu_sweep").values()
+    )
+
+
+def many_tables() -> str:
+    """Those of `many.py` on a GPU."""
+    texts = []
+    for title, rows in results.load("gpu_many")["tables"].items():
+        lines = [["adapters", "variant", "ms", "time / one adapter", "temp MB"]]
+        for row in rows:
+            temp = f"{row['temp_mb']:.1f}" if "temp_mb" in row else "-"
+            lines.append(
+                [str(row["adapters"]), row["variant"], f"{row['ms']:.2f}", f"{row['clock']:.3f}", temp]
+            )
+        texts.append(f"{title}:\n\n{table(lines)}")
+    return "\n\n".join(texts)
+
+
+def methods_table() -> str:
+    """That of `methods.py` on a GPU."""
+    rows = {row["name"]: row for row in results.load("gpu_methods")["rows"]}
+    lines = [["method", "ms", "time / lora", "temp MB", "/ lora"]]
+    for name, row in rows.items():
+        lines.append([
+            name, milliseconds(row["seconds"]), spread(np.divide(row["seconds"], rows["lora"]["seconds"])),
+            f"{row['temp bytes'] / 1e6:.1f}", f"{row['temp bytes'] / rows['lora']['temp bytes']:.3f}",
+        ])  # fmt: skip
+    return table(lines)
+
+
+def gpu_line(name: str) -> str:
+    """`machine_line`, with how products are computed."""
+    run = results.load(name)
+    products = (
+        f" Products of float32 in {run['products of float32']}." if run.get("products of float32") else ""
+    )
+    return machine_line(run) + products
+
+
+def qlora_table(name: str = "qlora") -> str:
+    run = results.load(name)
     by_name = {row["name"]: row for row in run["rows"]}
     lines = [
         [
@@ -172,6 +223,13 @@ TABLES = {
     **{f"peers_{block}": lambda block=block: peers_table(block) for block in PEERS},
     **{f"{name}_run": lambda name=name: machine_line(results.load(name)) for name in
        ("peers_a_libraries", "peers_b", "peers_c", "peers_d", "peers_e", "startup", "scaling", "qlora")},
+    **{f"peers_{name}": lambda name=name: peers_table(name) for name in GPU},
+    **{f"gpu_{name}": lambda name=name: figures_table(f"gpu_{name}") for name in ("startup", "ceilings")},
+    "gpu_run": lambda: gpu_line("gpu_peers_a_tf32"),
+    "gpu_sweep": sweep_tables,
+    "gpu_many": many_tables,
+    "gpu_methods": methods_table,
+    "gpu_qlora": lambda: qlora_table("gpu_qlora"),
     "startup": lambda: figures_table("startup"),
     "scaling": scaling_table,
     "qlora": qlora_table,

@@ -27,26 +27,30 @@ import lorax_fn as lx
 FORMATS = ("float32", "bfloat16", "nf4", "int8", "int4")
 TORCH = """
 import json, sys, time, torch, peft, bitsandbytes as bnb
-layers, width, tokens, rounds = json.loads(sys.argv[1])
+layers, width, tokens, rounds, device, tf32 = json.loads(sys.argv[1])
+torch.backends.cuda.matmul.allow_tf32 = tf32
+wait = torch.cuda.synchronize if device == "cuda" else lambda: None
 def net(linear):
     return torch.nn.Sequential(*(m for _ in range(layers) for m in (linear(), torch.nn.Tanh())))
 def make(linear):
     model = net(linear)
     names = [str(2 * i) for i in range(layers)]
-    model = peft.get_peft_model(model, peft.LoraConfig(r=16, lora_alpha=32, target_modules=names))
+    model = peft.get_peft_model(model, peft.LoraConfig(r=16, lora_alpha=32, target_modules=names)).to(device)
     return model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-4)
 def nf4():
     layer = bnb.nn.Linear4bit(width, width, bias=False, quant_type="nf4", compute_dtype=torch.float32)
     weight = torch.randn(width, width) / width**0.5
     layer.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4")
-    return layer.to("cpu")
-x = torch.randn(tokens, width)
+    return layer.to(device)
+x = torch.randn(tokens, width, device=device)
 ways = {"torch float32": make(lambda: torch.nn.Linear(width, width, bias=False)), "torch nf4": make(nf4)}
 found = {name: [] for name in ways}
 for i in range(-2, rounds):
     for name, (model, tx) in ways.items():
+        wait()
         start = time.perf_counter()
         tx.zero_grad(); model(x).square().mean().backward(); tx.step()
+        wait()
         if i >= 0: found[name].append(time.perf_counter() - start)
 size = sum(p.nbytes for n, p in ways["torch nf4"][0].named_parameters() if "base_layer" in n)
 versions = {module.__name__: module.__version__ for module in (torch, peft, bnb)}
@@ -123,7 +127,8 @@ def main() -> int:
     ]
     found: dict[str, Any] = {"weights": count, "rows": rows}
     if args.torch_python:
-        sizes = json.dumps([args.layers, args.width, args.tokens, args.rounds])
+        where = "cuda" if results.on_gpu() else "cpu", results.products() == "TF32"
+        sizes = json.dumps([args.layers, args.width, args.tokens, args.rounds, *where])
         done = subprocess.run([args.torch_python, "-c", TORCH, sizes], capture_output=True, text=True)
         if done.returncode:
             found["torch failed"] = done.stderr.strip().splitlines()[-1][:200]

@@ -1,4 +1,7 @@
-"""What every benchmark writes to `results/*.json` beside its figures: machine, versions, date."""
+"""What every benchmark writes to `results/*.json` beside its figures: machine, versions, date.
+
+Figures of a GPU go to files of their own, `results/gpu_*.json`.
+"""
 
 import datetime
 import importlib.metadata
@@ -8,18 +11,33 @@ import platform
 from pathlib import Path
 from typing import Any
 
+import jax
+
 FOLDER = Path(__file__).with_name("results")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
+TOLERANCES = {"float32": 1e-4, "TF32": 1e-3, "bfloat16": 1e-2}  # of losses, by how products are computed
+
+
+def on_gpu() -> bool:
+    return jax.default_backend() == "gpu"
+
+
+def products() -> str:
+    """How a product of float32 is computed: in TF32 on a GPU, unless JAX is told otherwise."""
+    strict = jax.config.jax_default_matmul_precision in ("highest", "float32")
+    return "TF32" if on_gpu() and not strict else "float32"
 
 
 def machine() -> str:
-    """``2 CPU cores, AMD EPYC``."""
+    """``2 CPU cores, AMD EPYC``, with the name of the GPU before it; cores are those this process may use."""
     model = platform.processor()
     info = Path("/proc/cpuinfo")
     if info.exists():
         found = [line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line]
         model = found[0] if found else model
-    return f"{os.cpu_count()} CPU cores, {model or 'of an unknown model'}"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    gpu = f"{jax.devices()[0].device_kind}, " if on_gpu() else ""
+    return f"{gpu}{cores} CPU cores, {model or 'of an unknown model'}"
 
 
 def versions(*more: str) -> dict[str, str]:
@@ -37,12 +55,18 @@ def facts(*more: str) -> dict[str, Any]:
     """When and where a run was made; to be called at its start, for the load."""
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     date = datetime.datetime.now(datetime.UTC).date().isoformat()
-    return {"date": date, "machine": machine(), "load at the start": load, "versions": versions(*more)}
+    found = {"date": date, "machine": machine(), "load at the start": load, "versions": versions(*more)}
+    return {**found, "products of float32": products()} if on_gpu() else found
+
+
+def named(name: str) -> str:
+    """The name of this platform's file."""
+    return f"gpu_{name}" if on_gpu() else name
 
 
 def save(name: str, content: dict[str, Any]) -> None:
     FOLDER.mkdir(exist_ok=True)
-    (FOLDER / f"{name}.json").write_text(json.dumps(rounded(content), indent=1) + "\n")
+    (FOLDER / f"{named(name)}.json").write_text(json.dumps(rounded(content), indent=1) + "\n")
 
 
 def load(name: str) -> dict[str, Any]:

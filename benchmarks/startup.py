@@ -330,8 +330,8 @@ def main() -> int:
     missed = [what for what, most in TARGETS.items() if found.get(what, 0) > most]
     print(json.dumps({what: found[what] for what in missed}) if missed else "no target is missed")
     if args.save:
-        path = results.FOLDER / "startup.json"
-        earlier = results.load("startup")["figures"] if path.exists() else {}
+        name = results.named("startup")
+        earlier = results.load(name)["figures"] if (results.FOLDER / f"{name}.json").exists() else {}
         results.save("startup", {**facts, "figures": {**earlier, **found}})
     return int(args.check and bool(missed))
 

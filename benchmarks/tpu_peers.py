@@ -37,7 +37,7 @@ from libraries.measured import counts
 from libraries.problem import Problem
 from step import table
 
-from lorax_fn.transform import contractions
+from lorax_fn.transform import low_rank_products
 
 HAND, ADAPT, WITHOUT = "by hand", "lx.adapt", "lx.adapt, no barrier"
 WIDE = "lx.adapt, factors in float32"
@@ -76,7 +76,7 @@ def measured(name: str, problem: Problem, dtype: Any) -> dict[str, float]:
     jax.clear_caches()
     began, trained = time.perf_counter(), jnp.dtype("float32") if name == WIDE else dtype
     if name == WITHOUT:
-        with mock.patch.object(contractions, "_turned", lambda tangent, other: tangent):
+        with mock.patch.object(low_rank_products, "_turned", lambda tangent, other: tangent):
             program = compiled(peer, dtype, trained)
     else:
         program = compiled(peer, dtype, trained)

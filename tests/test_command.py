@@ -58,6 +58,7 @@ def test_merge_writes_the_merged_checkpoint(folder, tmp_path):
     assert json.loads((tmp_path / "m" / "config.json").read_text()) == {"model_type": "x"}
 
 
+@pytest.mark.slow
 def test_convert_goes_round_and_diff_sees_no_change(folder, tmp_path):
     command("convert", folder / "one", "--to", "orbax", "--out", tmp_path / "orbax")
     command("convert", tmp_path / "orbax", "--to", "kohya", "--out", tmp_path / "k.safetensors")
@@ -102,6 +103,7 @@ def conv1d():
     return params, jax.tree.map(lambda x: x + jnp.arange(x.size, dtype=x.dtype).reshape(x.shape), lora)
 
 
+@pytest.mark.slow
 def test_a_square_conv1d_keeps_its_orientation_on_the_way(tmp_path):
     params, lora = conv1d()
     lx.peft.save(tmp_path / "a", lora, params=params)
@@ -114,6 +116,7 @@ def test_a_square_conv1d_keeps_its_orientation_on_the_way(tmp_path):
             np.testing.assert_allclose(got[path], want, rtol=1e-5, err_msg=folder)
 
 
+@pytest.mark.slow
 def test_adapters_that_need_their_base_take_it(tmp_path):
     """Experts in one parameter: their file does not tell which axis is which."""
     params = {"mlp.experts.down_proj": jnp.ones((3, 6, 4))}
@@ -129,6 +132,7 @@ def test_adapters_that_need_their_base_take_it(tmp_path):
     np.testing.assert_allclose(got, 2 * lora["mlp.experts.down_proj"].delta(), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_single_file_of_weights_is_shown_and_a_missing_base_is_an_error(folder, tmp_path):
     file = folder / "base" / "model.safetensors"
     (found,) = json.loads(command("inspect", file, "--json").stdout)

@@ -192,8 +192,15 @@ def block_grads(scanned, checkpointed):
     return (adapted, (lora, params, x)), (written, (trained, frozen, x))
 
 
-@pytest.mark.parametrize("checkpointed", [False, True], ids=["plain", "checkpointed"])
-@pytest.mark.parametrize("scanned", [False, True], ids=["unrolled", "scanned"])
+@pytest.mark.parametrize(
+    ("scanned", "checkpointed"),
+    [
+        pytest.param(False, False, id="unrolled-plain"),
+        pytest.param(True, True, id="scanned-checkpointed"),
+        pytest.param(False, True, id="unrolled-checkpointed", marks=pytest.mark.slow),
+        pytest.param(True, False, id="scanned-plain", marks=pytest.mark.slow),
+    ],
+)
 def test_linen_block_costs_what_a_hand_written_one_costs(scanned, checkpointed):
     (adapted, args), (written, hand_args) = block_grads(scanned, checkpointed)
     flops, temp = costs(adapted, *args)

@@ -8,7 +8,7 @@ from safetensors.numpy import save_file
 
 import lorax_fn as lx
 from lorax_fn.interop.files import read_tensors
-from lorax_fn.interop.kohya_names import ldm_name
+from lorax_fn.interop.kohya_keys import ldm_name
 
 Q, CONV = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q", "up_blocks.1.resnets.2.conv1"
 OUT = "mid_block.attentions.0.transformer_blocks.0.attn2.to_out.0"

@@ -92,7 +92,13 @@ def oracle(name):
     return (y, *grads) if differentiable(case.input) else (y, grads, None)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        pytest.param(jnp.float32, id="float32"),
+        pytest.param(jnp.bfloat16, id="bfloat16", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("case", RULE_CASES, ids=lambda c: c.name)
 def test_every_rule_under_every_transformation(case, dtype):
     table = INSIDE if dtype == jnp.float32 else NESTED  # bfloat16 meets the same, in fewer compilations
@@ -375,3 +381,20 @@ def test_effects_are_kept_and_dead_equations_are_not():
     strict(fn)(PARAMS, LORA, jnp.ones((1, 8)))
     jax.effects_barrier()
     assert seen == [8.0]
+
+
+def test_axes_that_vmap_writes_as_numpy_integers():
+    """Rolled by a batched number, the copies of a DoRA weight have such axes, also in its column."""
+    p = {"w": normal(0, (2, 1, 1, 4))}
+    _, lora = lx.split(p, rank=1, method="dora", targets="*", layout={"w": lx.Layout((1,), (3, 2), (0,))})
+    lora = jax.tree.map(lambda x: x + 0.1, lora)
+
+    def fn(p, x, k):
+        copies = jnp.roll(jnp.broadcast_to(p["w"], (3, 2, 1, 1, 4)), k, 1)
+        return jax.grad(lambda x: jnp.tanh(jnp.tensordot(x, copies, 1)).sum())(x)
+
+    def mapped(fn, p):
+        return jax.vmap(lambda x, k: fn(p, x, k))(normal(1, (2, 3, 3)), jnp.array([1, 2]))
+
+    got = mapped(lambda p, x, k: lx.adapt(fn, fallback="allow")(p, lora, x, k), p)
+    close(got, mapped(fn, lx.merge(p, lora)), 1e-5, "rolled copies")

@@ -280,3 +280,18 @@ def test_shard_map_shards_codes_as_the_weight(spec):
     )
     for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_scaled_copies_that_vmap_writes_are_scanned():
+    """``W [1, n, m] * s [L, 1, 1]``: one stored entry, broadcast along the loop."""
+    q = lx.quantize({"w": normal(0, (4, 4))}, "nf4", block=4, double=False, targets="*")
+    _, lora = lx.split({"w": normal(0, (4, 4))}, rank=2, targets="*")
+    lora = jax.tree.map(lambda x: x + 0.1, lora)
+    scales, x = jnp.float32([1.0, -2.0]), normal(1, (3, 4))
+
+    def fn(p, x):
+        copies = jax.vmap(lambda s: p["w"] * s)(scales)
+        return jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, copies)[0]
+
+    want = fn(lx.merge(lx.dequantize(q), lora), x)
+    np.testing.assert_allclose(lx.adapt(fn, fallback="allow")(q, lora, x), want, rtol=1e-5, atol=1e-6)

@@ -75,7 +75,13 @@ def test_optimizers_that_cannot_be_traced_share_the_program(compiled):
     assert [size for _, size in parts] == [2, 2, 2, 2]
 
 
-@pytest.mark.parametrize("tx", [optax.contrib.muon, optax.adafactor], ids=["muon", "adafactor"])
+@pytest.mark.parametrize(
+    "tx",
+    [
+        pytest.param(optax.contrib.muon, id="muon", marks=pytest.mark.slow),
+        pytest.param(optax.adafactor, id="adafactor"),
+    ],
+)
 def test_optimizers_of_whole_matrices_are_grouped_by_rank(tx, compiled):
     lanes = lx.grid(rank=[2, 4], lr=[1e-2, 3e-2])
     assert_lanes_are_runs(lanes, lambda lane: tx(lane["lr"]))
@@ -117,7 +123,7 @@ def test_extra_belongs_to_each_lane():
     assert len(set(seen)) == 4 and {record["count"] for record in result.records} == {float(STEPS)}
 
 
-@pytest.mark.parametrize("fmt", ["nf4", "int8"])
+@pytest.mark.parametrize("fmt", ["nf4", pytest.param("int8", marks=pytest.mark.slow)])
 def test_quantized_bases(fmt):
     params = lx.quantize(init(width=64), fmt)
     assert any(

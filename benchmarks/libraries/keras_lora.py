@@ -44,6 +44,8 @@ def make_model(problem: Problem):
 def keras_lora(problem: Problem) -> JaxPeer:
     if problem.scanned:
         raise ValueError("Keras has no scanned layers")
+    if problem.dtype != "float32":
+        raise ValueError("written for float32 only")
     os.environ["KERAS_BACKEND"] = "jax"
     model = make_model(problem)
     names = {"scale": "gamma"}

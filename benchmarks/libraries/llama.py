@@ -18,7 +18,8 @@ def rotated(x: jax.Array) -> jax.Array:
     angles = jnp.outer(jnp.arange(x.shape[1], dtype=jnp.float32), rates)
     cos, sin = jnp.cos(angles)[None, :, None], jnp.sin(angles)[None, :, None]
     first, second = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x.dtype)
 
 
 def attention(problem: Problem, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:

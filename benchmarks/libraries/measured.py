@@ -16,14 +16,15 @@ def leaves(tree: Any) -> int:
 
 
 def mse(output: jax.Array, batch: dict) -> jax.Array:
-    return jnp.mean(jnp.square(output - batch["target"]))
+    return jnp.mean(jnp.square((output - batch["target"]).astype(jnp.float32)))
 
 
 def loss_of(output: jax.Array, batch: dict) -> jax.Array:
     """The mean square error, or for logits of tokens the cross-entropy."""
     if not jnp.issubdtype(batch["target"].dtype, jnp.integer):
         return mse(output, batch)
-    return optax.softmax_cross_entropy_with_integer_labels(output, batch["target"]).mean()
+    logits = output.astype(jnp.float32)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, batch["target"]).mean()
 
 
 class JaxPeer:
@@ -86,8 +87,7 @@ def counts(program: Any) -> dict[str, float]:
     """FLOPs, bytes accessed and bytes of temporaries, as counted by the compiler."""
     analysis = program.cost_analysis()
     return {
-        "flops": analysis["flops"],
-        "bytes accessed": analysis["bytes accessed"],
+        **{of: analysis[of] for of in ("flops", "bytes accessed") if of in analysis},
         "temp bytes": program.memory_analysis().temp_size_in_bytes,
     }
 

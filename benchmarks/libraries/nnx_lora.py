@@ -16,10 +16,10 @@ from libraries.problem import LINEAR, Problem, arranged, factors, inputs, weight
 class Block(nnx.Module):
     def __init__(self, problem: Problem, rngs: nnx.Rngs):
         self.problem = problem
-        self.norm_1 = nnx.LayerNorm(problem.width, rngs=rngs)
-        self.norm_2 = nnx.LayerNorm(problem.width, rngs=rngs)
+        made = {"param_dtype": problem.dtype, "rngs": rngs}
+        self.norm_1, self.norm_2 = (nnx.LayerNorm(problem.width, **made) for _ in range(2))
         for name, shape in problem.shapes.items():
-            setattr(self, name, nnx.Linear(*shape, rngs=rngs))
+            setattr(self, name, nnx.Linear(*shape, **made))
 
     def __call__(self, x, past=None):
         split = (*x.shape[:2], self.problem.heads, self.problem.width // self.problem.heads)
@@ -44,7 +44,8 @@ class LoRABlock(Block):
         super().__init__(problem, rngs)
         for name, (n, m) in problem.shapes.items():
             base = getattr(self, name)
-            setattr(self, name, nnx.LoRA(n, problem.rank, m, base_module=base, rngs=rngs))
+            made = {"param_dtype": problem.dtype, "rngs": rngs}
+            setattr(self, name, nnx.LoRA(n, problem.rank, m, base_module=base, **made))
 
 
 class Transformer(nnx.Module):
@@ -56,7 +57,7 @@ class Transformer(nnx.Module):
         else:
             for i in range(problem.layers):
                 setattr(self, f"layers_{i}", block(problem, rngs))
-        self.norm = nnx.LayerNorm(problem.width, rngs=rngs)
+        self.norm = nnx.LayerNorm(problem.width, param_dtype=problem.dtype, rngs=rngs)
 
     def __call__(self, x, past=None):
         if self.problem.scanned:

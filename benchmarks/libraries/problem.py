@@ -6,6 +6,7 @@ import importlib.util
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 
 LINEAR = ("q", "k", "v", "o", "up", "down")  # the adapted weights of a layer
@@ -30,6 +31,7 @@ class Problem:
     alpha: float = 32.0
     scanned: bool = False
     decode: bool = False
+    dtype: str = "float32"  # of weights, factors and inputs, and so of all arithmetic
     # Or, with real weights and an embedding, "minilm" (post-LN, not causal) or "smollm2" (a Llama).
     model: str = "transformer"
     kv_heads: int | None = None  # of the Llama; None: as many as heads
@@ -51,7 +53,18 @@ class Problem:
         return {name: wide.get(name, (self.width, self.width)) for name in self.linear}
 
 
-@functools.cache
+def in_its_dtype(make):
+    """``make(problem)``, made once, with the floating-point arrays in the problem's dtype."""
+
+    @functools.cache
+    def cast(problem: Problem) -> dict:
+        to = jax.numpy.dtype(problem.dtype)
+        return jax.tree.map(lambda x: x.astype(to) if x.dtype == np.float32 else x, make(problem))
+
+    return cast
+
+
+@in_its_dtype
 def weights(problem: Problem) -> dict[str, np.ndarray]:
     """Arrays by path, ``layers_0/q/kernel`` and so on, not stacked."""
     if problem.model == "minilm":
@@ -127,7 +140,7 @@ def smollm2_weights(problem: Problem) -> dict[str, np.ndarray]:
     return held
 
 
-@functools.cache
+@in_its_dtype
 def factors(problem: Problem) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """A ``[n, r]`` and B ``[r, m]`` by path, ``layers_0/q``; with B = 0 nothing would be compared."""
     rng, held = np.random.default_rng(1), {}
@@ -138,7 +151,7 @@ def factors(problem: Problem) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     return held
 
 
-@functools.cache
+@in_its_dtype
 def inputs(problem: Problem) -> dict[str, np.ndarray]:
     """``x`` and ``target``; for decoding ``x`` of one token, and ``keys`` and ``values`` of all layers."""
     rng = np.random.default_rng(2)

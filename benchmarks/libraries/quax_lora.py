@@ -24,9 +24,9 @@ def layer(problem, p, x, past):
     new = k, v
     if past is not None:
         k, v = (jnp.concatenate([old, own], 1) for old, own in zip(past, new, strict=True))
-    scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) / jnp.sqrt(jnp.float32(split[-1]))
+    scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) / split[-1] ** 0.5
     if past is None:
-        scores = jnp.where(jnp.tril(jnp.ones((x.shape[1], x.shape[1]), bool)), scores, jnp.float32(-1e30))
+        scores = jnp.where(jnp.tril(jnp.ones((x.shape[1], x.shape[1]), bool)), scores, -1e30)
     mixed = jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores), v)
     x = x + dense("o", mixed.reshape(x.shape))
     return x + dense("down", jax.nn.gelu(dense("up", norm(x, p["norm_2"])))), new

@@ -8,12 +8,14 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+import results
 
 from libraries.problem import Problem, factors, inputs, minilm_folder, weights
 
 NAMES = {
     "lora": "PEFT on torch",
     "lora compiled": "PEFT on torch, compiled",
+    "lora graphs": "PEFT on torch, compiled, CUDA graphs",
     "dora": "PEFT on torch, dora",
     "full": "full fine-tuning, torch",
     "merged": "merged, torch",
@@ -34,10 +36,12 @@ class Worker:
         )
         with tempfile.TemporaryDirectory() as folder:
             arrays = f"{folder}/arrays.npz"
-            np.savez(arrays, **held)
+            floats = {n: x if x.dtype.kind == "i" else x.astype(np.float32) for n, x in held.items()}
+            np.savez(arrays, **floats)  # bfloat16 is not a dtype of NumPy files: torch converts it back
             sizes = {**dataclasses.asdict(problem), "linear": problem.linear}
             sizes |= {"folder": str(minilm_folder())} if problem.model == "minilm" else {}
             start = {"problem": sizes, "arrays": arrays, "ways": ways}
+            start |= {"device": "cuda" if results.on_gpu() else "cpu", "tf32": results.products() == "TF32"}
             self.write(json.dumps(start))
             self.answers = {name: self.read() for name in ways}
 
@@ -85,7 +89,7 @@ class TorchPeer:
         return answer["seconds"], answer["loss"]
 
     def costs(self) -> dict[str, float]:
-        return {"flops": self.answer["flops"]} if "flops" in self.answer else {}
+        return {of: self.answer[of] for of in ("flops", "temp bytes") if of in self.answer}
 
     def close(self) -> None:
         pass

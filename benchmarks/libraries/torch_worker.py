@@ -1,5 +1,8 @@
 """The torch side of `torch_lora.py`, run by an interpreter that has torch and peft; no JAX here.
 
+It runs where JAX does, on the CPU or on the GPU, with products of float32 in TF32 if JAX has them so. On a
+GPU "temp bytes" are what the allocator held at most in a step beyond what it held before.
+
 It reads one JSON line at its start (the problem, a file of arrays, the ways), answers one JSON line per way,
 and then one for each line ``reset NAME`` or ``step NAME``: the seconds and the loss of a step.
 """
@@ -15,6 +18,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class Block(nn.Module):
@@ -122,7 +127,7 @@ def linear_of(net, i, name):
 class Way:
     """One model with its optimizer; ``lora``, ``dora``, ``full`` or ``merged``, and perhaps compiled."""
 
-    def __init__(self, way, p, held):
+    def __init__(self, way, p, held, device):
         self.p, kind = p, way.split()[0]
         net = self.model = MODELS[p["model"]](p)
         net.eval()  # without dropout
@@ -159,11 +164,13 @@ class Way:
                         layer.weight += p["alpha"] / p["rank"] * b @ a
         if kind == "merged":
             self.model = self.model.merge_and_unload().requires_grad_(False)
+        self.model.to(device, DTYPES[p["dtype"]])
         self.start = {n: x.detach().clone() for n, x in self.model.named_parameters() if x.requires_grad}
         self.trained = [x for x in self.model.parameters() if x.requires_grad]
         self.trainable = sum(x.numel() for x in self.trained)
         self.x, *rest = (
-            torch.from_numpy(held[n]) for n in (("x", "keys", "values") if p["decode"] else ("x", "target"))
+            to_device(torch.from_numpy(held[n]), device, p)
+            for n in (("x", "keys", "values") if p["decode"] else ("x", "target"))
         )
         if p["decode"]:
             self.past = [
@@ -171,7 +178,9 @@ class Way:
             ]  # [L, B, H, T, d], as torch keeps them
         else:
             (self.target,) = rest
-        self.run = torch.compile(self.model) if way.endswith("compiled") else self.model
+        modes = {"compiled": "default", "graphs": "reduce-overhead"}
+        mode = modes.get(way.split()[-1])
+        self.run = torch.compile(self.model, mode=mode) if mode else self.model
 
     @staticmethod
     def fill(module, held, path):
@@ -196,9 +205,9 @@ class Way:
                 self.token, _ = self.run(self.token, *self.past)
                 return self.token.square().mean()
         self.tx.zero_grad()
-        y = self.run(self.x)
+        y = self.run(self.x).float()
         if self.target.is_floating_point():
-            loss = F.mse_loss(y, self.target)
+            loss = F.mse_loss(y, self.target.float())
         else:
             loss = F.cross_entropy(y.flatten(0, 1), self.target.flatten().long())
         loss.backward()
@@ -206,8 +215,19 @@ class Way:
         return loss
 
 
+def to_device(x, device, p):
+    return x.to(device, DTYPES[p["dtype"]]) if x.is_floating_point() else x.to(device)
+
+
+def wait(device):
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
 def main():
     start = json.loads(sys.stdin.readline())
+    device = start["device"]
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = start["tf32"]
     held, ways = dict(np.load(start["arrays"])), {}
     for name in start["ways"]:
         answer = {
@@ -217,16 +237,22 @@ def main():
             "threads": torch.get_num_threads(),
         }
         try:
-            way = ways[name] = Way(name, start["problem"], held)
+            way = ways[name] = Way(name, start["problem"], held, device)
             way.reset()
             # XLA counts the body of a loop once, so that nothing could be compared with scanned layers.
-            if not name.endswith("compiled") and not start["problem"]["scanned"]:
+            if not name.endswith(("compiled", "graphs")) and not start["problem"]["scanned"]:
                 with FlopCounterMode(display=False) as counter:
                     way.step()
                 answer["flops"] = counter.get_total_flops()
             clock = time.perf_counter()
             way.step()
+            wait(device)
             answer |= {"trainable": way.trainable, "first": time.perf_counter() - clock}
+            if device == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+                before = torch.cuda.memory_allocated()
+                way.step()
+                answer["temp bytes"] = torch.cuda.max_memory_allocated() - before
         except Exception as error:  # said in the table: a way that does not run is a finding
             answer["failed"] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
             ways.pop(name, None)
@@ -237,9 +263,12 @@ def main():
             ways[name].reset()
             print("{}", flush=True)
             continue
+        wait(device)
         clock = time.perf_counter()
         loss = ways[name].step()
-        print(json.dumps({"seconds": time.perf_counter() - clock, "loss": float(loss)}), flush=True)
+        wait(device)
+        seconds = time.perf_counter() - clock
+        print(json.dumps({"seconds": seconds, "loss": float(loss)}), flush=True)
 
 
 if __name__ == "__main__":

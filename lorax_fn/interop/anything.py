@@ -17,7 +17,7 @@ from lorax_fn.core.layouts import Layout
 from lorax_fn.interop import kohya, peft
 from lorax_fn.interop.checkpoints import Table, open_checkpoint
 from lorax_fn.interop.files import open_tensors, read_tensors
-from lorax_fn.interop.kohya_names import COMPONENTS, is_of_another, split_key
+from lorax_fn.interop.kohya_keys import COMPONENTS, is_of_another, split_key
 from lorax_fn.interop.peft_keys import by_module, is_conv1d_name
 
 TABLE, LINEAR = Layout((), (0,), (1,)), Layout((), (1,), (0,))

@@ -18,7 +18,7 @@ from lorax_fn.core.errors import error, nearest
 from lorax_fn.core.fitting import check_adapters, check_fits
 from lorax_fn.core.trees import PyTree, flatten_with_paths
 from lorax_fn.interop.files import open_tensors, write_tensors
-from lorax_fn.interop.kohya_names import (
+from lorax_fn.interop.kohya_keys import (
     STYLES,
     check_component,
     is_of_another,

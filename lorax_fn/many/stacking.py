@@ -102,7 +102,13 @@ def _side_by_side(path: str, adapters: list[Any], rank: int | None) -> Adapter:
         adapters = [dataclasses.replace(x, alpha=_array(x.alpha, (), jnp.float32)) for x in adapters]
     _check_same("ranks or other facts", [str(jax.tree.structure(x)) for x in adapters], path)
     _check_same("shapes", [str([np.shape(leaf) for leaf in jax.tree.leaves(x)]) for x in adapters], path)
-    return run(lambda adapters: jax.tree.map(lambda *leaves: jnp.stack(leaves), *adapters), adapters)
+    return run(lambda adapters: jax.tree.map(lambda *leaves: _stacked(leaves), *adapters), adapters)
+
+
+def _stacked(leaves: Sequence[Any]) -> jax.Array:
+    if all(isinstance(x, np.ndarray) for x in leaves):  # on the host, which compiles nothing
+        return jnp.asarray(np.stack(leaves))
+    return jnp.stack(leaves)
 
 
 def _alike(path: str, adapters: list[Any], rank: int | None) -> list[Any]:
@@ -139,21 +145,21 @@ def _alike(path: str, adapters: list[Any], rank: int | None) -> list[Any]:
 
 def _padded(x: Any, pad: int, facts: dict[str, Any]) -> Any:
     """Pads A ``[*s, *n, r]`` and B ``[*s, r, *m]`` with ``pad`` ranks of zeros."""
-    s = len(x.layout.stack)
-    a = jnp.pad(x.a, [(0, 0)] * (x.a.ndim - 1) + [(0, pad)])
-    b = jnp.pad(x.b, [(0, pad if i == s else 0) for i in range(x.b.ndim)])
+    a, b, s = x.a, x.b, len(x.layout.stack)
+    if pad:
+        a = jnp.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, pad)])
+        b = jnp.pad(b, [(0, pad if i == s else 0) for i in range(b.ndim)])
     return dataclasses.replace(x, a=a, b=b, **facts)
 
 
 def _array(value: Any, shape: tuple[int, ...], dtype: Any) -> Any:
-    """A `number` field as an array of ``shape``."""
+    """A `number` field as an array of ``shape``; of NumPy if the value is static."""
 
-    def made(value):
-        return jnp.broadcast_to(
-            jnp.asarray(value, dtype).reshape(shape if isinstance(value, tuple) else np.shape(value)), shape
-        )
+    def made(value, xp: Any = jnp):
+        held = xp.asarray(value, dtype)
+        return xp.broadcast_to(held.reshape(shape) if isinstance(value, tuple) else held, shape)
 
-    return run(made, value)
+    return made(value, np) if is_number(value) else run(made, value)
 
 
 def _lane(adapter: Any, i: int) -> Adapter:

@@ -11,7 +11,6 @@ because `jnp.int4` takes a whole byte on CPU and GPU, and cannot represent NF4.
 
 import dataclasses
 import functools
-import math
 from typing import Any
 
 import jax
@@ -22,6 +21,7 @@ from lorax_fn.core.errors import error
 from lorax_fn.core.layouts import Layout
 from lorax_fn.core.stored import Stored
 from lorax_fn.quantization.formats import GROUP, READ, code_as_float, from_dynamic, to_dynamic
+from lorax_fn.quantization.packing import cut, folded, pack, unpack
 
 
 @jax.tree_util.register_dataclass
@@ -107,13 +107,13 @@ def encode(w: Any, layout: Layout, format: str, block: int, double: bool) -> Qua
     wide, minimum = w.astype(jnp.float32), None
     # The minimum and the scales have the weight's axes, with one number per block along ``axis``.
     if form.minimum:
-        minimum = _folded(wide, axis, block).min(axis + 1)
+        minimum = folded(wide, axis, block).min(axis + 1)
         wide = wide - _spread(minimum, axis, block, shape[axis])
         minimum = minimum.astype(form.scales)
     scales = _largest(jnp.abs(wide), axis, block)
     codes = form.encode(wide * _spread(_inverse(scales), axis, block, shape[axis]) * form.top)
     if form.bits == 4:
-        codes = _packed(codes, axis)
+        codes = pack(codes, axis)
     scales = (scales / form.top).astype(form.scales)
     groups = offset = None
     if double:
@@ -143,12 +143,12 @@ def read_scales(q: Quantized) -> jax.Array:
 def _codes(q: Quantized) -> jax.Array:
     """One code per weight, on the weight's axes."""
     axis = q.block_axis
-    return _unpacked(q.codes, axis, q.shape[axis]) if READ[q.format].bits == 4 else q.codes
+    return unpack(q.codes, axis, q.shape[axis]) if READ[q.format].bits == 4 else q.codes
 
 
 def with_codes(q: Quantized, codes: jax.Array) -> Quantized:
     """The same scales with other codes, given unpacked on the weight's axes."""
-    return dataclasses.replace(q, codes=_packed(codes, q.block_axis) if READ[q.format].bits == 4 else codes)
+    return dataclasses.replace(q, codes=pack(codes, q.block_axis) if READ[q.format].bits == 4 else codes)
 
 
 def nudged(q: Quantized, change: jax.Array) -> Quantized:
@@ -215,56 +215,16 @@ def _axis(axes: tuple[int, ...], shape: tuple[int, ...], size: int) -> int:
     return next((i for i in reversed(axes) if shape[i] >= size), max(axes, key=lambda i: shape[i]))
 
 
-def _folded(x: jax.Array, axis: int, size: int) -> jax.Array:
-    """Splits ``axis`` into two, ``[runs, size]``; the last run is padded with zeros."""
-    extra = -x.shape[axis] % size
-    x = _gathered(x, axis, -(-x.shape[axis] // size))
-    if extra:
-        x = jnp.pad(x, [(0, extra if i == axis else 0) for i in range(x.ndim)])
-    return x.reshape(*x.shape[:axis], -1, size, *x.shape[axis + 1 :])
-
-
-def _gathered(x: jax.Array, axis: int, runs: int) -> jax.Array:
-    """``x``, resharded to be whole along ``axis`` if an explicit mesh's shards do not divide the runs."""
-    sharding = jax.typeof(x).sharding
-    names = sharding.spec[axis]
-    names = names if isinstance(names, tuple) else (names,)
-    if runs % math.prod(sharding.mesh.shape[name] for name in names if name) == 0:
-        return x
-    spec = (*sharding.spec[:axis], None, *sharding.spec[axis + 1 :])
-    return jax.sharding.reshard(x, jax.NamedSharding(sharding.mesh, jax.P(*spec)))
-
-
 def _largest(x: jax.Array, axis: int, size: int) -> jax.Array:
     """The largest of each run of ``size`` neighbors along ``axis``, for nonnegative ``x``."""
-    return _folded(x, axis, size).max(axis + 1)
+    return folded(x, axis, size).max(axis + 1)
 
 
 def _spread(x: jax.Array, axis: int, size: int, length: int) -> jax.Array:
     """Repeats each element ``size`` times along ``axis``, cut to ``length``: block values per element."""
     shape = (*x.shape[: axis + 1], size, *x.shape[axis + 1 :])
     x = jnp.broadcast_to(jnp.expand_dims(x, axis + 1), shape)
-    return _cut(x.reshape(*shape[:axis], -1, *shape[axis + 2 :]), axis, length)
-
-
-def _packed(codes: jax.Array, axis: int) -> jax.Array:
-    """Packs neighboring 4-bit codes along ``axis`` into one byte, the first in the high half."""
-    pairs = _folded(codes, axis, 2)
-    high, low = (jax.lax.index_in_dim(pairs, i, axis + 1, keepdims=False) for i in (0, 1))
-    return (high << np.uint8(4)) | low
-
-
-def _unpacked(codes: jax.Array, axis: int, length: int) -> jax.Array:
-    """The inverse of `_packed`, cut to ``length`` codes along ``axis``."""
-    # A new axis of size 2 after ``axis`` gets the high and low half of each byte, and is then merged into it.
-    shift = np.array([4, 0], np.uint8).reshape(2, *(1,) * (codes.ndim - axis - 1))
-    shift = shift.reshape((1,) * (axis + 1) + shift.shape)
-    pairs = (jnp.expand_dims(codes, axis + 1) >> shift) & np.uint8(15)
-    return _cut(pairs.reshape(*codes.shape[:axis], -1, *codes.shape[axis + 1 :]), axis, length)
-
-
-def _cut(x: jax.Array, axis: int, length: int) -> jax.Array:
-    return x if x.shape[axis] == length else jax.lax.slice_in_dim(x, 0, length, axis=axis)
+    return cut(x.reshape(*shape[:axis], -1, *shape[axis + 2 :]), axis, length)
 
 
 def _check_axes(q: Quantized) -> None:

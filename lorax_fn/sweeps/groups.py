@@ -215,7 +215,7 @@ def padded(x: Any, width: int, lanes: int = 0) -> Any:
             return None
         edges = [(0, 0)] * leaf.ndim
         edges[axis] = (0, width - leaf.shape[axis])
-        return jnp.pad(leaf, edges)
+        return (np if isinstance(leaf, np.ndarray) else jnp).pad(leaf, edges)
 
     return dataclasses.replace(x, a=pad(x.a, -1), b=pad(x.b, s))
 
@@ -228,8 +228,10 @@ def numbered(x: Any) -> Any:
 def lacking(x: Any) -> Any:
     """The placeholder for a weight that a lane does not adapt: zero factors of rank 1, with scale zero."""
     s = len(x.layout.stack)
-    a, b = x.a[..., :1], jax.lax.slice_in_dim(x.b, 0, 1, axis=s)
-    return dataclasses.replace(x, a=jnp.zeros_like(a), b=jnp.zeros_like(b), alpha=0.0, rank=1, scaling="lora")
+    zeros = (np if isinstance(x.a, np.ndarray) else jnp).zeros
+    a = zeros((*x.a.shape[:-1], 1), x.a.dtype)
+    b = zeros((*x.b.shape[:s], 1, *x.b.shape[s + 1 :]), x.b.dtype)
+    return dataclasses.replace(x, a=a, b=b, alpha=0.0, rank=1, scaling="lora")
 
 
 def _ordered(found: list[Member], tx: Callable) -> Group:

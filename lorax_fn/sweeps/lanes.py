@@ -113,7 +113,8 @@ def stacked(chunk: Chunk) -> list[Lora]:
     examples: dict[str, Any] = {}
     for member in chunk.group.members:
         for path, x in member.lora.items():
-            examples.setdefault(path, x)
+            if path not in examples:
+                examples[path] = on_host(x)
     made = []
     scalings = {x.scaling for m in chunk.group.members for x in m.lora.values() if x.owns_factors}
     for part in parts_of(chunk):
@@ -123,12 +124,23 @@ def stacked(chunk: Chunk) -> list[Lora]:
                 widths[path] = max(widths[path], rank)
         loras = []
         for member in part:
-            lora = {path: member.lora.get(path) or lacking(x) for path, x in examples.items()}
+            own = on_host(member.lora)
+            lora = {path: own.get(path) or lacking(x) for path, x in examples.items()}
             if len(scalings) > 1 and chunk.own:
                 lora = {path: in_alpha(x) if path in widths else x for path, x in lora.items()}
             loras.append({path: padded(x, widths[path]) if path in widths else x for path, x in lora.items()})
         made.append(stack(loras))
     return made
+
+
+def on_host(x: PyTree) -> PyTree:
+    """The tree with NumPy's arrays: padding and stacking them compiles nothing, at any number of ranks."""
+
+    def moved(leaf):
+        local = isinstance(leaf, jax.Array) and leaf.is_fully_addressable
+        return leaf if not local or jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else np.asarray(leaf)
+
+    return jax.tree.map(moved, x)
 
 
 def in_alpha(x: Any) -> Any:

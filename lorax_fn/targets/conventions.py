@@ -12,7 +12,7 @@ from typing import Any
 
 from lorax_fn.core.layouts import Layout, WeightUse
 from lorax_fn.core.trees import PyTree, flatten_with_paths, is_float
-from lorax_fn.targets.names import (
+from lorax_fn.targets.known_names import (
     EMBEDDING_NAMES,
     OUT_IN_NAMES,
     WEIGHT_NAMES,

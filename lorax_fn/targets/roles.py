@@ -13,7 +13,7 @@ from lorax_fn.core.layouts import Layout, WeightUse
 from lorax_fn.core.stored import is_stored
 from lorax_fn.core.trees import PyTree, arrays, is_float
 from lorax_fn.targets.conventions import PASTE, Role, by_convention, by_use, equinox_layers, linear_or_head
-from lorax_fn.targets.names import EMBEDDING_NAMES, WEIGHT_NAMES
+from lorax_fn.targets.known_names import EMBEDDING_NAMES, WEIGHT_NAMES
 from lorax_fn.targets.patterns import Pattern, as_list, components, find, first_match, label_of, union
 from lorax_fn.targets.statistics import statistics
 

@@ -32,9 +32,12 @@ class Part:
     array: Any
     axes: tuple[int, ...] = dataclasses.field(metadata={"static": True})
 
+    def __post_init__(self):
+        # vmap writes numpy integers into equations, and these compare elementwise with tuples.
+        object.__setattr__(self, "axes", tuple(map(int, self.axes)))
+
     def renamed(self, new: Callable[[int], int]) -> "Part":
-        # int, because vmap writes numpy integers into equations, which compare elementwise with tuples.
-        return Part(self.array, tuple(i if i < 0 else int(new(i)) for i in self.axes))
+        return Part(self.array, tuple(i if i < 0 else new(i) for i in self.axes))
 
 
 @jax.tree_util.register_dataclass

@@ -8,7 +8,8 @@ from jax import lax
 from jax.extend.core import primitives as prims
 
 from lorax_fn.transform import jaxpr as jx
-from lorax_fn.transform.contractions import (
+from lorax_fn.transform.factored import RANK, Factored, Part, Sum, is_factored
+from lorax_fn.transform.low_rank_products import (
     Refused,
     absorbed,
     align,
@@ -17,7 +18,6 @@ from lorax_fn.transform.contractions import (
     dropped,
     low_rank_product,
 )
-from lorax_fn.transform.factored import RANK, Factored, Part, Sum, is_factored
 from lorax_fn.transform.meshes import explicit_mesh, sharding_without
 from lorax_fn.transform.rules import Rules
 from lorax_fn.transform.stored import moved, product

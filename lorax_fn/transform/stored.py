@@ -161,8 +161,7 @@ def scanned(base: Any) -> tuple[Any, Callable[[Any], Any]] | None:
         return None if base.entry(0) is None else (base, lambda piece: piece.entry(0))
     if base.step.eqn.primitive.name not in ELEMENTWISE:
         return None
-    # A number among the operands, as in W * 0.5, has no axes and is the same in each iteration.
-    known = [scanned(x) if np.shape(x) else (None, lambda _, x=x: x) for x in base.operands]
+    known = [_scanned_operand(x, base.shape[0]) for x in base.operands]
     if any(pair is None for pair in known):
         return None
     pairs: list[Any] = known
@@ -172,8 +171,21 @@ def scanned(base: Any) -> tuple[Any, Callable[[Any], Any]] | None:
     )
 
 
+def _scanned_operand(x: Any, length: int) -> tuple[Any, Callable[[Any], Any]] | None:
+    """As `scanned`; an operand that is broadcast along the loop is the same in each iteration."""
+    if not np.shape(x):  # a number, as in W * 0.5
+        return None, lambda _: x
+    pair = scanned(x)
+    if pair is None or x.shape[0] == length:
+        return pair
+    # Of W [1, n, m] * s [L, 1, 1], which vmap writes, W has a single entry.
+    leaves, piece_of = pair
+    entry = piece_of(jax.tree.map(lambda leaf: leaf[0], leaves))
+    return None, lambda _: entry
+
+
 def _elementwise(later: Later, operands: Sequence[Any]) -> Later:
-    shape = next(tuple(x.shape) for x in operands if is_unbuilt(x))
+    shape = np.broadcast_shapes(*map(np.shape, operands))
     return dataclasses.replace(later, operands=tuple(operands), shape=shape)
 
 

@@ -15,10 +15,10 @@ from lorax_fn.core.errors import error
 from lorax_fn.core.trees import is_tracer
 from lorax_fn.transform import jaxpr as jx
 from lorax_fn.transform.choices import select
-from lorax_fn.transform.contractions import build
 from lorax_fn.transform.control import CONTROL, signature
 from lorax_fn.transform.edits import EDITS
 from lorax_fn.transform.factored import Factored, Part, Sum, folded, is_factored
+from lorax_fn.transform.low_rank_products import build
 from lorax_fn.transform.picks import chosen
 from lorax_fn.transform.products import PRODUCTS
 from lorax_fn.transform.rules import MOVES
