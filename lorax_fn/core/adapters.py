@@ -124,7 +124,7 @@ def register(cls: type[T]) -> type[T]:
         x.__dict__.update(zip(facts + still, values, strict=True))
         # tree_map may put a Python number where an array was. It stays a leaf, so that structures agree.
         x.__dict__["_static"] = static
-        x.__dict__["_flat"] = leaves, static
+        x.__dict__["_flat"] = tuple(leaves), static
         return x
 
     jax.tree_util.register_pytree_with_keys(made, flatten_with_keys, unflatten, flatten)

@@ -153,7 +153,7 @@ def _padded(x: Any, pad: int, facts: dict[str, Any]) -> Any:
 
 
 def _array(value: Any, shape: tuple[int, ...], dtype: Any) -> Any:
-    """A `number` field as an array of ``shape``; of NumPy if the value is static."""
+    """A `number` field as an array of ``shape``; a NumPy array if the value is static."""
 
     def made(value, xp: Any = jnp):
         held = xp.asarray(value, dtype)

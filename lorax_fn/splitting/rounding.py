@@ -68,7 +68,7 @@ def survival(adapter: Adapter, w: Any, merged: Any) -> jax.Array:
     return jnp.stack([share, rounded / whole, changed / whole, cut])
 
 
-# The sums of squares for which no square that matters is below or above the range of float32.
+# Between these sums of squares, no square that matters underflows or overflows in float32.
 SAFE = 1e-20, 1e30
 
 
@@ -91,7 +91,7 @@ def _along(adapter: Adapter, w: Any, merged: jax.Array) -> tuple[jax.Array, jax.
 def _survivals(
     before: Mapping[str, Any], lora: Mapping[str, Adapter], merged: Mapping[str, Any], paths: list[str]
 ) -> dict[str, Any]:
-    """The numbers of `survival`. Arrays whose numbers are all of usual size get the first and the last.
+    """The numbers of `survival`; of arrays of ordinary size only the first and the last, the others are NaN.
 
     Each sum is a program of its own, whose only array of the weight's size is the product of the factors. In
     `survival`, several sums share four such arrays.

@@ -134,7 +134,10 @@ def stacked(chunk: Chunk) -> list[Lora]:
 
 
 def on_host(x: PyTree) -> PyTree:
-    """The tree with NumPy's arrays: padding and stacking them compiles nothing, at any number of ranks."""
+    """The tree with NumPy arrays, which are padded and stacked without compiling anything.
+
+    Keys, and arrays of which other processes hold a part, stay as they are.
+    """
 
     def moved(leaf):
         local = isinstance(leaf, jax.Array) and leaf.is_fully_addressable

@@ -98,8 +98,10 @@ class Programs:
             )
         else:
             step = make_step(self.loss_fn, self.tx, chunk.parts, seeded=self.seeded, widths=widths)
+        # Results are placed as the next step expects them, also where the base is sharded over another axis.
+        lanes_first = None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec(AXIS))
         try:
-            return jax.jit(step, donate_argnums=0).lower(*args)
+            return jax.jit(step, donate_argnums=0, out_shardings=lanes_first).lower(*args)
         except Exception as problem:
             if widths:  # loss_fn may take a gradient, for example, which products of lanes do not support
                 padded = self._lowered(chunk, args, {})

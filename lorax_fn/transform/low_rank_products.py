@@ -91,7 +91,8 @@ def _tangent(axes, factor, dtype, precision, primals, tangents):
         if isinstance(tangent, SymbolicZero):
             continue
         if i == factor:
-            # The checkpoint has the loops keep the activation itself, which other products share.
+            # With the checkpoint, a loop keeps the activation itself, which other products share, and no flat
+            # copy.
             flat = partial(_flat_product, axes=axes, factor=factor, dtype=dtype, precision=precision)
             term = jax.checkpoint(flat, prevent_cse=False)(primals[1 - i], tangent)
         elif i == 0:
