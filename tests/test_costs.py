@@ -14,6 +14,7 @@ from jax import lax
 from rule_cases import IO, make_adapter, normal
 
 import lorax_fn as lx
+from lorax_fn.transform.jaxpr import scan_counts
 
 
 def costs(fn, *args):
@@ -309,7 +310,7 @@ def test_a_second_step_compiles_nothing():
 def kept_by_the_loop(fn, *args):
     """Shapes of what the forward scan of a gradient stacks up, one per layer, largest first."""
     scans = [eqn for eqn in jax.make_jaxpr(fn)(*args).eqns if eqn.primitive.name == "scan"]
-    stacked = scans[0].outvars[scans[0].params["num_carry"] :]
+    stacked = scans[0].outvars[scan_counts(scans[0])[1] :]
     return sorted((var.aval.shape[1:] for var in stacked), key=lambda shape: -np.prod(shape))
 
 
