@@ -27,11 +27,7 @@ PEERS = {
     "d": ["peers_d"],
     "e": ["peers_e"],
 }
-GPU = {  # one run each
-    **{f"gpu_{block}": [f"gpu_peers_{block}_tf32"] for block in "abcde"},
-    "gpu_a_bfloat16": ["gpu_peers_a_bfloat16"],
-    "gpu_a_bfloat16_64": ["gpu_peers_a_bfloat16_batch64"],
-}
+GPU = {"gpu_a": ["gpu_peers_a_tf32"]}
 TITLES = {
     "a": "4 layers, 8 x 128 tokens: one AdamW step",
     "b": "12 layers, scanned and checkpointed: one AdamW step",
@@ -95,9 +91,10 @@ def peers_table(block: str) -> str:
 
 def machine_line(run: dict) -> str:
     shown = sorted((name, version) for name, version in run["versions"].items() if name != "jaxlib")
+    products = run.get("products of float32")  # said where they may be in TF32
     return (
         f"{run['date']}, {run['machine']}; " + ", ".join(f"{name} {version}" for name, version in shown) + "."
-    )
+    ) + (f" Products of float32 in {products}." if products else "")
 
 
 def figures_table(name: str) -> str:
@@ -119,50 +116,8 @@ def scaling_table() -> str:
     return "\n\n".join(texts)
 
 
-def sweep_tables() -> str:
-    """Those of `sweep.py` on a GPU, as it printed them."""
-    return "\n\n".join(
-        f"{one['title']}:\n\n{table(one['rows'])}" for one in results.load("gpu_sweep").values()
-    )
-
-
-def many_tables() -> str:
-    """Those of `many.py` on a GPU."""
-    texts = []
-    for title, rows in results.load("gpu_many")["tables"].items():
-        lines = [["adapters", "variant", "ms", "time / one adapter", "temp MB"]]
-        for row in rows:
-            temp = f"{row['temp_mb']:.1f}" if "temp_mb" in row else "-"
-            lines.append(
-                [str(row["adapters"]), row["variant"], f"{row['ms']:.2f}", f"{row['clock']:.3f}", temp]
-            )
-        texts.append(f"{title}:\n\n{table(lines)}")
-    return "\n\n".join(texts)
-
-
-def methods_table() -> str:
-    """That of `methods.py` on a GPU."""
-    rows = {row["name"]: row for row in results.load("gpu_methods")["rows"]}
-    lines = [["method", "ms", "time / lora", "temp MB", "/ lora"]]
-    for name, row in rows.items():
-        lines.append([
-            name, milliseconds(row["seconds"]), spread(np.divide(row["seconds"], rows["lora"]["seconds"])),
-            f"{row['temp bytes'] / 1e6:.1f}", f"{row['temp bytes'] / rows['lora']['temp bytes']:.3f}",
-        ])  # fmt: skip
-    return table(lines)
-
-
-def gpu_line(name: str) -> str:
-    """`machine_line`, with how products are computed."""
-    run = results.load(name)
-    products = (
-        f" Products of float32 in {run['products of float32']}." if run.get("products of float32") else ""
-    )
-    return machine_line(run) + products
-
-
-def qlora_table(name: str = "qlora") -> str:
-    run = results.load(name)
+def qlora_table() -> str:
+    run = results.load("qlora")
     by_name = {row["name"]: row for row in run["rows"]}
     lines = [
         [
@@ -224,12 +179,7 @@ TABLES = {
     **{f"{name}_run": lambda name=name: machine_line(results.load(name)) for name in
        ("peers_a_libraries", "peers_b", "peers_c", "peers_d", "peers_e", "startup", "scaling", "qlora")},
     **{f"peers_{name}": lambda name=name: peers_table(name) for name in GPU},
-    **{f"gpu_{name}": lambda name=name: figures_table(f"gpu_{name}") for name in ("startup", "ceilings")},
-    "gpu_run": lambda: gpu_line("gpu_peers_a_tf32"),
-    "gpu_sweep": sweep_tables,
-    "gpu_many": many_tables,
-    "gpu_methods": methods_table,
-    "gpu_qlora": lambda: qlora_table("gpu_qlora"),
+    "gpu_run": lambda: machine_line(results.load("gpu_peers_a_tf32")),
     "startup": lambda: figures_table("startup"),
     "scaling": scaling_table,
     "qlora": qlora_table,

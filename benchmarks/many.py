@@ -12,7 +12,6 @@ are formed within rounds: of wall time, and of CPU time, which other programs on
 
 import argparse
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -215,8 +214,7 @@ def main():
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     options = parser.parse_args()
     counts, rounds = ([4, 64], 3) if options.quick else ([1, 4, 16, 64], 8)
-    facts = {**results.facts("torch", "peft"), "jax": jax.__version__}
-    facts |= {"cores": len(os.sched_getaffinity(0)), "load_before": os.getloadavg()[0]}
+    facts = results.facts("torch", "peft")
     tables = {
         "Prompts: 16 rows of 64 tokens": measured(Sizes(batch=16, tokens=64), counts, rounds),
         "Decoding: 32 rows of one token": measured(Sizes(batch=32, tokens=1), counts, 3 * rounds),

@@ -19,17 +19,11 @@ import json
 import os
 import pathlib
 import re
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
 
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
-os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import flax.traverse_util
@@ -38,6 +32,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import results
+from libraries import tpu as tpu_chips
+from libraries.torch_lora import Process
 from step import Sizes, Transformer, in_turn, mse, spread, table
 
 import lorax_fn as lx
@@ -148,44 +144,23 @@ def steady(rounds: int) -> tuple[Title, Rows]:
     return f"Steady time per lane of {len(RANKS)}, {rounds} rounds: median [quartiles]", rows
 
 
-class TorchLoop:
+def torch_loop(python: str, params: Any, some: list[dict], batch: dict, steps: int) -> Process:
     """PEFT on torch in its own process: the same base, batch and first factors, one lane after another."""
-
-    def __init__(self, python: str, params: Any, some: list[dict], batch: dict, steps: int):
-        held: dict[str, Any] = {"x": batch["x"], "target": batch["target"]}
-        for path, leaf in flax.traverse_util.flatten_dict(params["params"], sep="/").items():
-            held[layer_path(path)] = leaf
-        rows = []
-        for number, lane in enumerate(some):
-            _, lora = first_adapters(params, lane)
-            places = {}
-            for path, adapter in lora.items():
-                place = layer_path(path.removeprefix("params/")).removesuffix("/kernel")
-                places[place.replace("_", ".").replace("/", ".")] = f"{number}/{place}"
-                held |= {f"{number}/{place}/a": adapter.a, f"{number}/{place}/b": adapter.b}
-            rows.append({"rank": lane["rank"], "lr": lane["lr"], "alpha": adapter.alpha, "factors": places})
-        script = pathlib.Path(__file__).with_name("libraries") / "torch_sweep.py"
-        problem = dataclasses.asdict(model_of(1, 1).sizes) | {"scanned": False}
-        with tempfile.TemporaryDirectory() as folder:
-            arrays = f"{folder}/arrays.npz"
-            np.savez(arrays, **{name: np.asarray(x) for name, x in held.items()})
-            start = {"problem": problem, "arrays": arrays, "lanes": rows, "steps": steps}
-            start |= {"device": "cuda" if results.on_gpu() else "cpu", "tf32": results.products() == "TF32"}
-            self.process = subprocess.Popen(
-                [python, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-            )
-            self.versions = self.ask(json.dumps(start))
-
-    def ask(self, line: str) -> dict:
-        assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdin.write(f"{line}\n")
-        self.process.stdin.flush()
-        return json.loads(self.process.stdout.readline())
-
-    def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
+    held: dict[str, Any] = {"x": batch["x"], "target": batch["target"]}
+    for path, leaf in flax.traverse_util.flatten_dict(params["params"], sep="/").items():
+        held[layer_path(path)] = leaf
+    rows = []
+    for number, lane in enumerate(some):
+        _, lora = first_adapters(params, lane)
+        places = {}
+        for path, adapter in lora.items():
+            place = layer_path(path.removeprefix("params/")).removesuffix("/kernel")
+            places[place.replace("_", ".").replace("/", ".")] = f"{number}/{place}"
+            held |= {f"{number}/{place}/a": adapter.a, f"{number}/{place}/b": adapter.b}
+        rows.append({"rank": lane["rank"], "lr": lane["lr"], "alpha": adapter.alpha, "factors": places})
+    problem = dataclasses.asdict(model_of(1, 1).sizes) | {"scanned": False}
+    held = {name: np.asarray(x) for name, x in held.items()}
+    return Process(python, "torch_sweep.py", held, {"problem": problem, "lanes": rows, "steps": steps}, 1)
 
 
 def layer_path(path: str) -> str:
@@ -225,7 +200,7 @@ def ends(rounds: int, tokens: int, torch_python: str | None = None, steps: int =
     for rates in ((1e-3,), (3e-4, 1e-3, 3e-3)):
         some = lx.grid(rank=RANKS, lr=rates)
         runs = {"sweep": swept, "separate runs": separately}
-        loop = TorchLoop(torch_python, params, some, batch, steps) if torch_python else None
+        loop = torch_loop(torch_python, params, some, batch, steps) if torch_python else None
         ratios: dict[str, list] = {"separate runs": []} | ({"PEFT on torch, a loop": []} if loop else {})
         for i in range(rounds):
             took, losses = {}, {}
@@ -237,9 +212,8 @@ def ends(rounds: int, tokens: int, torch_python: str | None = None, steps: int =
                 losses["PEFT on torch, a loop"] = answer["losses"]
                 took["PEFT on torch, a loop"] = np.array(answer["seconds"])
             for name, found in ratios.items():
-                room = (
-                    100 if "PEFT" in name else 10
-                )  # at the highest rate 20 steps enlarge what rounding does
+                # At the highest rate, 20 steps enlarge what another library rounds otherwise.
+                room = 100 if "PEFT" in name else 10
                 tolerance = room * results.TOLERANCES[results.products()]
                 np.testing.assert_allclose(losses["sweep"], losses[name], rtol=tolerance)
                 found.append(took[name] / took["sweep"])
@@ -275,11 +249,7 @@ def memory() -> tuple[Title, Rows]:
 
 def tpu() -> tuple[Title, Rows]:
     """Bytes accessed by a step, as the TPU's compiler counts them, of eight ranks together and one by one."""
-    from jax.experimental import topologies
-    from jax.sharding import SingleDeviceSharding
-
-    device = topologies.get_topology_desc("v5e:2x2", platform="tpu").devices[0]
-    where = SingleDeviceSharding(device)
+    where = jax.sharding.SingleDeviceSharding(tpu_chips.one_chip())
 
     def placed(tree):
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype, sharding=where), tree)

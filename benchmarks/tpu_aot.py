@@ -20,11 +20,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-# libtpu does not need these to compile, but without them it would look for the machine that they describe.
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
-os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no chip is used, so others may compile too
 if __name__ == "__main__":
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -33,6 +28,7 @@ import jax.numpy as jnp
 import optax
 from jax.experimental import topologies
 from jax.sharding import PartitionSpec as P
+from libraries import tpu
 
 import lorax_fn as lx
 
@@ -70,12 +66,18 @@ RULES = {
     "embed/embedding": P(None, ("fsdp", "tensor")),
     "lm_head/kernel": P("fsdp", "tensor"),
     "layers/[od]*/kernel": P(None, "tensor", "fsdp"),  # o and down
+    "layers/*/kernel": P(None, "fsdp", "tensor"),
+}
+RULES_OF_EXPERTS = {
     "layers/experts/down/kernel": P(None, "tensor", None, "fsdp"),
     "layers/experts/*/kernel": P(None, "tensor", "fsdp", None),
     "layers/router/kernel": P(),
-    "layers/*/kernel": P(None, "fsdp", "tensor"),
 }
 STREAM = P("fsdp", "tensor")  # [B, T, width] between layers
+
+
+def rules_of(c: Llama) -> dict:
+    return {**RULES_OF_EXPERTS, **RULES} if c.experts else RULES
 
 
 def weights(c: Llama) -> dict:
@@ -205,7 +207,7 @@ class Case:
 
 def lowered(case: Case, c: Llama) -> Any:
     """The step of a case, for a model of these sizes, lowered for its topology."""
-    chips = topologies.get_topology_desc(case.topology, platform="tpu")
+    chips = tpu.topology(case.topology)
     if math.prod(case.mesh) == 1:
         mesh = jax.sharding.Mesh([chips.devices[:1]], ("fsdp", "tensor"))
     else:
@@ -214,7 +216,7 @@ def lowered(case: Case, c: Llama) -> Any:
     batch = jax.ShapeDtypeStruct((case.batch, case.tokens), jnp.int32)
     loss = functools.partial(mean_loss, c)
     if case.way == "full":
-        return lowered_full(loss, tx, mesh, params, batch)
+        return lowered_full(loss, tx, mesh, params, batch, rules_of(c))
 
     with jax.set_mesh(mesh):
         layout = lx.usage(loss, params, batch)
@@ -227,16 +229,16 @@ def lowered(case: Case, c: Llama) -> Any:
         return loss(lx.merge(params, lora), batch) if case.way == "merge" else apply(params, lora, batch)
 
     state = jax.eval_shape(lambda x: lx.TrainState.create(lora=x, tx=tx, key=jax.random.key(0)), lora)
-    rules = RULES if mesh.size > 1 else {}
+    rules = rules_of(c) if mesh.size > 1 else {}
     return lx.mesh_train_step(loss_fn, tx, mesh=mesh, rules=rules).lower(state, params, batch)
 
 
-def lowered_full(loss: Callable, tx: Any, mesh: Any, params: dict, batch: Any) -> Any:
+def lowered_full(loss: Callable, tx: Any, mesh: Any, params: dict, batch: Any, rules: dict) -> Any:
     """Every parameter trains: bfloat16, with float32 moments; each update is computed in float32."""
 
     def spec(path, _):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        return next((s for pattern, s in RULES.items() if fnmatch.fnmatch(name, pattern)), P())
+        return next((s for pattern, s in rules.items() if fnmatch.fnmatch(name, pattern)), P())
 
     def wide(tree):
         return jax.tree.map(lambda x: x.astype(jnp.float32), tree)

@@ -22,28 +22,25 @@ NAMES = {
 }
 
 
-class Worker:
-    """The process, which holds all torch models of a run."""
+class Process:
+    """A script of this folder, run by another interpreter; JSON lines go in and out.
 
-    def __init__(self, python: str, problem: Problem, ways: list[str]):
-        held = {**weights(problem), **inputs(problem)}
-        for path, (a, b) in factors(problem).items():
-            held |= {f"{path}/a": a, f"{path}/b": b}
-        script = Path(__file__).with_name("torch_worker.py")
+    It is told its arrays, what ``start`` says, and to compute where and how JAX does. ``said`` are its first
+    lines, as many as ``answers``.
+    """
+
+    def __init__(self, python: str, script: str, held: dict, start: dict, answers: int):
+        path = Path(__file__).with_name(script)
         env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
         self.process = subprocess.Popen(
-            [python, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env
+            [python, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env
         )
         with tempfile.TemporaryDirectory() as folder:
             arrays = f"{folder}/arrays.npz"
-            floats = {n: x if x.dtype.kind == "i" else x.astype(np.float32) for n, x in held.items()}
-            np.savez(arrays, **floats)  # bfloat16 is not a dtype of NumPy files: torch converts it back
-            sizes = {**dataclasses.asdict(problem), "linear": problem.linear}
-            sizes |= {"folder": str(minilm_folder())} if problem.model == "minilm" else {}
-            start = {"problem": sizes, "arrays": arrays, "ways": ways}
-            start |= {"device": "cuda" if results.on_gpu() else "cpu", "tf32": results.products() == "TF32"}
-            self.write(json.dumps(start))
-            self.answers = {name: self.read() for name in ways}
+            np.savez(arrays, **held)
+            start = {**start, "arrays": arrays, "tf32": results.products() == "TF32"}
+            self.write(json.dumps({**start, "device": "cuda" if results.on_gpu() else "cpu"}))
+            self.said = [self.read() for _ in range(answers)]
 
     def write(self, line: str) -> None:
         assert self.process.stdin is not None
@@ -65,6 +62,21 @@ class Worker:
         assert self.process.stdin is not None
         self.process.stdin.close()
         self.process.wait()
+
+
+class Worker(Process):
+    """The process, which holds all torch models of a run."""
+
+    def __init__(self, python: str, problem: Problem, ways: list[str]):
+        held = {**weights(problem), **inputs(problem)}
+        for path, (a, b) in factors(problem).items():
+            held |= {f"{path}/a": a, f"{path}/b": b}
+        # bfloat16 is not a dtype of NumPy files: torch converts it back.
+        held = {n: x if x.dtype.kind == "i" else x.astype(np.float32) for n, x in held.items()}
+        sizes = {**dataclasses.asdict(problem), "linear": problem.linear}
+        sizes |= {"folder": str(minilm_folder())} if problem.model == "minilm" else {}
+        super().__init__(python, "torch_worker.py", held, {"problem": sizes, "ways": ways}, len(ways))
+        self.answers = dict(zip(ways, self.said, strict=True))
 
 
 class TorchPeer:

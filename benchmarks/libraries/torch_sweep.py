@@ -12,20 +12,16 @@ import numpy as np
 import peft
 import torch
 import torch.nn.functional as F
-from torch_worker import Transformer, Way
-
-LINEAR = ("q", "k", "v", "o", "up", "down")
+from torch_worker import TARGETS, Transformer, factors_of, fill_transformer, set_factors
 
 
 def trained(base, held, lane, steps, device):
     """The plain model again, and the last loss of an adapter that was trained on it."""
-    config = peft.LoraConfig(r=lane["rank"], lora_alpha=lane["alpha"], target_modules=list(LINEAR))
+    config = peft.LoraConfig(r=lane["rank"], lora_alpha=lane["alpha"], target_modules=TARGETS["transformer"])
     model = peft.get_peft_model(base, config).to(device)
     with torch.no_grad():
         for path, place in lane["factors"].items():
-            module = base.get_submodule(path)
-            module.lora_A["default"].weight.copy_(torch.from_numpy(held[f"{place}/a"].T.copy()))
-            module.lora_B["default"].weight.copy_(torch.from_numpy(held[f"{place}/b"].T.copy()))
+            set_factors(base.get_submodule(path), *factors_of(held, place))
     tx = torch.optim.AdamW([x for x in model.parameters() if x.requires_grad], lane["lr"], weight_decay=1e-4)
     x, target = (torch.from_numpy(held[name]).to(device) for name in ("x", "target"))
     for _ in range(steps):
@@ -42,10 +38,7 @@ def main():
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = start["tf32"]
     base = Transformer(start["problem"]).eval()
     with torch.no_grad():
-        for i, layer in enumerate(base.layers):
-            for name in (*LINEAR, "norm_1", "norm_2"):
-                Way.fill(getattr(layer, name), held, f"layers_{i}/{name}")
-        Way.fill(base.norm, held, "norm")
+        fill_transformer(base, held)
     print(json.dumps({"torch": torch.__version__, "peft": peft.__version__}), flush=True)
     for _ in sys.stdin:
         clock, processor, losses = time.perf_counter(), time.process_time(), []

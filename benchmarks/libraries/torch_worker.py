@@ -124,6 +124,32 @@ def linear_of(net, i, name):
     return {"o": layer.attention.output, "up": layer.intermediate, "down": layer.output}[name].dense
 
 
+def fill(module, held, path):
+    if isinstance(module, nn.Linear):
+        module.weight.copy_(torch.from_numpy(held[f"{path}/kernel"].T.copy()))
+    else:
+        module.weight.copy_(torch.from_numpy(held[f"{path}/scale"]))
+    if f"{path}/bias" in held:
+        module.bias.copy_(torch.from_numpy(held[f"{path}/bias"]))
+
+
+def fill_transformer(net, held):
+    for i, layer in enumerate(net.layers):
+        for name in (*TARGETS["transformer"], "norm_1", "norm_2"):
+            fill(getattr(layer, name), held, f"layers_{i}/{name}")
+    fill(net.norm, held, "norm")
+
+
+def factors_of(held, place):
+    """A ``[r, n]`` and B ``[m, r]``, as torch has them."""
+    return [torch.from_numpy(held[f"{place}/{name}"].T.copy()) for name in "ab"]
+
+
+def set_factors(layer, a, b):
+    layer.lora_A["default"].weight.copy_(a)
+    layer.lora_B["default"].weight.copy_(b)
+
+
 class Way:
     """One model with its optimizer; ``lora``, ``dora``, ``full`` or ``merged``, and perhaps compiled."""
 
@@ -139,27 +165,23 @@ class Way:
             )
         with torch.no_grad():
             if isinstance(net, Transformer):
-                for i, layer in enumerate(net.layers):
-                    for name in (*linear, "norm_1", "norm_2"):
-                        self.fill(getattr(layer, name), held, f"layers_{i}/{name}")
-                self.fill(net.norm, held, "norm")
+                fill_transformer(net, held)
             if isinstance(net, SmolLM2):
                 net.llama.model.embed_tokens.weight.copy_(torch.from_numpy(held["embed/embedding"]))
-                self.fill(net.llama.model.norm, held, "norm")
+                fill(net.llama.model.norm, held, "norm")
                 for i, layer in enumerate(net.llama.model.layers):
-                    self.fill(layer.input_layernorm, held, f"layers_{i}/norm_1")
-                    self.fill(layer.post_attention_layernorm, held, f"layers_{i}/norm_2")
+                    fill(layer.input_layernorm, held, f"layers_{i}/norm_1")
+                    fill(layer.post_attention_layernorm, held, f"layers_{i}/norm_2")
                     for name in linear:
-                        self.fill(linear_of(net, i, name), held, f"layers_{i}/{name}")
+                        fill(linear_of(net, i, name), held, f"layers_{i}/{name}")
             if adapted:
                 self.model = peft.get_peft_model(net, config)
             for i in range(p["layers"]):
                 for name in linear:
-                    a, b = (torch.from_numpy(held[f"layers_{i}/{name}/{n}"].T.copy()) for n in "ab")
+                    a, b = factors_of(held, f"layers_{i}/{name}")
                     layer = linear_of(net, i, name)
                     if adapted:
-                        layer.lora_A["default"].weight.copy_(a)
-                        layer.lora_B["default"].weight.copy_(b)
+                        set_factors(layer, a, b)
                     else:
                         layer.weight += p["alpha"] / p["rank"] * b @ a
         if kind == "merged":
@@ -181,15 +203,6 @@ class Way:
         modes = {"compiled": "default", "graphs": "reduce-overhead"}
         mode = modes.get(way.split()[-1])
         self.run = torch.compile(self.model, mode=mode) if mode else self.model
-
-    @staticmethod
-    def fill(module, held, path):
-        if isinstance(module, nn.Linear):
-            module.weight.copy_(torch.from_numpy(held[f"{path}/kernel"].T.copy()))
-        else:
-            module.weight.copy_(torch.from_numpy(held[f"{path}/scale"]))
-        if f"{path}/bias" in held:
-            module.bias.copy_(torch.from_numpy(held[f"{path}/bias"]))
 
     def reset(self):
         with torch.no_grad():

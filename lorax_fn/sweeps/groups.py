@@ -215,9 +215,14 @@ def padded(x: Any, width: int, lanes: int = 0) -> Any:
             return None
         edges = [(0, 0)] * leaf.ndim
         edges[axis] = (0, width - leaf.shape[axis])
-        return (np if isinstance(leaf, np.ndarray) else jnp).pad(leaf, edges)
+        return numpy_of(leaf).pad(leaf, edges)
 
     return dataclasses.replace(x, a=pad(x.a, -1), b=pad(x.b, s))
+
+
+def numpy_of(x: Any) -> Any:
+    """NumPy for its own arrays, which stay on the host; JAX's for all others."""
+    return np if isinstance(x, np.ndarray) else jnp
 
 
 def numbered(x: Any) -> Any:
@@ -228,7 +233,7 @@ def numbered(x: Any) -> Any:
 def lacking(x: Any) -> Any:
     """The placeholder for a weight that a lane does not adapt: zero factors of rank 1, with scale zero."""
     s = len(x.layout.stack)
-    zeros = (np if isinstance(x.a, np.ndarray) else jnp).zeros
+    zeros = numpy_of(x.a).zeros
     a = zeros((*x.a.shape[:-1], 1), x.a.dtype)
     b = zeros((*x.b.shape[:s], 1, *x.b.shape[s + 1 :]), x.b.dtype)
     return dataclasses.replace(x, a=a, b=b, alpha=0.0, rank=1, scaling="lora")
