@@ -27,6 +27,14 @@ JOINED = {
     "branches": (lambda q, k, x: x @ lax.cond(x[0, 0] > 0, lambda: q, lambda: k * 2), True),
     "taken, out of bounds": (lambda q, k, x: x @ filled(q, 1, 0.5), True),
     "looked up, out of bounds": (lambda q, k, x: x[:, :3] @ filled(q, 0, 0.5), False),
+    "copies taken, out of bounds": (
+        lambda q, k, x: jnp.einsum("bi,bio->bo", x, filled(jnp.broadcast_to(q, (6, 8, 6)), 0, 0)),
+        True,
+    ),
+    "copies taken, filled": (
+        lambda q, k, x: jnp.einsum("bi,bio->bo", x, filled(jnp.broadcast_to(q, (6, 8, 6)), 0, 0.5)),
+        False,
+    ),
     "looked up, zeros out of bounds": (lambda q, k, x: x[:, :3] @ filled(q, 0, 0), True),
 }
 

@@ -12,6 +12,7 @@ from jax.extend.core import primitives as prims
 from lorax_fn.transform import jaxpr as jx
 from lorax_fn.transform.edits import EDITS
 from lorax_fn.transform.factored import RANK, Factored, Part, is_factored
+from lorax_fn.transform.gathers import GATHERS
 from lorax_fn.transform.low_rank_products import absorbed, align
 from lorax_fn.transform.picks import chosen as one_adapter
 from lorax_fn.transform.rules import MOVES
@@ -212,7 +213,7 @@ def _forms(walk, eqn, args) -> list[Form | None]:
     return found
 
 
-_VIEWS = {*MOVES, *EDITS, prims.concatenate_p.name, "stack", prims.select_n_p.name}
+_VIEWS = {*MOVES, *EDITS, *GATHERS, prims.concatenate_p.name, "stack", prims.select_n_p.name}
 
 
 def _returned(jaxpr: Any, weights: Sequence[bool]) -> list[bool]:

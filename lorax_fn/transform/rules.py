@@ -19,7 +19,7 @@ from jax.extend.core import primitives as prims
 from lorax_fn.transform.factored import Factored, Part, is_factored
 from lorax_fn.transform.low_rank_products import align, scale_absorbed, stack_into_rank
 from lorax_fn.transform.picks import chosen
-from lorax_fn.transform.stored import is_unbuilt, lookup, moved
+from lorax_fn.transform.stored import is_unbuilt, moved
 
 Rule = Callable[[Any, Any, Sequence[Any]], Any]
 
@@ -240,7 +240,7 @@ def _regrouped(part: Part, groups: list, old: Sequence[int], new: Sequence[int])
 # Taking a part of a weight.
 
 
-def _sliced(part: Part, start: Sequence[int], limit: Sequence[int], strides: Sequence[int]) -> Part:
+def sliced(part: Part, start: Sequence[int], limit: Sequence[int], strides: Sequence[int]) -> Part:
     if not part.axes:
         return part
     # A part is sliced along each of its axes as the weight is along that axis; the rank is always kept whole.
@@ -254,7 +254,7 @@ def _slice(walk, eqn, values):
     (w,) = values
     start, limit = eqn.params["start_indices"], eqn.params["limit_indices"]
     strides = eqn.params["strides"] or (1,) * w.ndim
-    return [looked_up(w, w.with_parts(one(eqn, w.base), lambda part: _sliced(part, start, limit, strides)))]
+    return [looked_up(w, w.with_parts(one(eqn, w.base), lambda part: sliced(part, start, limit, strides)))]
 
 
 def looked_up(w: Factored, cut: Factored) -> Factored:
@@ -279,7 +279,7 @@ def _split(walk, eqn, values):
         # have that axis.
         begin = [start if i == axis else 0 for i in range(w.ndim)]
         end = [start + int(size) if i == axis else n for i, n in enumerate(w.shape)]
-        piece = w.with_parts(base, lambda part, b=begin, e=end: _sliced(part, b, e, (1,) * w.ndim))
+        piece = w.with_parts(base, lambda part, b=begin, e=end: sliced(part, b, e, (1,) * w.ndim))
         results.append(looked_up(w, piece))
         start += int(size)
     return results
@@ -294,7 +294,7 @@ def _unstack(walk, eqn, values):
         # Entry i is a slice of size 1 whose axis is then removed; the numbers of later axes decrease by one.
         begin = [i if j == axis else 0 for j in range(w.ndim)]
         end = [i + 1 if j == axis else n for j, n in enumerate(w.shape)]
-        part = _without(_sliced(part, begin, end, (1,) * w.ndim), [axis])
+        part = _without(sliced(part, begin, end, (1,) * w.ndim), [axis])
         return part.renamed(lambda j: j - 1 if j > axis else j)
 
     bases = enumerate(moved(eqn, [w.base]))
@@ -339,62 +339,3 @@ def _reverse(walk, eqn, values):
         return Part(lax.rev(part.array, [i for i, axis in enumerate(part.axes) if axis in turned]), part.axes)
 
     return [w.with_parts(one(eqn, w.base), flip)]
-
-
-@MOVES.of(prims.gather_p)
-def _gather(walk, eqn, values):
-    """Gathers rows of a stack axis, of ``A`` (an embedding lookup) or of ``B``; the other stays whole."""
-    w, indices = values
-    if not is_factored(w) or is_factored(indices):
-        return NotImplemented
-    dims, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
-    # Out of bounds, the base is the result: the change adds 0, and a column of the indexed axes is 1.
-    column, fills = w.parts.get("column"), eqn.params["mode"] == lax.GatherScatterMode.FILL_OR_DROP
-    outside = column is not None and not set(dims.start_index_map) <= set(column.axes)
-    if outside and fills and eqn.params["fill_value"] not in (None, 0):
-        return NotImplemented
-    index_axes = indices.ndim - 1  # the last axis of indices is the index vector
-    out_ndim = index_axes + len(dims.offset_dims)
-    # The result has all axes of the indices but the last, and the operand's window at offset_dims.
-    kept = [i for i in range(w.ndim) if i not in (*dims.collapsed_slice_dims, *dims.operand_batching_dims)]
-    # int, because vmap writes numpy integers into equations, which compare elementwise with tuples.
-    place = dict(zip(kept, map(int, sorted(dims.offset_dims)), strict=True))  # base axis -> result axis
-    index_place = [i for i in range(out_ndim) if i not in dims.offset_dims]  # axis of indices -> result axis
-
-    def gathered(part: Part) -> Part:
-        # Each part has its own gather, which reads those columns of the index vector that index one of the
-        # part's axes.
-        where = {axis: i for i, axis in enumerate(part.axes) if axis >= 0}
-        columns = [c for c, axis in enumerate(dims.start_index_map) if axis in where]
-        batching = [c for c, axis in enumerate(dims.operand_batching_dims) if axis in where]
-        batching.sort(key=lambda c: where[dims.operand_batching_dims[c]])  # a part has its own order of axes
-        if not columns and not batching:
-            cut = _sliced(part, (0,) * w.ndim, sizes, (1,) * w.ndim)
-            return cut.renamed(place.__getitem__)
-        inner = [axis for axis in part.axes if axis in place or axis < 0]  # the window that each index takes
-        offset = tuple(range(index_axes, index_axes + len(inner)))
-        numbers = lax.GatherDimensionNumbers(
-            offset_dims=offset,
-            collapsed_slice_dims=tuple(sorted(where[i] for i in dims.collapsed_slice_dims if i in where)),
-            start_index_map=tuple(where[dims.start_index_map[c]] for c in columns),
-            operand_batching_dims=tuple(where[dims.operand_batching_dims[c]] for c in batching),
-            start_indices_batching_dims=tuple(dims.start_indices_batching_dims[c] for c in batching),
-        )
-        window = [n if axis < 0 else sizes[axis] for axis, n in zip(part.axes, part.array.shape, strict=True)]
-        rows = lax.gather(
-            part.array,
-            indices[..., jnp.asarray(columns, jnp.int32)] if len(columns) < indices.shape[-1] else indices,
-            numbers,
-            window,
-            mode=eqn.params["mode"],
-            fill_value=int(part is column) if fills else None,
-        )
-        axes = (*index_place, *(axis if axis < 0 else place[axis] for axis in inner))
-        return Part(rows, axes)
-
-    cut = [axis for axis in dims.start_index_map if sizes[axis] < w.shape[axis]]
-    # Rows of a stack (expert i's weight) are still weights, however many are taken; rows of inputs or outputs
-    # are an activation.
-    stacked = all(w.has("a", axis) and w.has("b", axis) for axis in cut)
-    base = one(eqn, w.base, indices) if stacked else lookup(eqn, [w.base, indices])[0]
-    return [w.with_parts(base, gathered, lookup=w.lookup or not stacked)]

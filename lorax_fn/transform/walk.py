@@ -18,13 +18,14 @@ from lorax_fn.transform.choices import select
 from lorax_fn.transform.control import CONTROL, signature
 from lorax_fn.transform.edits import EDITS
 from lorax_fn.transform.factored import Factored, Part, Sum, folded, is_factored
+from lorax_fn.transform.gathers import GATHERS
 from lorax_fn.transform.low_rank_products import build
 from lorax_fn.transform.picks import chosen
 from lorax_fn.transform.products import PRODUCTS
 from lorax_fn.transform.rules import MOVES
 
 # Every primitive that has a rule; no name is in two of the tables.
-RULES = {**MOVES, **EDITS, **PRODUCTS}
+RULES = {**MOVES, **EDITS, **GATHERS, **PRODUCTS}
 # Rules that leave the factors of many adapters side by side; for every other rule, one is picked first.
 KEEP_MANY = {*MOVES, "dot_general"} - {"mul", "div"}
 
