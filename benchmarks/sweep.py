@@ -295,8 +295,9 @@ def tpu() -> tuple[Title, Rows]:
 def record(path: pathlib.Path, name: str, title: Title, rows: Rows) -> None:
     """Puts a table into a JSON file, with what made it."""
     held = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    asked = re.sub(r"--torch-python \S+", "--torch-python .venv-peft/bin/python", " ".join(sys.argv[1:]))
     held[name] = {
-        "command": "python benchmarks/sweep.py " + " ".join(sys.argv[1:]),
+        "command": f"python benchmarks/sweep.py {asked}",
         **results.facts(),
         "title": title,
         "rows": rows,

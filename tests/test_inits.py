@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import lorax_fn as lx
+from lorax_fn.inits.plain import drawn
 from lorax_fn.inits.table import find_init
 
 STACKED = lx.Layout((1,), (0,), (3, 2))  # stack in the middle, two output axes turned round
@@ -187,3 +188,33 @@ def test_to_plain_leaves_the_rest_alone_and_refuses_other_params():
     np.testing.assert_allclose(
         lx.delta(traced)["q/kernel"], lx.delta({"q/kernel": plain["q/kernel"]})["q/kernel"], atol=1e-5
     )
+
+
+@pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
+@pytest.mark.parametrize("shape", [(3, 5), (2, 7, 4), (300, 250)])
+def test_numbers_are_those_of_jax_random(shape, impl):
+    """Bit for bit, eager and jitted: a shape is the start of a longer row, for a key that allows it."""
+    key = jax.random.key(3, impl=impl)
+    want = jax.random.normal(key, shape, jnp.float32)
+    for got in (
+        drawn(jax.random.normal, key, shape),
+        jax.jit(lambda k: drawn(jax.random.normal, k, shape))(key),
+    ):
+        assert got.dtype == jnp.float32
+        np.testing.assert_array_equal(got, want)
+
+
+def test_new_ranks_compile_nothing():
+    """A sweep over ranks splits once per rank."""
+    w, names = normal(0, 12, 9), []
+
+    def listen(event, *args, **facts):
+        if event == "/jax/core/compile/backend_compile_duration":
+            names.append(facts.get("fun_name"))
+
+    split(w, "kaiming", rank=2)
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    for rank in (3, 5, 7):
+        split(w, "kaiming", rank=rank)
+    jax.monitoring.unregister_event_duration_listener(listen)
+    assert names == []

@@ -6,6 +6,9 @@ then have the largest rank, and the method zeroes the padding.
 
 import dataclasses
 import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +16,10 @@ import numpy as np
 
 from lorax_fn.core.layouts import Layout
 from lorax_fn.core.matrices import EXACT, used_ranks
+from lorax_fn.core.trees import is_tracer
 from lorax_fn.inits.base import Init
+
+ROW = 2**16  # drawing this many numbers takes half a millisecond, compiling a program for a shape 150
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -37,8 +43,8 @@ class Kaiming(Init):
         del scale
         shape_a, shape_b = factor_shapes(w.shape, layout, rank)
         bound = 1.0 / math.sqrt(math.prod(layout.shapes(w.shape)[1]))
-        a = jax.random.uniform(key, shape_a, jnp.float32, -bound, bound)
-        return a.astype(dtype), jnp.zeros(shape_b, dtype), w
+        a = drawn(partial(jax.random.uniform, minval=-bound, maxval=bound), key, shape_a)
+        return a.astype(dtype), zeros(shape_b, dtype, a), w
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -59,9 +65,9 @@ class Gaussian(Init):
     def __call__(self, key, w, layout: Layout, rank, scale, dtype):
         del scale
         shape_a, shape_b = factor_shapes(w.shape, layout, rank)
-        a = jax.random.normal(key, shape_a, jnp.float32)
+        a = drawn(jax.random.normal, key, shape_a)
         a = a / _rank_of_each_entry(rank, layout, w.shape, len(shape_a))
-        return a.astype(dtype), jnp.zeros(shape_b, dtype), w
+        return a.astype(dtype), zeros(shape_b, dtype, a), w
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -84,8 +90,8 @@ class ZeroA(Init):
         del scale
         shape_a, shape_b = factor_shapes(w.shape, layout, rank)
         bound = 1.0 / np.sqrt(_rank_of_each_entry(rank, layout, w.shape, len(shape_b)))
-        b = jax.random.uniform(key, shape_b, jnp.float32, -1.0, 1.0) * bound
-        return jnp.zeros(shape_a, dtype), b.astype(dtype), w
+        b = drawn(partial(jax.random.uniform, minval=-1.0, maxval=1.0), key, shape_b) * bound
+        return zeros(shape_a, dtype, b), b.astype(dtype), w
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -147,3 +153,33 @@ def _rank_of_each_entry(rank, layout: Layout, shape, ndim: int) -> np.ndarray:
         return np.full((1,) * ndim, rank, np.float32)
     stack = layout.shapes(shape)[0]
     return np.maximum(np.asarray(rank, np.float32), 1.0).reshape(stack + (1,) * (ndim - len(stack)))
+
+
+def drawn(draw: Callable[..., jax.Array], key: Any, shape: Sequence[int]) -> jax.Array:
+    """``draw(key, shape, float32)``, without compiling a program for each shape.
+
+    Threefry computes a number from the key and its position alone. So the numbers of a shape are the first of
+    a longer row, and shapes of up to `ROW` numbers share the program that draws such a row.
+    """
+    inside = is_tracer(key) or is_tracer(jnp.zeros(()))  # of a program, which compiles its own draw
+    if inside or not _by_position(key):
+        return draw(key, shape, jnp.float32)
+    size = math.prod(shape)
+    row = draw(key, (max(ROW, 1 << (size - 1).bit_length()),), jnp.float32)
+    if all(device.platform == "cpu" for device in row.devices()):
+        return jax.device_put(np.asarray(row)[:size].reshape(shape))
+    return _first(row, tuple(shape))
+
+
+@partial(jax.jit, static_argnums=1)
+def _first(row: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    return row[: math.prod(shape)].reshape(shape)
+
+
+def _by_position(key: Any) -> bool:
+    return jax.config.jax_threefry_partitionable and str(jax.random.key_impl(key)) == "threefry2x32"
+
+
+def zeros(shape: Sequence[int], dtype: Any, other: Any) -> jax.Array:
+    """Zeros beside the factor ``other``: traced if it is, and otherwise without a program for each shape."""
+    return jnp.zeros(shape, dtype) if is_tracer(other) else jax.device_put(np.zeros(shape, dtype))
