@@ -31,10 +31,7 @@ def test_rows_of_every_rule_equal_each_adapter_alone(case):
         def one(i, x):
             return apply(params, bank[i], x)
 
-        if case.name.startswith("ragged"):  # JAX maps no ragged_dot over rows
-            rows = lax.map(lambda row: one(*row), (jnp.array(ids), xs))
-        else:
-            rows = jax.vmap(one)(jnp.array(ids), xs)
+        rows = jax.vmap(one)(jnp.array(ids), xs)
         alone = [
             case.fn(lx.merge(params, loras[i] if i >= 0 else {}), x) for i, x in zip(ids, xs, strict=True)
         ]

@@ -4,10 +4,12 @@ Since JAX 0.12 a closed jaxpr is a plain ``Jaxpr`` that carries its constants.
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.extend import source_info_util
 from jax.extend.core import DropVar, Literal
@@ -39,10 +41,8 @@ def is_dropped(var: Any) -> bool:
 
 def bind(eqn: Any, values: Sequence[Any]) -> list[Any]:
     """Runs one equation as it is and returns its results, always as a list."""
-    # A weight that was built under vmap may have its batch axis last, which JAX's batching of ragged products
-    # does not take.
     if eqn.primitive.name == "ragged_dot_general":
-        values = [vmapped_first(value) for value in values]
+        return [ragged_dot(values, **eqn.params)]
     results = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))
     return list(results) if eqn.primitive.multiple_results else [results]
 
@@ -52,12 +52,27 @@ def bind_with(eqn: Any, values: Sequence[Any], **changed: Any) -> list[Any]:
     return [eqn.primitive.bind(*values, **{**eqn.params, **changed})]
 
 
-def vmapped_first(x: Any) -> Any:
-    """``x`` itself, but inside a `jax.vmap` its batch axis comes first.
+# What `jax.lax.ragged_dot` asks of the general form: rows [rows, n], factors [groups, n, m].
+GROUPED = lax.RaggedDotDimensionNumbers((((1,), (1,)), ((), ())), (0,), (0,))
 
-    JAX batches ragged products along axis 0 only; a weight that was built may have its batch axis elsewhere.
+
+def ragged_dot(operands: Sequence[Any], ragged_dot_dimension_numbers: Any = GROUPED, **options: Any) -> Any:
+    """`jax.lax.ragged_dot_general` of which a `jax.vmap` may map any operand.
+
+    JAX batches it only if all operands are mapped, along their first axes.
     """
-    return lax.reshape(lax.reshape(x, (x.size,)), x.shape) if x.ndim > 1 else x
+    together = [mapped_with(x, operands) for x in operands]
+    result = lax.ragged_dot_general(*together, ragged_dot_dimension_numbers, **options)
+    return mapped_with(result, operands)  # and so is its cotangent
+
+
+def mapped_with(x: Any, others: Sequence[Any]) -> Any:
+    """``x`` itself, but mapped inside a `jax.vmap` that maps one of ``others``.
+
+    ``never`` is False and depends on them, so choosing by it changes nothing, and a compiler removes it.
+    """
+    never = functools.reduce(jnp.logical_or, [jnp.any(other != other) for other in others]) & False
+    return jnp.where(never, jnp.zeros((), x.dtype), x)
 
 
 @contextlib.contextmanager

@@ -210,7 +210,10 @@ def _ragged_dot(walk, eqn, values):
     fits &= expert in (*fa.axes, *fb.axes)  # only a grouped product zeroes rows beyond the last group
     if not fits or (column is not None and set(column.axes) != {expert, out_axis}):
         return NotImplemented
+    # JAX refuses a ragged product of which a vmap maps nothing, too.
+    x = jx.mapped_with(x, [fa.array, fb.array])
     base = product(eqn, [x, w.base, sizes])[0]
+    x = jx.mapped_with(x, [base])
     x = inputs_of_tap(x) if w.tap else x
     rows = x if x_sum == 1 else lax.transpose(x, (1, 0))
     # Rows are grouped by expert, so a factor per expert takes a grouped product; a factor that all experts
@@ -222,9 +225,9 @@ def _ragged_dot(walk, eqn, values):
     wanted = {"precision": precision, "preferred_element_type": base.dtype}
     total = base + _grouped(h, up, [expert, RANK, out_axis], sizes, **wanted)
     if column is not None:  # each row times the column of its expert
-        ones = jnp.ones((rows.shape[0], 1), total.dtype)
+        ones = jx.mapped_with(jnp.ones((rows.shape[0], 1), total.dtype), [total])
         by = align(column.array.astype(total.dtype), column.axes, [expert, RANK, out_axis])
-        total = total * lax.ragged_dot(ones, by, sizes, precision=EXACT)
+        total = total * jx.ragged_dot((ones, by, sizes), precision=EXACT)
     return [total]
 
 
@@ -234,7 +237,7 @@ def _grouped(rows: Any, part: Part, axes: list[int], sizes: Any, **options: Any)
     # along experts.
     whole = align(part.array, part.axes, axes)
     if axes[0] in part.axes:
-        return lax.ragged_dot(jx.vmapped_first(rows), jx.vmapped_first(whole), sizes, **options)
+        return jx.ragged_dot((rows, whole, sizes), **options)
     return lax.dot_general(rows, whole[0], (((1,), (0,)), ((), ())), **options)
 
 
