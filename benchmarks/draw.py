@@ -27,7 +27,7 @@ PEERS = {
     "d": ["peers_d"],
     "e": ["peers_e"],
 }
-GPU = {"gpu_a": ["gpu_peers_a_tf32"]}
+GPU = {"gpu_a": ["gpu_peers_a_tf32"], "gpu_a_bfloat16": ["gpu_peers_a_more_bfloat16_batch64"]}
 TITLES = {
     "a": "4 layers, 8 x 128 tokens: one AdamW step",
     "b": "12 layers, scanned and checkpointed: one AdamW step",
@@ -180,12 +180,14 @@ TABLES = {
        ("peers_a_libraries", "peers_b", "peers_c", "peers_d", "peers_e", "startup", "scaling", "qlora")},
     **{f"peers_{name}": lambda name=name: peers_table(name) for name in GPU},
     "gpu_run": lambda: machine_line(results.load("gpu_peers_a_tf32")),
+    "gpu_bfloat16_run": lambda: machine_line(results.load("gpu_peers_a_more_bfloat16_batch64")),
     "startup": lambda: figures_table("startup"),
     "scaling": scaling_table,
     "qlora": qlora_table,
     "guards": guards_table,
     "tricks": tricks_table,
     "tpu_a": lambda: tpu_table("a, bfloat16"),
+    "tpu_b": lambda: tpu_table("b, bfloat16"),
 }  # fmt: skip
 
 

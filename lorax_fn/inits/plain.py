@@ -177,7 +177,8 @@ def _first(row: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 def _by_position(key: Any) -> bool:
-    return jax.config.jax_threefry_partitionable and str(jax.random.key_impl(key)) == "threefry2x32"
+    by_position = getattr(jax.config, "jax_threefry_partitionable", True)
+    return by_position and str(jax.random.key_impl(key)) == "threefry2x32"
 
 
 def zeros(shape: Sequence[int], dtype: Any, other: Any) -> jax.Array:

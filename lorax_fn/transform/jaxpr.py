@@ -41,7 +41,7 @@ def is_dropped(var: Any) -> bool:
 
 def bind(eqn: Any, values: Sequence[Any]) -> list[Any]:
     """Runs one equation as it is and returns its results, always as a list."""
-    if eqn.primitive.name == "ragged_dot_general":
+    if eqn.primitive.name == "ragged_dot_general" and len(values) == 3:  # a fourth would be an offset
         return [ragged_dot(values, **eqn.params)]
     results = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))
     return list(results) if eqn.primitive.multiple_results else [results]
@@ -61,8 +61,8 @@ def ragged_dot(operands: Sequence[Any], ragged_dot_dimension_numbers: Any = GROU
 
     JAX batches it only if all operands are mapped, along their first axes.
     """
-    together = [mapped_with(x, operands) for x in operands]
-    result = lax.ragged_dot_general(*together, ragged_dot_dimension_numbers, **options)
+    rows, factors, sizes = (mapped_with(x, operands) for x in operands)
+    result = lax.ragged_dot_general(rows, factors, sizes, ragged_dot_dimension_numbers, **options)
     return mapped_with(result, operands)  # and so is its cotangent
 
 
