@@ -62,7 +62,9 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    "name", ["lora", "dora", *(pytest.param(name, marks=pytest.mark.slow) for name in ("others", "cores"))]
+)
 def test_rows_of_a_model_equal_single_runs_and_so_do_gradients(name):
     loras = [drawn(seed=i, **options) for i, options in enumerate(METHODS[name])]
     bank = lx.bank(loras)

@@ -143,6 +143,7 @@ def test_quantizing_on_the_way_is_quantizing_afterwards(tmp_path, format):
             np.testing.assert_allclose(a, b, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_no_more_than_the_tree_and_one_tensor_is_in_memory(tmp_path):
     """32 tensors of 8 MiB into one stacked leaf, and into 4 bits: measured in a process of its own."""
     script = """

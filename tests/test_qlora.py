@@ -156,6 +156,7 @@ def script():
     return qlora_smollm2
 
 
+@pytest.mark.slow
 def test_the_script_fine_tunes_a_quantized_toy_and_counts_its_bytes(script, capsys, monkeypatch):
     model, params = toy_llama.toy(TOY)
     layout = lx.usage(model.apply, params, tokens())

@@ -8,7 +8,7 @@ from random_programs import make
 
 import lorax_fn as lx
 
-TOGETHER = 25  # programs that are compiled as one: most of the time is compilation
+TOGETHER = 10  # programs that are compiled as one: most of the time is compilation
 FIRST, *MORE = range(0, 100, TOGETHER)  # all hundred take more than a minute, so most of them are slow tests
 
 

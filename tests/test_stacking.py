@@ -48,7 +48,12 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+SLOW = ("lora_fa", "loha", "scalings")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in CASES]
+)
 def test_each_lane_equals_its_adapter_alone(name):
     loras = [trained(seed=i, **case) for i, case in enumerate(CASES[name])]
     apply = lx.adapt(model, fallback="error")

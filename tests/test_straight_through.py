@@ -26,7 +26,7 @@ def small(shape=SHAPE, size=0.004):
     return size * a @ jnp.swapaxes(b, 1, 2)
 
 
-@pytest.mark.parametrize("double", [True, False])
+@pytest.mark.parametrize("double", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("format", FORMATS)
 def test_unbiased_rounding_keeps_a_small_change_and_what_does_not_change(format, double):
     q, change = stored(format, double=double), small()
@@ -79,7 +79,14 @@ def apply(params, x):
     return jnp.tanh(x @ params["kernel"] + params["bias"][None])
 
 
-@pytest.mark.parametrize("method", ["lora", "lora_fa", "vera", "loha", "lokr", "lora_xs"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        "lora",
+        "vera",
+        *(pytest.param(m, marks=pytest.mark.slow) for m in ("lora_fa", "loha", "lokr", "lora_xs")),
+    ],
+)
 def test_forward_is_that_of_the_merge_and_the_gradient_goes_straight_through(method, pair):
     params = pair[0]
     _, lora = lx.split(params, rank=3, method=method)

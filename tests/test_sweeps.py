@@ -55,7 +55,12 @@ AXES = {
 }
 
 
-@pytest.mark.parametrize("name", AXES)
+SLOW = ("full", "init", "rank by pattern", "scaling")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in AXES]
+)
 def test_a_lane_equals_the_separate_run(name, compiled):
     lanes, tx = AXES[name]
     assert_lanes_are_runs(lanes, tx)
