@@ -21,7 +21,10 @@ WAYS = {
     "full": {"full": "layer_*", "targets": []},
     "LoRA": {"rank": 8, "alpha": 16.0, "targets": "layer_*"},
 }
-RATES = {"full": (3e-5, 1e-4, 3e-4), "LoRA": (3e-4, 1e-3, 3e-3)}
+RATES = {
+    "full": (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3),
+    "LoRA": (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
+}
 
 
 def order_of(seed: int) -> list[str]:
@@ -116,11 +119,14 @@ def show() -> None:
             z, of_z = study.mean_and_error(-lost)
             told = study.spread(x, of_x), study.spread(y, of_y), study.spread(100 * z, 100 * of_z, 1)
             lines.append([way, f"{rate:.0e}", *told])
-            style = {"color": study.COLORS[i], "marker": "o", "capsize": 2}
-            label = way if rate == RATES[way][0] else None
-            axes[0].errorbar([x], [y], xerr=[of_x], yerr=[of_y], label=label, **style)
-            axes[0].annotate(f" {rate:.0e}", (x, y), fontsize=7)
-            places.append((x, y))
+            if x < frozen:  # rates at which training teaches nothing are in the table alone
+                style = {"color": study.COLORS[i], "marker": "o", "markersize": 4, "capsize": 2}
+                label = None if places else way
+                axes[0].errorbar([x], [y], xerr=[of_x], yerr=[of_y], label=label, **style)
+                beside = {"rotation": (-60, 60)[i], "va": ("top", "bottom")[i], "color": study.COLORS[i]}
+                beside |= {"fontsize": 7, "xytext": (3, (-4, 4)[i]), "textcoords": "offset points"}
+                axes[0].annotate(f"{rate:.0e}", (x, y), **beside)
+                places.append((x, y))
             if way not in best or x < best[way][0]:
                 best[way] = x, rate
         axes[0].plot(*zip(*places, strict=True), color=study.COLORS[i], alpha=0.4)
@@ -128,6 +134,8 @@ def show() -> None:
     axes[0].set(
         xlabel="loss right after training (learning)", ylabel="rise of the loss by the end (forgetting)"
     )
+    axes[0].set_ylim(bottom=-0.03)
+    axes[0].get_gridspec().set_width_ratios([1.5, 1, 1])
     axes[0].legend()
     for way, at in zip(WAYS, axes[1:], strict=True):
         mean = matrix(found[way, best[way][1]], "accuracy").mean(0)
