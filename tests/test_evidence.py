@@ -31,4 +31,5 @@ def test_the_page_shows_each_study():
         (ROOT / "docs" / "pictures" / f"{name}.svg").stat().st_size < 200_000 for name in shown
     )
     assert {path.stem for path in RECORDS} <= {*shown, "table_costs"}
-    assert all(f"examples/ablation/{name}.py" in text for name in shown)
+    commands = {json.loads(path.read_text("utf-8"))["command"] for path in RECORDS}
+    assert set(re.findall(r"^    (python examples/.*?)(?:  +#.*)?$", text, re.MULTILINE)) == commands

@@ -1,12 +1,14 @@
 """Does the best learning rate depend on the rank? Ranks x scalings x learning rates x seeds, one frozen base.
 
     python examples/ablation/rank_and_rate.py            # then --draw: the figure again, from the records
+    python examples/ablation/rank_and_rate.py --model smollm2
 
 Of each scaling and rank, the held-out loss after the last step against the learning rate is fitted by a
 parabola in its logarithm, with a bootstrap over seeds; the slope of the optima against the rank comes with an
 interval too. All scalings have the scale 2 at rank 16, where they are one and the same run.
 """
 
+import next_token
 import numpy as np
 import study
 
@@ -14,34 +16,46 @@ import lorax_fn as lx
 
 NAME = "rank_and_rate"
 RANKS, SHARED, SEEDS = (1, 4, 16, 64), 16, range(3)
-RATES = tuple(float(f"{10**x:.3g}") for x in np.arange(-5, -1.9, 0.5))
 SCALINGS = {
     "alpha / r": lambda r: {"scaling": "lora", "alpha": 2.0 * SHARED},
     "alpha / sqrt(r)": lambda r: {"scaling": "rslora", "alpha": 2.0 * SHARED**0.5},
     "constant": lambda r: {"scaling": "lora", "alpha": 2.0 * r},
 }
+MODELS = ("minilm", "smollm2")
+RATES = {  # half a decade apart
+    model: [float(f"{10**x:.3g}") for x in lowest + np.arange(0, 3.1, 0.5)]
+    for model, lowest in zip(MODELS, (-5, -4), strict=True)
+}
+SWEEPS = {"minilm": study.sweep, "smollm2": next_token.sweep}
+FACTS = {"minilm": lambda: {"batch": study.BATCH}, "smollm2": next_token.facts}
 
 
-def result(rank: int):
+def named(model: str) -> str:
+    """The name of a model's records and figure; that of the first model has no ending."""
+    return NAME if model == MODELS[0] else f"{NAME}_{model}"
+
+
+def result(rank: int, model: str = MODELS[0]):
     """The sweep of one rank."""
     schemes = list(SCALINGS)[:1] if rank == SHARED else SCALINGS
     lanes = [
         {"name": scheme, "rank": rank, **SCALINGS[scheme](rank), "lr": rate, "seed": seed}
         for scheme in schemes
-        for rate in RATES
+        for rate in RATES[model]
         for seed in SEEDS
     ]
-    return study.sweep(f"{NAME}-{rank}", lanes, lanes_per_program=21)
+    return SWEEPS[model](f"{named(model)}-{rank}", lanes, lanes_per_program=21)
 
 
-def run() -> None:
-    rows = [row for rank in RANKS for row in study.rows_of(result(rank), "name", "rank", "alpha")]
-    study.save(NAME, rows, f"python examples/ablation/{NAME}.py", batch=study.BATCH, steps=study.STEPS)
+def run(model: str) -> None:
+    rows = [row for rank in RANKS for row in study.rows_of(result(rank, model), "name", "rank", "alpha")]
+    command = f"python examples/ablation/{NAME}.py" + (f" --model {model}" if model != MODELS[0] else "")
+    study.save(named(model), rows, command, steps=study.STEPS, **FACTS[model]())
 
 
-def optima() -> dict[str, list[tuple[lx.sweeps.Optimum, float]]]:
+def optima(model: str) -> dict[str, list[tuple[lx.sweeps.Optimum, float]]]:
     """Of each scaling, the best learning rate at each rank, and the loss at the best one that was tried."""
-    found = study.grouped(study.load(NAME), "name", "rank")
+    found = study.grouped(study.load(named(model)), "name", "rank")
     shared = found[next(iter(SCALINGS)), SHARED]
     chosen = {scheme: [shared if r == SHARED else found[scheme, r] for r in RANKS] for scheme in SCALINGS}
     return {
@@ -49,10 +63,12 @@ def optima() -> dict[str, list[tuple[lx.sweeps.Optimum, float]]]:
     }
 
 
-def show() -> None:
+def show(model: str) -> None:
+    from matplotlib import ticker
+
     made, (left, right) = study.figure(2)
     rows = []
-    for i, (scheme, pairs) in enumerate(optima().items()):
+    for i, (scheme, pairs) in enumerate(optima(model).items()):
         found, losses = [one for one, _ in pairs], [loss for _, loss in pairs]
         slope, low, high = lx.sweeps.slope(RANKS, found)
         cells = [f"{study.rate(one)}<br>{loss:.4f}" for one, loss in pairs]
@@ -69,10 +85,12 @@ def show() -> None:
         axes.set(xscale="log", xlabel="rank")
         axes.set_xticks(RANKS, list(map(str, RANKS)))
         axes.minorticks_off()
+    left.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    left.yaxis.set_major_formatter(ticker.FuncFormatter(lambda y, _: f"{y:.0e}"))
     left.legend()
-    study.draw(made, NAME)
-    study.publish(NAME, ["scale", *(f"rank {rank}" for rank in RANKS), "slope"], rows)
+    study.draw(made, named(model))
+    study.publish(named(model), ["scale", *(f"rank {rank}" for rank in RANKS), "slope"], rows)
 
 
 if __name__ == "__main__":
-    study.main(run, show, __doc__, result, RANKS)
+    study.main(run, show, __doc__, result, RANKS, MODELS)

@@ -94,7 +94,7 @@ def scores_of(z: jax.Array, batch: Sentences) -> dict[str, jax.Array]:
 def sweep(
     name: str, lanes: Sequence[dict], *, domain: str = DOMAIN, model: Callable = minilm.logits, **given: Any
 ) -> Any:
-    """`lx.sweep` of these lanes on one domain, which goes on from ``out/ablation`` after a kill."""
+    """`run` of these lanes on one domain of sentences."""
     apply = lx.adapt(model, fallback="error")
     _, test = sentences(domain)
     size = given.pop("batch", BATCH)
@@ -105,6 +105,14 @@ def sweep(
     def eval_fn(state, params):
         return scores_of(apply(params, state.lora, test["ids"], test["mask"]), test)
 
+    asked = {"params": frozen(domain), "batches": batches_of(domain, size), "eval_fn": eval_fn, **given}
+    return run(name, loss_fn, lanes, **asked)
+
+
+def run(
+    name: str, loss_fn: Callable, lanes: Sequence[dict], *, params: Any, batches: Callable, **given: Any
+) -> Any:
+    """`lx.sweep` with what all studies share, which goes on from ``out/ablation`` after a kill."""
     OUT.mkdir(parents=True, exist_ok=True)
     lock = open(OUT / f"{name}.lock", "w")  # noqa: SIM115  # held until the sweep ends
     try:
@@ -112,16 +120,12 @@ def sweep(
     except BlockingIOError:
         sys.exit(f"another process runs {name}; the same command goes on when it is done")
     asked = {
-        "params": frozen(domain),
-        "batches": batches_of(domain, size),
         "steps": STEPS,
         "tx": lambda lane: optax.adam(lane["lr"]),
         "key": jax.random.key(0),
         "split": {"targets": "layer_*"},
-        "eval_fn": eval_fn,
         **given,
     }
-    params, batches = asked.pop("params"), asked.pop("batches")
     start = time.perf_counter()
     result = lx.sweep(
         loss_fn,
@@ -286,23 +290,29 @@ def gap(rows: Sequence[dict], base: Sequence[dict], score: str = "loss") -> tupl
     return mean_and_error([a[score] - b[score] for a, b in zip(rows, base, strict=True)])
 
 
-def main(run: Callable, show: Callable, about: str, result: Callable, parts: Sequence) -> None:
+def main(
+    run: Callable, show: Callable, about: str, result: Callable, parts: Sequence, models: Sequence[str] = ()
+) -> None:
     """The command of a study: run, then draw.
 
     ``--draw`` only draws, from the records. ``--only A B`` runs these parts, each ``result(part)``, and
-    leaves them in ``out/ablation``: several processes can so share the work.
+    leaves them in ``out/ablation``: several processes can so share the work. A study of several ``models``
+    has ``--model``, the first one by default, and its functions take ``model=``.
     """
     import argparse
 
     parser = argparse.ArgumentParser(description=about.splitlines()[0])
     parser.add_argument("--draw", action="store_true", help="only draw the figure, from the records")
     parser.add_argument("--only", nargs="+", choices=list(map(str, parts)), help="run these parts, and stop")
+    if models:
+        parser.add_argument("--model", choices=models, default=models[0])
     args = parser.parse_args()
+    given = {"model": args.model} if models else {}
     if args.only:
         for part in parts:
             if str(part) in args.only:
-                result(part)
+                result(part, **given)
         return
     if not args.draw:
-        run()
-    show()
+        run(**given)
+    show(**given)
