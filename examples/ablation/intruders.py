@@ -51,19 +51,12 @@ def run() -> None:
             rates = sorted({row["lr"] for row in records})
             at = min(rates.index(rate) + offset, len(rates) - 1)
             for lane, record in enumerate(result.final()):
-                if record["lr"] == rates[at] and record["seed"] == 0 and all(
+                if record["lr"] == rates[at] and all(
                     record.get(k) == v for k, v in facts.items() if k in ("name", "rank")
-                ):  # fmt: skip
-                    found = count(params, result.lora(lane), known)
-                    rows.append(
-                        {
-                            **facts,
-                            "offset": offset,
-                            "lr": rates[at],
-                            "intruders": found,
-                            "loss": record["loss"],
-                        }
-                    )
+                ):
+                    found = {"lr": rates[at], "seed": record["seed"], "loss": record["loss"]}
+                    found["intruders"] = count(params, result.lora(lane), known)
+                    rows.append({**facts, "offset": offset, **found})
 
     for shared in rank_and_rate.RANKS:
         result = rank_and_rate.result(shared)
@@ -75,28 +68,27 @@ def run() -> None:
 
 
 def show() -> None:
-    rows = study.load(NAME)
+    found = study.grouped(study.load(NAME), "offset", "name", "rank")
+    told = {place: study.mean_and_error([row["intruders"] for row in rows]) for place, rows in found.items()}
+    first = next(iter(rank_and_rate.SCALINGS))  # at the shared rank all scales are one run, under this name
     made, axes = study.figure(2, height=3.0)
     lines = []
     for offset, at in enumerate(axes):
-        some = [row for row in rows if row["offset"] == offset]
-        shared = next(row for row in some if row["rank"] == rank_and_rate.SHARED)
+        where = ("at the best rate", "half a decade above it")[offset]
         for i, scheme in enumerate(rank_and_rate.SCALINGS):
-            own = [row for row in some if row["name"] == scheme and row["rank"] != rank_and_rate.SHARED]
-            own = sorted([*own, shared], key=lambda row: row["rank"])
-            x, y = ([row[name] for row in own] for name in ("rank", "intruders"))
-            at.plot(x, y, marker="o", color=study.COLORS[i], label=scheme)
-            cells = [f"{row['intruders']:.1f}" for row in own]
-            lines.append([scheme, ("best", "half a decade above")[offset], *cells])
-        full = next(row for row in some if row["way"] == "full")
-        lines.append(
-            ["full", ("best", "half a decade above")[offset], f"{full['intruders']:.1f}", "", "", ""]
-        )
-        at.axhline(full["intruders"], color="gray", linestyle="--", label="full")
+            names = [first if rank == rank_and_rate.SHARED else scheme for rank in rank_and_rate.RANKS]
+            own = [told[offset, name, r] for name, r in zip(names, rank_and_rate.RANKS, strict=True)]
+            x = np.asarray(rank_and_rate.RANKS) * 1.05 ** (i - 1)
+            style = {"marker": "o", "color": study.COLORS[i], "capsize": 3, "label": scheme}
+            at.errorbar(x, *zip(*own, strict=True), **style)
+            lines.append([scheme, where, *(study.spread(*one, 2) for one in own)])
+        mean, error = told[offset, None, None]
+        lines.append(["full", where, study.spread(mean, error, 2), "", "", ""])
+        at.axhline(mean, color="gray", linestyle="--", label="full")
         at.set(xscale="log", xlabel="rank", ylabel=f"intruders of {LEADING}")
         at.set_xticks(rank_and_rate.RANKS, list(map(str, rank_and_rate.RANKS)))
         at.minorticks_off()
-        at.set_title(("at the best rate", "half a decade above it")[offset], fontsize=9)
+        at.set_title(where, fontsize=9)
     axes[0].legend()
     study.draw(made, NAME)
     study.publish(NAME, ["scale", "rate", *(f"rank {rank}" for rank in rank_and_rate.RANKS)], lines)
