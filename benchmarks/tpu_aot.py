@@ -294,7 +294,7 @@ V5E_128 = {"model": "70B", "topology": "v5e:8x16", "mesh": (128, 1), "batch": 12
 ONE = {"mesh": (1, 1), "batch": 1}
 RANKS = [Case("lora", rank=rank) for rank in (1, 4, 16, 64, 256)]
 SHARDINGS = [Case("lora", mesh=mesh) for mesh in ((8, 1), (4, 2), (2, 4), (1, 8))]
-MOE = {"model": "8x7B", "topology": "v5e:4x4", "mesh": (4, 4), "batch": 8}
+MOE = {"model": "8x7B", "topology": "v5p:2x2x4", "mesh": (4, 4), "batch": 8}
 TABLES: dict[str, list[Case]] = {
     "moe": [Case("lora", **MOE), Case("merge", **MOE), Case("full", **MOE)],
     "7b": [Case("lora"), Case("merge"), Case("full")],
