@@ -63,6 +63,7 @@ IO, OI = lx.Layout((), (0,), (1,)), lx.Layout((), (1,), (0,))
 SIO = lx.Layout((0,), (1,), (2,))
 X, XS, IDS = (2, 3, 8), (3, 8), np.array([[0, 1, 7], [5, 7, 7]])
 OUT_OF_BOUNDS = np.array([[0, 99], [5, -3]])
+ROWS_OF_COPIES = lax.GatherDimensionNumbers((2, 3), (0,), (0,))
 MASK = np.array([True, False, True, True, False, True, False, True])
 HWIO = lx.Layout((), (0, 1, 2), (3,))
 NHWC = ("NHWC", "HWIO", "NHWC")
@@ -125,6 +126,10 @@ LOOKUPS = [
          lambda p, i: jnp.take(p["w"], i, axis=0, mode="fill", fill_value=0), (8, 6), IO, OUT_OF_BOUNDS),
     Case("take along a repeated axis, out of bounds",
          lambda p, i: jnp.take(jnp.broadcast_to(p["w"], (6, 8, 6)), i, axis=0, mode="fill", fill_value=2),
+         (8, 6), IO, OUT_OF_BOUNDS),
+    Case("gather by small numbers along a repeated axis, out of bounds",
+         lambda p, i: lax.gather(jnp.broadcast_to(p["w"], (300, 8, 6)), i.astype(jnp.uint8)[..., None],
+                                 ROWS_OF_COPIES, (1, 8, 6), mode="fill", fill_value=0),
          (8, 6), IO, OUT_OF_BOUNDS),
     Case("take, clipped", lambda p, i: jnp.take(p["w"], i, axis=0, mode="clip"), (8, 6), IO, OUT_OF_BOUNDS),
     Case("one hot", lambda p, i: jax.nn.one_hot(i, 8, dtype=p["w"].dtype) @ p["w"], (8, 6), IO, IDS),

@@ -126,6 +126,23 @@ def test_unused_slots_scales_and_other_rows_leave_a_gradient_alone():
     assert trains.a and trains.b and not (trains.scale or trains.alpha or trains.ranks or trains.kind)
 
 
+def test_a_row_looks_up_its_own_entries_and_not_a_factor():
+    """A factor is [4096, 4]; eight rows of three tokens need 24 rows of it, also for the gradient."""
+    rows, vocabulary = 8, 4096
+    params = {"table": normal(0, (vocabulary, 6))}
+    layout = {"table": lx.Layout((), (0,), (1,))}
+    loras = [lx.split(params, 4, targets=["table"], layout=layout)[1] for _ in range(3)]
+    look_up = lx.adapt(lambda params, tokens: params["table"][tokens])
+
+    def loss(bank, ids, tokens):
+        return jax.vmap(lambda i, t: look_up(params, bank[i], t))(ids, tokens).sum()
+
+    bank, ids = lx.bank(loras), jnp.arange(rows) % 3
+    program = jax.jit(jax.grad(loss)).lower(bank, ids, jnp.zeros((rows, 3), jnp.int32)).compile()
+    slots = sum(x.nbytes for x in jax.tree.leaves(bank))
+    assert program.memory_analysis().temp_size_in_bytes < 2 * slots < rows * vocabulary * 4 * 4
+
+
 def test_a_slot_that_holds_nan_hurts_no_other_row():
     loras = [drawn(2, i) for i in range(2)]
     loras[0] = jax.tree.map(lambda x: x * jnp.nan, loras[0])

@@ -214,7 +214,9 @@ def test_new_ranks_compile_nothing():
 
     split(w, "kaiming", rank=2)
     jax.monitoring.register_event_duration_secs_listener(listen)
-    for rank in (3, 5, 7):
-        split(w, "kaiming", rank=rank)
-    jax.monitoring.unregister_event_duration_listener(listen)
+    try:
+        for rank in (3, 5, 7):
+            split(w, "kaiming", rank=rank)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
     assert names == []

@@ -21,7 +21,7 @@ from models.llama import Block, LlamaConfig, load_gguf, rope_angles
 import lorax_fn as lx
 
 LAYERS, LENGTH, BATCH = 2, 32, 4
-TEST, HEAD = 64, 256  # rows at the play's end to test on, and rows before it to fit the head on
+TEST, HEAD = 64, 256  # rows at the end of the play to test on, and at its start to fit the head on
 
 
 @functools.cache

@@ -19,7 +19,8 @@ from lorax_fn.core.matrices import EXACT, used_ranks
 from lorax_fn.core.trees import is_tracer
 from lorax_fn.inits.base import Init
 
-ROW = 2**16  # drawing this many numbers takes half a millisecond, compiling a program for a shape 150
+ROW = 2**16  # drawing so many numbers takes half a millisecond, compiling a draw for one shape 150
+LARGE = 2**24  # the numbers above which a longer row would take memory that counts
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -156,18 +157,21 @@ def _rank_of_each_entry(rank, layout: Layout, shape, ndim: int) -> np.ndarray:
 
 
 def drawn(draw: Callable[..., jax.Array], key: Any, shape: Sequence[int]) -> jax.Array:
-    """``draw(key, shape, float32)``, without compiling a program for each shape.
+    """``draw(key, shape, float32)``, without compiling a draw for each shape.
 
     Threefry computes a number from the key and its position alone. So the numbers of a shape are the first of
-    a longer row, and shapes of up to `ROW` numbers share the program that draws such a row.
+    a longer row, and shapes of up to `ROW` numbers share the program that draws such a row. Devices that are
+    not CPUs compile the slice of it for each shape.
     """
-    inside = is_tracer(key) or is_tracer(jnp.zeros(()))  # of a program, which compiles its own draw
-    if inside or not _by_position(key):
-        return draw(key, shape, jnp.float32)
     size = math.prod(shape)
+    # Inside a traced program, which compiles its own draw, a key may be concrete, but no new array is.
+    traced = is_tracer(key) or is_tracer(jax.device_put(np.float32(0)))
+    if traced or size > LARGE or not _by_position(key):
+        return draw(key, shape, jnp.float32)
     row = draw(key, (max(ROW, 1 << (size - 1).bit_length()),), jnp.float32)
     if all(device.platform == "cpu" for device in row.devices()):
-        return jax.device_put(np.asarray(row)[:size].reshape(shape))
+        own = np.array(np.asarray(row)[:size]).reshape(shape)  # a copy: a view would keep the whole row alive
+        return jax.device_put(own, row.sharding if row.committed else None)
     return _first(row, tuple(shape))
 
 

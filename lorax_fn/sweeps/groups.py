@@ -174,7 +174,7 @@ def padding_is_exact(tx: Any, loras: Sequence[Lora]) -> bool:
             state = apply_gradients(state, g, tx, value=jnp.float32(1.0))
         return state.lora
 
-    source = np.random.default_rng(0)
+    source = np.random.default_rng(0)  # NumPy's, for which nothing is compiled
 
     def draws():
         return jax.tree.map(lambda x: source.normal(size=x.shape).astype(x.dtype), trainable({path: own}))

@@ -1,4 +1,4 @@
-"""The rule for rows taken by an array of numbers: experts, lookups in a table, entries of a stack."""
+"""The rule for rows selected by an array of indices: experts, lookups in a table, entries of a stack."""
 
 import functools
 
@@ -75,11 +75,14 @@ def _gather(walk, eqn, values):
 
 
 def _no_change_outside(w, rows, indices, indexed, sizes, index_place):
-    """Zeros in ``a`` where a number is out of bounds along a repeated axis, which no factor has."""
+    """Zeros in ``a`` where an index is out of bounds along a repeated axis, which no factor has."""
     repeated = [(c, i) for c, i in enumerate(indexed) if not (w.has("a", i) or w.has("b", i))]
     if not repeated or "a" not in rows.parts:
         return rows
-    inside = [(indices[..., c] >= 0) & (indices[..., c] <= w.shape[i] - sizes[i]) for c, i in repeated]
+    most = jnp.iinfo(indices.dtype).max  # a bound above it would wrap
+    inside = [
+        (indices[..., c] >= 0) & (indices[..., c] <= min(w.shape[i] - sizes[i], most)) for c, i in repeated
+    ]
     a = rows.parts["a"]
     axes = (*index_place, *(i for i in a.axes if i not in index_place))
     within = align(functools.reduce(jnp.logical_and, inside).astype(a.array.dtype), index_place, axes)

@@ -15,6 +15,8 @@ from jax.extend import source_info_util
 from jax.extend.core import DropVar, Literal
 from jax.extend.core import primitives as prims
 
+from lorax_fn.core.trees import is_tracer
+
 
 def opened(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
     """The open jaxpr and its constants, from a closed or an open jaxpr of any JAX version."""
@@ -57,9 +59,10 @@ GROUPED = lax.RaggedDotDimensionNumbers((((1,), (1,)), ((), ())), (0,), (0,))
 
 
 def ragged_dot(operands: Sequence[Any], ragged_dot_dimension_numbers: Any = GROUPED, **options: Any) -> Any:
-    """`jax.lax.ragged_dot_general` of which a `jax.vmap` may map any operand.
+    """`jax.lax.ragged_dot_general` of which a `jax.vmap` may map any operand, or several.
 
-    JAX batches it only if all operands are mapped, along their first axes.
+    JAX batches it only if all operands are mapped, along their first axes; it refuses one `vmap` inside
+    another, and a product of which nothing is mapped.
     """
     rows, factors, sizes = (mapped_with(x, operands) for x in operands)
     result = lax.ragged_dot_general(rows, factors, sizes, ragged_dot_dimension_numbers, **options)
@@ -71,6 +74,8 @@ def mapped_with(x: Any, others: Sequence[Any]) -> Any:
 
     ``never`` is False and depends on them, so choosing by it changes nothing, and a compiler removes it.
     """
+    if not any(map(is_tracer, (x, *others))):
+        return x
     never = functools.reduce(jnp.logical_or, [jnp.any(other != other) for other in others]) & False
     return jnp.where(never, jnp.zeros((), x.dtype), x)
 

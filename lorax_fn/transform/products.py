@@ -210,7 +210,7 @@ def _ragged_dot(walk, eqn, values):
     fits &= expert in (*fa.axes, *fb.axes)  # only a grouped product zeroes rows beyond the last group
     if not fits or (column is not None and set(column.axes) != {expert, out_axis}):
         return NotImplemented
-    # JAX refuses a ragged product of which a vmap maps nothing, too.
+    # JAX also refuses a ragged product of which a vmap maps no operand, so x is mapped where the factors are.
     x = jx.mapped_with(x, [fa.array, fb.array])
     base = product(eqn, [x, w.base, sizes])[0]
     x = jx.mapped_with(x, [base])

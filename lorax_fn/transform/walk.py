@@ -27,7 +27,7 @@ from lorax_fn.transform.rules import MOVES
 # Every primitive that has a rule; no name is in two of the tables.
 RULES = {**MOVES, **EDITS, **GATHERS, **PRODUCTS}
 # Rules that leave the factors of many adapters side by side; for every other rule, one is picked first.
-KEEP_MANY = {*MOVES, "dot_general"} - {"mul", "div"}
+KEEP_MANY = {*MOVES, *GATHERS, "dot_general"} - {"mul", "div"}
 
 
 @dataclasses.dataclass(frozen=True)
