@@ -50,6 +50,30 @@ def test_each_lane_is_its_own_call(method, fn, mapped):
             np.testing.assert_allclose(a[i], b, rtol=1e-5, atol=1e-5, err_msg=f"leaf {path} of lane {i}")
 
 
+def test_a_rule_of_derivatives_stays_linear():
+    """The tangent of a ragged product is one too, and JAX transposes it."""
+
+    @jax.custom_jvp
+    def product(w, x):
+        return lax.ragged_dot(x, w, SIZES)
+
+    @product.defjvp
+    def rule(primals, tangents):
+        (w, x), (dw, dx) = primals, tangents
+        return product(w, x), lax.ragged_dot(dx, w, SIZES) + lax.ragged_dot(x, dw, SIZES)
+
+    params, lora = lx.split({"w": normal(0, (4, 8, 5))}, rank=2, layout={"w": SIO})
+    lora, x = jax.tree.map(lambda leaf: leaf + 0.1, lora), normal(1, (6, 8))
+
+    def loss(run):
+        return jax.jit(jax.grad(lambda lora, x: jnp.sin(run(params, lora, x)).sum(), (0, 1)))
+
+    got = loss(lx.adapt(lambda p, x: product(p["w"], x)))(lora, x)
+    want = loss(lambda p, lora, x: product(lx.merge(p, lora)["w"], x))(lora, x)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
 def test_stored_experts():
     params = lx.quantize({"w": normal(0, (4, 8, 5))}, "nf4", block=4, layout={"w": SIO})
     params, lora = lx.split(params, rank=2, layout={"w": SIO})

@@ -334,10 +334,9 @@ def custom_jvp(walk, eqn, values):
     # An array scale may be trained too (in VeRA), so it goes into the factors, which have tangents.
     values = [scale_absorbed(v) if is_factored(v) else v for v in values]
     floats = [i for i, v in enumerate(values) if jnp.issubdtype(v.dtype, jnp.floating)]
-    count = len(values)
 
     def rule(*primals_and_tangents):
-        primals, tangents = primals_and_tangents[:count], primals_and_tangents[count:]
+        primals, tangents = primals_and_tangents[: len(values)], primals_and_tangents[len(values) :]
 
         def dense(*some):
             every = list(primals)
@@ -361,7 +360,8 @@ def custom_jvp(walk, eqn, values):
         rule_jaxpr, rule_consts = jx.opened(jax.make_jaxpr(rule)(*bases))
 
         def walked(given):
-            results = walk.dense(eqn, walk.evaluate(rule_jaxpr, rule_consts, [*primals, *given]))
+            with jx.linear():
+                results = walk.dense(eqn, walk.evaluate(rule_jaxpr, rule_consts, [*primals, *given]))
             return results[: len(results) // 2], results[len(results) // 2 :]
 
         # First comes dbase + da b, then 0 + a db. For anything but a weight the second term is zero.

@@ -6,6 +6,7 @@ Since JAX 0.12 a closed jaxpr is a plain ``Jaxpr`` that carries its constants.
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import jax
@@ -69,12 +70,25 @@ def ragged_dot(operands: Sequence[Any], ragged_dot_dimension_numbers: Any = GROU
     return mapped_with(result, operands)  # and so is its cotangent
 
 
+_LINEAR: ContextVar[bool] = ContextVar("linear", default=False)
+
+
+@contextlib.contextmanager
+def linear() -> Iterator[None]:
+    """Within the rule of a derivative, which has to be linear in its tangents: `never` is not."""
+    token = _LINEAR.set(True)
+    try:
+        yield
+    finally:
+        _LINEAR.reset(token)
+
+
 def mapped_with(x: Any, others: Sequence[Any]) -> Any:
     """``x`` itself, but mapped inside a `jax.vmap` that maps one of ``others``.
 
     ``never`` is False and depends on them, so choosing by it changes nothing, and a compiler removes it.
     """
-    if not any(map(is_tracer, (x, *others))):
+    if _LINEAR.get() or not any(map(is_tracer, (x, *others))):
         return x
     never = functools.reduce(jnp.logical_or, [jnp.any(other != other) for other in others]) & False
     return jnp.where(never, jnp.zeros((), x.dtype), x)
