@@ -20,8 +20,11 @@ import jax.numpy as jnp
 import numpy as np
 import results
 from step import spread, table, timed
+from sweep import RANKS
 
-WIDTH, RANKS, STEP = 384, (1, 2, 4, 8, 16, 32, 48, 64), 8
+from lorax_fn.sweeps.lanes import STEP
+
+WIDTH = 384
 ONE_BY_ONE = "own ranks, one by one"
 
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiling import compiled
 
 import lorax_fn as lx
 from lorax_fn.inits.plain import drawn
@@ -207,16 +208,8 @@ def test_numbers_are_those_of_jax_random(shape, impl):
 def test_new_ranks_compile_nothing():
     """A sweep over ranks splits once per rank."""
     w, names = normal(0, 12, 9), []
-
-    def listen(event, *args, **facts):
-        if event == "/jax/core/compile/backend_compile_duration":
-            names.append(facts.get("fun_name"))
-
     split(w, "kaiming", rank=2)
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
+    with compiled(names):
         for rank in (3, 5, 7):
             split(w, "kaiming", rank=rank)
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
     assert names == []

@@ -1,7 +1,6 @@
 """One device, pmap and meshes give the same training: losses, adapters, statistics, compilations, buffers."""
 
 import collections
-import contextlib
 import functools
 import itertools
 import re
@@ -11,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from compiling import compiled
 from jax.sharding import NamedSharding
 from many_devices import LAYOUT, RULES, STEPS, TX, P, make, mesh_of, model, rules_of
 
@@ -23,19 +23,6 @@ FORMS = {
 }
 SHORT = ["accumulate1", "accumulate2-checkpoint-extra"]
 DEFAULT, SLOW = SHORT, [pytest.param(name, marks=pytest.mark.slow) for name in FORMS if name not in SHORT]
-
-
-@contextlib.contextmanager
-def compiled(names):
-    """Adds the name of each program that XLA compiles in the block; pmap has no cache size to ask for."""
-
-    def listen(event, *args, **facts):
-        if event == "/jax/core/compile/backend_compile_duration":
-            names.append(facts.get("fun_name"))
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    yield
-    jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def train(step, state, params, batch, read=lambda x: x):

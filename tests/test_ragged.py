@@ -44,10 +44,8 @@ def test_each_lane_is_its_own_call(method, fn, mapped):
     got = jax.jit(jax.vmap(run, axes))(*many.values())
     for i in range(LANES):
         one = jax.jit(run)(*{**given, mapped: jax.tree.map(lambda leaf, i=i: leaf[i], many[mapped])}.values())
-        for path, (a, b) in zip(
-            range(99), zip(jax.tree.leaves(got), jax.tree.leaves(one), strict=True), strict=False
-        ):
-            np.testing.assert_allclose(a[i], b, rtol=1e-5, atol=1e-5, err_msg=f"leaf {path} of lane {i}")
+        for number, (a, b) in enumerate(zip(jax.tree.leaves(got), jax.tree.leaves(one), strict=True)):
+            np.testing.assert_allclose(a[i], b, rtol=1e-5, atol=1e-5, err_msg=f"leaf {number} of lane {i}")
 
 
 def test_a_rule_of_derivatives_stays_linear():
