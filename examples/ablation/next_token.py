@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import study
+from models import minilm
 from models.llama import Block, LlamaConfig, load_gguf, rope_angles
 
 import lorax_fn as lx
@@ -63,7 +64,7 @@ def logits(params: dict, tokens: jax.Array) -> jax.Array:
 
 
 @functools.cache
-def frozen(ridge: float = 10.0) -> dict:
+def frozen() -> dict:
     """The first layers, with the fitted head."""
     _, full = whole()
     params = {name: full[name] for name in ("embed", *(f"layer_{i}" for i in range(LAYERS)))}
@@ -73,11 +74,7 @@ def frozen(ridge: float = 10.0) -> dict:
         np.concatenate([np.asarray(run(p, rows)).reshape(-1, full["norm"].size) for rows in tokens])
         for p in (params, full)
     )
-    y = y * np.asarray(full["norm"])
-    center, level = x.mean(0), y.mean(0)
-    left = (x - center).T
-    w = np.linalg.solve(left @ (x - center) + ridge * np.eye(len(left)), left @ (y - level))
-    head = {"kernel": jnp.asarray(w, jnp.float32), "bias": jnp.asarray(level - center @ w, jnp.float32)}
+    head = minilm.ridge_regression(x, y * np.asarray(full["norm"]))
     return {**params, "head": head}
 
 

@@ -85,12 +85,18 @@ def features(params: dict, ids: np.ndarray, mask: np.ndarray, batch: int = 64) -
     return np.concatenate([np.asarray(run(params, ids[i : i + batch], mask[i : i + batch])) for i in starts])
 
 
-def fitted_head(
-    x: np.ndarray, label: np.ndarray, weight: np.ndarray | None = None, ridge: float = 10.0
+def ridge_regression(
+    x: np.ndarray, y: np.ndarray, weight: np.ndarray | None = None, ridge: float = 10.0
 ) -> dict:
-    """A head by ridge regression on features ``x`` ``[B, n]``, which gives a logit of two on either side."""
-    y, weight = 4.0 * label - 2.0, np.ones(len(x)) if weight is None else weight
-    center, level = np.average(x, 0, weight), np.average(y, weights=weight)
+    """The linear map from rows ``x`` ``[B, n]`` to rows or numbers ``y``, with a bias that is not shrunk."""
+    weight = np.ones(len(x)) if weight is None else weight
+    center, level = np.average(x, 0, weight), np.average(y, 0, weight)
     left = (x - center).T * weight
     w = np.linalg.solve(left @ (x - center) + ridge * np.eye(x.shape[1]), left @ (y - level))
-    return {"table": jnp.asarray(w, jnp.float32), "bias": jnp.float32(level - center @ w)}
+    return {"kernel": jnp.asarray(w, jnp.float32), "bias": jnp.asarray(level - center @ w, jnp.float32)}
+
+
+def fitted_head(x: np.ndarray, label: np.ndarray, weight: np.ndarray | None = None) -> dict:
+    """A head by ridge regression on features ``x`` ``[B, n]``, which gives a logit of two on either side."""
+    head = ridge_regression(x, 4.0 * label - 2.0, weight)
+    return {"table": head["kernel"], "bias": head["bias"]}
