@@ -21,9 +21,9 @@ from lorax_fn.many.stacking import stack
 from lorax_fn.methods.dropout import dropout
 from lorax_fn.methods.lora import LoRA
 from lorax_fn.sweeps.groups import Group, Member, lacking, optimizer, padded, ranks_of, traced_value
-from lorax_fn.training.masks import trainable
+from lorax_fn.training.masks import trainable, with_trainable
 from lorax_fn.training.state import TrainState
-from lorax_fn.training.step import apply_gradients, value_and_grad
+from lorax_fn.training.step import apply_gradients
 
 Lora = dict[str, Any]  # adapters by path; not `Adapter`, because the fields differ by method
 AXIS = "lanes"  # the mesh axis over which lanes are spread
@@ -188,17 +188,6 @@ def joined_loras(loras: Sequence[Lora]) -> Lora:
     return made
 
 
-def cut(grads: Lora, at: int, size: int, like: Lora) -> Lora:
-    """The gradients of one part's lanes, cut to the shapes of its adapters."""
-
-    def own(g, x):
-        if g is None:
-            return None
-        return g[(slice(at, at + size), *(slice(n) for n in x.shape[1:]))]
-
-    return jax.tree.map(own, grads, like, is_leaf=lambda x: x is None)
-
-
 @register
 class LaneLoRA(LoRA):
     """`LoRA` of many lanes inside the step, whose products leave out the padding of each lane's rank.
@@ -261,31 +250,34 @@ def make_step(
         return optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
 
     def step(states, params, batch, values, rates, which):
-        lora = joined_loras([s.lora for s in states])
         keys, steps, extra = joined([(s.key, s.step, s.extra) for s in states])
         keys = jax.vmap(jax.random.fold_in)(keys, steps)
         if seeded:
             batch = jax.tree.map(lambda x: x[which], batch)
 
-        def total(params, lora):
+        # By the adapters of each part as they are: the joined ones have padding, and so have their gradients.
+        def total(trained):
+            lora = joined_loras([with_trainable(s.lora, own) for s, own in zip(states, trained, strict=True)])
             axes = (0, 0, 0, 0, 0 if seeded else None, None)
             losses, new = jax.vmap(lane_loss, in_axes=axes)(lora, keys, extra, rates, batch, params)
             # losses: [lanes]. With their sum, each lane's adapters get the gradient of that lane's own loss.
-            return losses.sum(), losses, new
+            return losses.sum(), (losses, new)
 
-        (_, losses, new), grads = value_and_grad(total)(params, lora)
-        metrics = {"loss": losses, "grad_norm": jax.vmap(norm)(grads)}
-        extra = new
+        (_, (losses, extra)), grads = jax.value_and_grad(total, has_aux=True)(
+            [trainable(s.lora) for s in states]
+        )
+        metrics = {"loss": losses, "grad_norm": joined([jax.vmap(norm)(part) for part in grads])}
         after = []
-        for at, (fixed, size), state, own in zip(offsets(parts), parts, states, values, strict=True):
+        for at, (fixed, size), state, part, own in zip(
+            offsets(parts), parts, states, grads, values, strict=True
+        ):
 
             def update(state, grads, loss, values, extra, fixed=fixed):
                 new = apply_gradients(state, grads, optimizer(tx, {**fixed, **values}), value=loss)
                 return dataclasses.replace(new, extra=extra)
 
-            loss, new = jax.tree.map(lambda x, at=at, size=size: x[at : at + size], (metrics["loss"], extra))
-            mine = cut(grads, at, size, trainable(state.lora))
-            after.append(jax.vmap(update)(state, mine, loss, own, new))
+            loss, new = jax.tree.map(lambda x, at=at, size=size: x[at : at + size], (losses, extra))
+            after.append(jax.vmap(update)(state, part, loss, own, new))
         return tuple(after), metrics
 
     return step
