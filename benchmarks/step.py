@@ -66,9 +66,10 @@ class Attention(nn.Module):
         *batch, tokens, width = x.shape
         split = (*batch, tokens, self.heads, width // self.heads)
         q, k, v = (self.dense(width, name=name)(x).reshape(split) for name in "qkv")
-        scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) / jnp.sqrt(jnp.float32(split[-1]))
+        # Python's numbers, because they leave the dtype of bfloat16 as it is.
+        scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) / split[-1] ** 0.5
         causal = jnp.tril(jnp.ones((tokens, tokens), bool))
-        scores = jnp.where(causal, scores, jnp.float32(-1e30))
+        scores = jnp.where(causal, scores, -1e30)
         mixed = jnp.einsum("bhqk,bkhd->bqhd", nn.softmax(scores), v)
         return self.dense(width, name="o")(mixed.reshape(x.shape))
 

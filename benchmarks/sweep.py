@@ -259,7 +259,7 @@ def tpu() -> tuple[Title, Rows]:
         return lowered.compile().cost_analysis()["bytes accessed"]
 
     rows = [["width", "layers", "form", "MB per lane", "/ separate run"]]
-    for width, layers in ((384, 6), (2048, 2)):
+    for width, layers in ((384, 6), (2048, 2), (4096, 1)):
         params, loss_fn, batch = setting(1, 64, width, layers)
         params, batch = jax.tree.map(lambda x: x.astype(jnp.bfloat16), (params, batch))
         _, made = chunk_of(params, [{"rank": r} for r in RANKS])
