@@ -43,6 +43,8 @@ from lorax_fn.sweeps.programs import memory_of
 RANKS = (1, 2, 4, 8, 16, 32, 48, 64)
 KEY = jax.random.key(1)
 SEPARATE, OWN, PADDED = "separate runs", "lanes at their own ranks", "lanes padded to rank 64"
+BESIDE = "lanes at their own ranks, side by side"
+FORMS = {OWN: {"side_by_side": False}, BESIDE: {"side_by_side": True}, PADDED: None}
 TOGETHER, APART = "the base alone", "the base alone, lane by lane"
 
 
@@ -77,10 +79,10 @@ def chunk_of(params: Any, some: list[dict], own: bool = False) -> tuple[Any, lis
 def programs_of(params: Any, loss_fn: Callable, batch: dict) -> dict[str, tuple[Callable, Any]]:
     """Of each form: a function that takes one step of all ranks, and the state that it starts from."""
     found: dict[str, tuple[Callable, Any]] = {}
-    for name, own in ((OWN, True), (PADDED, False)):
-        chunk, made = chunk_of(params, [{"rank": r} for r in RANKS], own)
+    for name, form in FORMS.items():
+        chunk, made = chunk_of(params, [{"rank": r} for r in RANKS], form is not None)
         given = (params, batch, chunk.values(), chunk.rates(), None)
-        state, widths = lanes.start(chunk, tx, None), lanes.own_widths(chunk) if own else None
+        state, widths = lanes.start(chunk, tx, None), lanes.own_widths(chunk, **form) if form else None
         step = lanes.make_step(loss_fn, tx, chunk.parts, seeded=False, widths=widths)
         program = jax.jit(step, donate_argnums=0).lower(state, *given).compile()
         found[name] = (lambda state, program=program, given=given: program(state, *given)[0]), state
@@ -259,7 +261,7 @@ def tpu() -> tuple[Title, Rows]:
         return lowered.compile().cost_analysis()["bytes accessed"]
 
     rows = [["width", "layers", "form", "MB per lane", "/ separate run"]]
-    for width, layers in ((384, 6), (2048, 2), (4096, 1)):
+    for width, layers in ((384, 6), (2048, 2)):
         params, loss_fn, batch = setting(1, 64, width, layers)
         params, batch = jax.tree.map(lambda x: x.astype(jnp.bfloat16), (params, batch))
         _, made = chunk_of(params, [{"rank": r} for r in RANKS])
@@ -279,9 +281,9 @@ def tpu() -> tuple[Title, Rows]:
             for member in made
         ]
         each[SEPARATE] = float(np.mean(separate))
-        for name, own in ((PADDED, False), (OWN, True)):
-            chunk, _ = chunk_of(params, [{"rank": r} for r in RANKS], own)
-            widths = lanes.own_widths(chunk) if own else None
+        for name, form in FORMS.items():
+            chunk, _ = chunk_of(params, [{"rank": r} for r in RANKS], form is not None)
+            widths = lanes.own_widths(chunk, **form) if form else None
             step = lanes.make_step(loss_fn, tx, chunk.parts, seeded=False, widths=widths)
             state = lanes.start(chunk, tx, None)
             each[name] = accessed(step, state, params, batch, chunk.values(), None, None) / len(RANKS)

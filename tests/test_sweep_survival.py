@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -203,9 +204,11 @@ def test_an_eval_fn_that_cannot_be_traced_is_called_lane_by_lane():
     )
 
 
-def test_products_at_own_ranks(monkeypatch):
-    """What a long sweep does on a CPU: the padding is left out, and a lane stays its separate run."""
+@pytest.mark.parametrize("side_by_side", [False, True])
+def test_products_at_own_ranks(monkeypatch, side_by_side):
+    """What a long sweep does on a CPU or TPU: the padding is left out, and a lane stays its separate run."""
     monkeypatch.setattr(programs, "MANY", STEPS)
+    monkeypatch.setattr(programs, "own_widths", partial(programs.own_widths, side_by_side=side_by_side))
     seen = []
     real = programs.make_step
     monkeypatch.setattr(programs, "make_step", lambda *a, **k: seen.append(k["widths"]) or real(*a, **k))
@@ -216,7 +219,8 @@ def test_products_at_own_ranks(monkeypatch):
         {"rank": {"layer_0": 24, "*": 9}, "scaling": "rslora"},
     ]
     assert_lanes_are_runs(lanes, constant, params=init(width=32), data=batches(width=32))
-    assert seen == [{"layer_0/kernel": ((2, 2), (2, 24)), "layer_1/kernel": ((2, 3), (1, 20), (1, 9))}]
+    runs = {"layer_0/kernel": ((2, 2), (2, 24)), "layer_1/kernel": ((2, 3), (1, 20), (1, 9))}
+    assert seen == [{path: (some, side_by_side) for path, some in runs.items()}]
 
 
 def test_a_gradient_inside_of_the_loss(monkeypatch):

@@ -31,8 +31,8 @@ class Factors:
       tap: True if the factors only observe what the weight contracts; see `transform/taps.py`.
       pick: None for one adapter. If A, B and scale are those of many, ``[*s, k, ...]``: the integer index of
         the one to use (any other than ``0 .. k-1`` adds nothing), or float weights ``[k]``.
-      lanes: under a `jax.vmap` over adapters padded to one rank, ``(how many lanes, their widest rank)`` for
-        each run of neighbors, so that products leave the padding out; see `transform/lanes.py`.
+      lanes: under a `jax.vmap` over adapters padded to one rank, the ranks of all lanes, so that products
+        leave the padding out; a `Lanes` of `transform/lanes.py`.
     """
 
     a: jax.Array
@@ -44,7 +44,7 @@ class Factors:
     rate: Any = 0.0
     tap: bool = False
     pick: Any = None
-    lanes: tuple[tuple[int, int], ...] | None = None
+    lanes: Any = None
 
 
 def fact(**options: Any) -> Any:

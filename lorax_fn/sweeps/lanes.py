@@ -24,6 +24,7 @@ from lorax_fn.sweeps.groups import Group, Member, lacking, optimizer, padded, ra
 from lorax_fn.training.masks import trainable, with_trainable
 from lorax_fn.training.state import TrainState
 from lorax_fn.training.step import apply_gradients
+from lorax_fn.transform.lanes import Lanes
 
 Lora = dict[str, Any]  # adapters by path; not `Adapter`, because the fields differ by method
 AXIS = "lanes"  # the mesh axis over which lanes are spread
@@ -193,7 +194,7 @@ class LaneLoRA(LoRA):
     """`LoRA` of many lanes inside the step, whose products leave out the padding of each lane's rank.
 
     Args:
-      lanes: ``(number of lanes, their widest rank)`` for each run of neighbors; see `transform/lanes.py`.
+      lanes: the `Lanes` of `transform/lanes.py`.
     """
 
     lanes: Any = fact(default=None)
@@ -202,11 +203,15 @@ class LaneLoRA(LoRA):
         return dataclasses.replace(super().factors(w), lanes=self.lanes)
 
 
-Widths = dict[str, tuple[tuple[int, int], ...]]
+Widths = dict[str, Lanes]
 
 
-def own_widths(chunk: Chunk) -> Widths:
-    """For each `LoRA` whose lanes have several ranks: how many neighbors are multiplied at which width."""
+def own_widths(chunk: Chunk, *, side_by_side: bool | None = None) -> Widths:
+    """For each `LoRA` whose lanes have several ranks: how many neighbors are multiplied at which width.
+
+    ``side_by_side`` is the form of their products, by default the better one of the backend in use.
+    """
+    side_by_side = jax.default_backend() == "tpu" if side_by_side is None else side_by_side
     found: dict[str, list[tuple[int, int]]] = {}
     kinds = {path: type(x) for member in chunk.group.members for path, x in member.lora.items()}
     for path in (path for path, kind in kinds.items() if kind is LoRA):
@@ -214,7 +219,7 @@ def own_widths(chunk: Chunk) -> Widths:
         for _, same in itertools.groupby(ranks, key=lambda rank: -(-rank // STEP)):
             run = list(same)
             found.setdefault(path, []).append((len(run), max(run)))
-    return {path: tuple(runs) for path, runs in found.items() if len(runs) > 1}
+    return {path: Lanes(tuple(runs), side_by_side) for path, runs in found.items() if len(runs) > 1}
 
 
 def make_step(

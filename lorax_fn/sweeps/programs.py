@@ -185,7 +185,7 @@ class Programs:
 
 
 def _warn_of_padding(widths: Widths, problem: Exception) -> None:
-    widest = {path: max(rank for _, rank in runs) for path, runs in widths.items()}
+    widest = {path: max(rank for _, rank in lanes.runs) for path, lanes in widths.items()}
     text = error(
         "products of this sweep are as wide as the widest rank: results are equal, steps take longer.",
         got=f"{type(problem).__name__}: {str(problem).splitlines()[0] if str(problem) else ''}",
@@ -222,7 +222,8 @@ def host(x: Any) -> Any:
 
 def cuts_padding(steps: int, mesh: Any, halving: Sequence[int]) -> bool:
     """Whether products leave the padding out. A mesh or halving rules it out: any slot may hold any rank."""
-    return jax.default_backend() == "cpu" and steps >= MANY and mesh is None and not halving
+    measured = jax.default_backend() in ("cpu", "tpu")
+    return measured and steps >= MANY and mesh is None and not halving
 
 
 def memory_of(compiled: Any) -> int:

@@ -61,7 +61,7 @@ class Factored:
     paths: tuple[str, ...] = dataclasses.field(metadata={"static": True})
     lookup: bool = dataclasses.field(default=False, metadata={"static": True})
     tap: bool = dataclasses.field(default=False, metadata={"static": True})
-    lanes: tuple | None = dataclasses.field(default=None, metadata={"static": True})
+    lanes: Any = dataclasses.field(default=None, metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -219,9 +219,11 @@ def low_rank_product(
 @partial(jax.jit, static_argnames=("scale", "axes", "dtype", "precision", "tap", "lanes"))
 def _two_products(x, first, second, stacked, scale, axes, dtype, precision, tap, lanes):
     """``scale * (x @ first) @ second``, jitted so that equal uses share one trace and lowered function."""
-    product = partial(_product, scale=scale, axes=axes, dtype=dtype, precision=precision, tap=tap)
+    facts = {"scale": scale, "dtype": dtype, "precision": precision, "tap": tap}
+    product = partial(_product, axes=axes, **facts)
     if lanes is not None and stacked is not None:
-        product = by_lane(product, lanes, (axes[1].index(RANK), axes[2].index(RANK)))
+        by_column = partial(_product, axes=(*axes[:3], (*axes[3], RANK), axes[4]), **facts)
+        product = by_lane(product, lanes, (axes[1].index(RANK), axes[2].index(RANK)), by_column)
     return product(x, first, second, stacked)
 
 
