@@ -2,12 +2,14 @@
 
     python examples/ablation/rank_and_rate.py            # then --draw: the figure again, from the records
     python examples/ablation/rank_and_rate.py --model smollm2
+    python examples/ablation/rank_and_rate.py --model vit
 
 Of each scaling and rank, the held-out loss after the last step against the learning rate is fitted by a
 parabola in its logarithm, with a bootstrap over seeds; the slope of the optima against the rank comes with an
 interval too. All scalings have the scale 2 at rank 16, where they are one and the same run.
 """
 
+import images
 import next_token
 import numpy as np
 import study
@@ -21,18 +23,13 @@ SCALINGS = {
     "alpha / sqrt(r)": lambda r: {"scaling": "rslora", "alpha": 2.0 * SHARED**0.5},
     "constant": lambda r: {"scaling": "lora", "alpha": 2.0 * r},
 }
-MODELS = ("minilm", "smollm2")
+MODELS = ("minilm", "smollm2", "vit")
 RATES = {  # half a decade apart
     model: [float(f"{10**x:.3g}") for x in lowest + np.arange(0, 3.1, 0.5)]
-    for model, lowest in zip(MODELS, (-5, -4), strict=True)
+    for model, lowest in zip(MODELS, (-5, -4, -4.5), strict=True)
 }
-SWEEPS = {"minilm": study.sweep, "smollm2": next_token.sweep}
-FACTS = {"minilm": lambda: {"batch": study.BATCH}, "smollm2": next_token.facts}
-
-
-def named(model: str) -> str:
-    """The name of a model's records and figure; that of the first model has no ending."""
-    return NAME if model == MODELS[0] else f"{NAME}_{model}"
+SWEEPS = {"minilm": study.sweep, "smollm2": next_token.sweep, "vit": images.sweep}
+FACTS = {"minilm": lambda: {"batch": study.BATCH}, "smollm2": next_token.facts, "vit": images.facts}
 
 
 def result(rank: int, model: str = MODELS[0]):
@@ -44,18 +41,18 @@ def result(rank: int, model: str = MODELS[0]):
         for rate in RATES[model]
         for seed in SEEDS
     ]
-    return SWEEPS[model](f"{named(model)}-{rank}", lanes, lanes_per_program=21)
+    return SWEEPS[model](f"{study.named(NAME, model)}-{rank}", lanes, lanes_per_program=21)
 
 
 def run(model: str) -> None:
     rows = [row for rank in RANKS for row in study.rows_of(result(rank, model), "name", "rank", "alpha")]
-    command = f"python examples/ablation/{NAME}.py" + (f" --model {model}" if model != MODELS[0] else "")
-    study.save(named(model), rows, command, steps=study.STEPS, **FACTS[model]())
+    command = study.command(NAME, model)
+    study.save(study.named(NAME, model), rows, command, steps=study.STEPS, **FACTS[model]())
 
 
 def optima(model: str) -> dict[str, list[tuple[lx.sweeps.Optimum, float]]]:
     """Of each scaling, the best learning rate at each rank, and the loss at the best one that was tried."""
-    found = study.grouped(study.load(named(model)), "name", "rank")
+    found = study.grouped(study.load(study.named(NAME, model)), "name", "rank")
     shared = found[next(iter(SCALINGS)), SHARED]
     chosen = {scheme: [shared if r == SHARED else found[scheme, r] for r in RANKS] for scheme in SCALINGS}
     return {
@@ -88,8 +85,8 @@ def show(model: str) -> None:
     left.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
     left.yaxis.set_major_formatter(ticker.FuncFormatter(lambda y, _: f"{y:.0e}"))
     left.legend()
-    study.draw(made, named(model))
-    study.publish(named(model), ["scale", *(f"rank {rank}" for rank in RANKS), "slope"], rows)
+    study.draw(made, study.named(NAME, model))
+    study.publish(study.named(NAME, model), ["scale", *(f"rank {rank}" for rank in RANKS), "slope"], rows)
 
 
 if __name__ == "__main__":

@@ -275,6 +275,16 @@ def publish(name: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> No
     PAGE.write_text(f"{before}{found}{table}\n{after}", "utf-8")
 
 
+def named(name: str, model: str) -> str:
+    """The name of a study's records and figure for one model; that of the first model has no ending."""
+    return name if model == "minilm" else f"{name}_{model}"
+
+
+def command(name: str, model: str) -> str:
+    """The command that runs a study on one model."""
+    return f"python examples/ablation/{name}.py" + ("" if model == "minilm" else f" --model {model}")
+
+
 def spread(mean: float, error: float, digits: int = 4) -> str:
     return f"{mean:.{digits}f} ± {error:.{digits}f}"
 

@@ -1,13 +1,17 @@
 """Do the variants differ once each has its own learning rate? Nine of them, seven rates, three seeds.
 
     python examples/ablation/variants.py
+    python examples/ablation/variants.py --model vit
 
 All have rank 8 and the scale 2, but for rsLoRA (alpha / sqrt(rank)) and VeRA (rank 64, rates ten times
-higher). LoRA-GA sees the gradient of 32 training sentences, EVA the inputs of as many.
+higher). LoRA-GA sees the gradient of 32 training sentences or images, EVA the inputs of as many.
 """
 
-import functools
+import itertools
+from collections.abc import Callable
+from typing import Any
 
+import images
 import jax
 import numpy as np
 import optax
@@ -17,47 +21,51 @@ from models import minilm
 import lorax_fn as lx
 
 NAME, SEEDS = "variants", range(3)
-HIGH = tuple(10 * rate for rate in study.RATES)
+MODELS = ("minilm", "vit")
+RATES = {"minilm": study.RATES, "vit": tuple(float(f"{10**x:.3g}") for x in np.arange(-5, -1.9, 0.5))}
+SWEEPS = {"minilm": study.sweep, "vit": images.sweep}
+FACTS = {"minilm": lambda: {"batch": study.BATCH}, "vit": images.facts}
+FORWARDS = {"minilm": lambda params, x: minilm.logits(params, x["ids"], x["mask"]), "vit": images.logits}
+LOSSES = {"minilm": study.loss_of, "vit": images.loss_of}
 
 
-def few() -> list[study.Sentences]:
+def few(model: str) -> list[dict[str, np.ndarray]]:
+    """Two batches, for the starts that look at data."""
+    if model == "vit":
+        return list(itertools.islice(images.batches(len(SEEDS)), 2))  # of a seed that no run has
     train, _ = study.sentences(study.DOMAIN)
     return [{name: x[i : i + 16] for name, x in train.items()} for i in (0, 16)]
 
 
-def eva():
-    return lx.inits.eva(lambda params, batch: minilm.logits(params, batch["ids"], batch["mask"]), few())
+def eva(model: str):
+    return lx.inits.eva(FORWARDS[model], few(model))
 
 
-def lora_ga():
+def lora_ga(model: str):
     def loss(params, batch):
-        return study.loss_of(minilm.logits(params, batch["ids"], batch["mask"]), batch)
+        return LOSSES[model](FORWARDS[model](params, batch), batch)
 
-    return lx.inits.lora_ga(loss, few())
+    return lx.inits.lora_ga(loss, few(model))
 
 
-VARIANTS = {
-    "LoRA": dict,
-    "rsLoRA": lambda: {"scaling": "rslora"},
-    "DoRA": lambda: {"method": "dora"},
-    "PiSSA": lambda: {"init": "pissa"},
-    "OLoRA": lambda: {"init": "olora"},
-    "EVA": lambda: {"init": eva()},
-    "LoRA-GA": lambda: {"init": lora_ga()},
-    "LoRA+": dict,
-    "VeRA": lambda: {"method": "vera", "rank": 64},
+VARIANTS: dict[str, Callable[[str], dict[str, Any]]] = {
+    "LoRA": lambda model: {},
+    "rsLoRA": lambda model: {"scaling": "rslora"},
+    "DoRA": lambda model: {"method": "dora"},
+    "PiSSA": lambda model: {"init": "pissa"},
+    "OLoRA": lambda model: {"init": "olora"},
+    "EVA": lambda model: {"init": eva(model)},
+    "LoRA-GA": lambda model: {"init": lora_ga(model)},
+    "LoRA+": lambda model: {},
+    "VeRA": lambda model: {"method": "vera", "rank": 64},
 }
 
 
-@functools.cache
-def rates(name: str) -> tuple[float, ...]:
-    return HIGH if name == "VeRA" else study.RATES
-
-
-def result(name: str):
+def result(name: str, model: str = MODELS[0]):
     """The sweep of one variant."""
-    lanes = [{"lr": rate, "seed": seed} for seed in SEEDS for rate in rates(name)]
-    given = {"rank": 8, "alpha": 16.0, "targets": "layer_*", **VARIANTS[name]()}
+    faster = 10 if name == "VeRA" else 1
+    lanes = [{"lr": faster * rate, "seed": seed} for seed in SEEDS for rate in RATES[model]]
+    given = {"rank": 8, "alpha": 16.0, "targets": "layer_*", **VARIANTS[name](model)}
     if name == "VeRA":  # which has no scale
         del given["alpha"]
     tx = (
@@ -66,19 +74,22 @@ def result(name: str):
         else (lambda lane: optax.adam(lane["lr"]))
     )
     label = name.lower().replace("+", "plus").replace("-", "_")
-    return study.sweep(f"{NAME}-{label}", lanes, split=given, tx=tx, lanes_per_program=21)
+    label = f"{study.named(NAME, model)}-{label}"
+    return SWEEPS[model](label, lanes, split=given, tx=tx, lanes_per_program=21)
 
 
-def run() -> None:
-    rows = []
+def run(model: str) -> None:
+    rows, facts = [], FACTS[model]()
     for name in VARIANTS:
-        rows += study.rows_of(result(name), variant=name)
+        rows += study.rows_of(result(name, model), variant=name)
         jax.clear_caches()
-        study.save(NAME, rows, f"python examples/ablation/{NAME}.py", batch=study.BATCH, steps=study.STEPS)
+        command = study.command(NAME, model)
+        study.save(study.named(NAME, model), rows, command, steps=study.STEPS, **facts)
 
 
-def show() -> None:
-    found = {key[0]: rows for key, rows in study.grouped(study.load(NAME), "variant").items()}
+def show(model: str) -> None:
+    records = study.load(study.named(NAME, model))
+    found = {key[0]: rows for key, rows in study.grouped(records, "variant").items()}
     shared, lora = study.at_best(found["LoRA"])
     made, (left, right) = study.figure(2, height=3.2)
     lines = []
@@ -100,7 +111,7 @@ def show() -> None:
         axes.margins(y=0.12)
         axes.invert_yaxis()
         axes.set_xlabel("held-out loss, two standard errors")
-    study.draw(made, NAME)
+    study.draw(made, study.named(NAME, model))
     head = [
         "variant",
         f"loss at {shared:.1e}",
@@ -109,8 +120,8 @@ def show() -> None:
         "minus LoRA",
         "best rate, fitted",
     ]
-    study.publish(NAME, head, lines)
+    study.publish(study.named(NAME, model), head, lines)
 
 
 if __name__ == "__main__":
-    study.main(run, show, __doc__, result, list(VARIANTS))
+    study.main(run, show, __doc__, result, list(VARIANTS), MODELS)
