@@ -1,4 +1,4 @@
-"""Do the variants differ once each has its own learning rate? Nine of them, seven rates, three seeds.
+"""Do the variants differ once each has its own learning rate? Nine of them, seven rates or more, three seeds.
 
     python examples/ablation/variants.py
     python examples/ablation/variants.py --model vit
@@ -22,7 +22,7 @@ import lorax_fn as lx
 
 NAME, SEEDS = "variants", range(3)
 MODELS = ("minilm", "vit")
-RATES = {"minilm": study.RATES, "vit": tuple(float(f"{10**x:.3g}") for x in np.arange(-5, -1.9, 0.5))}
+RATES = {"minilm": study.RATES, "vit": tuple(float(f"{10**x:.3g}") for x in np.arange(-5, -1.9, 0.25))}
 SWEEPS = {"minilm": study.sweep, "vit": images.sweep}
 FACTS = {"minilm": lambda: {"batch": study.BATCH}, "vit": images.facts}
 FORWARDS = {"minilm": lambda params, x: minilm.logits(params, x["ids"], x["mask"]), "vit": images.logits}
@@ -75,7 +75,7 @@ def result(name: str, model: str = MODELS[0]):
     )
     label = name.lower().replace("+", "plus").replace("-", "_")
     label = f"{study.named(NAME, model)}-{label}"
-    return SWEEPS[model](label, lanes, split=given, tx=tx, lanes_per_program=21)
+    return SWEEPS[model](label, lanes, split=given, tx=tx, lanes_per_program=len(lanes))
 
 
 def run(model: str) -> None:
