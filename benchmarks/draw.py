@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import results
 from step import spread, table
+from tricks import added_table
 
 ROOT = Path(__file__).parents[1]
 PAGE, PICTURES = ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "pictures"
@@ -186,6 +187,7 @@ TABLES = {
     "qlora": qlora_table,
     "guards": guards_table,
     "tricks": tricks_table,
+    "tricks_alone": lambda: added_table(results.load("tricks_alone")["seconds"]),
     "tpu_a": lambda: tpu_table("a, bfloat16"),
     "tpu_b": lambda: tpu_table("b, bfloat16"),
 }  # fmt: skip
