@@ -14,7 +14,9 @@ from typing import Any
 
 import numpy as np
 import results
+from peers import compiling_table
 from step import spread, table
+from tricks import added_table
 
 ROOT = Path(__file__).parents[1]
 PAGE, PICTURES = ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "pictures"
@@ -22,7 +24,7 @@ HAND, ADAPT = "by hand", "lx.adapt"
 OWN, OTHER, GRAY = "#3f51b5", "#90a4ae", "#455a64"
 PEERS = {
     "a": ["peers_a_plain", "peers_a_libraries"],
-    "b": ["peers_b", "peers_b_more"],
+    "b": ["peers_b"],
     "c": ["peers_c"],
     "d": ["peers_d"],
     "e": ["peers_e"],
@@ -186,6 +188,8 @@ TABLES = {
     "qlora": qlora_table,
     "guards": guards_table,
     "tricks": tricks_table,
+    "tricks_alone": lambda: added_table(results.load("tricks_alone")["seconds"]),
+    "compiling": lambda: compiling_table(results.load("peers_compiling")),
     "tpu_a": lambda: tpu_table("a, bfloat16"),
     "tpu_b": lambda: tpu_table("b, bfloat16"),
 }  # fmt: skip

@@ -6,6 +6,7 @@
     python benchmarks/peers.py d                 # SmolLM2-135M with its real weights, 4 x 128 tokens
     python benchmarks/peers.py e                 # decoding: one token through 4 layers
     python benchmarks/peers.py a --only plain    # or libraries: half of the ways
+    python benchmarks/peers.py a --only compiling --compiles 9  # nothing but the time to compile two of them
     python benchmarks/peers.py a --torch-python .venv-peft/bin/python   # and PEFT on torch
     python benchmarks/peers.py a --save          # results/peers_a.json, which draw.py draws
     python benchmarks/peers.py a --tiny          # small sizes, to try it out
@@ -138,6 +139,18 @@ def compile_times(peers: list[Any], rounds: int) -> dict[str, list[tuple[float, 
     return found
 
 
+def compiling_table(found: dict[str, dict]) -> str:
+    """By block, the time to trace and to compile `adapt` over that of LoRA by hand."""
+    lines = [
+        ["block", "by hand: trace, compile, s", "lx.adapt: trace, compile, s", "both / by hand", "rounds"]
+    ]
+    for block, row in found.items():
+        hand, adapt = (np.array(row["seconds"][name]) for name in (HAND, ADAPT))
+        halves = [", ".join(f"{x:.2f}" for x in np.median(taken, 0)) for taken in (hand, adapt)]
+        lines.append([block, *halves, spread(adapt.sum(1) / hand.sum(1)), str(len(hand))])
+    return table(lines)
+
+
 def rows_of(peers: list[Any], seconds: dict, compiling: dict, losses: dict) -> list[dict]:
     return [
         {
@@ -180,7 +193,10 @@ def printed(rows: list[dict]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("block", choices=BLOCKS)
-    parser.add_argument("--only", choices=("plain", "libraries"), help="half of the ways")
+    halves = ("plain", "libraries", "compiling")
+    parser.add_argument(
+        "--only", choices=halves, help="half of the ways, or the times to compile two of them"
+    )
     parser.add_argument("--ways", nargs="*", help="names of ways, beside the references; saved as ..._more")
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--inner", type=int, help="steps in a row, of which a round takes the median")
@@ -211,6 +227,14 @@ def main() -> int:
     if args.ways:
         makers = REFERENCES | {name: make for name, make in makers.items() if name in args.ways}
     failed: dict[str, str] = {}
+    if args.only == "compiling":
+        taken = compile_times(made(problem, REFERENCES, failed), args.compiles)
+        print(compiling_table({args.block: {"seconds": taken}}))
+        if args.save:
+            path = results.FOLDER / "peers_compiling.json"
+            held = results.load("peers_compiling") if path.exists() else {}
+            results.save("peers_compiling", {**held, args.block: {**facts, "seconds": taken}})
+        return 0
     peers = made(problem, makers, failed)
     worker = None
     if args.torch_python and args.only != "plain":

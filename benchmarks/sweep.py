@@ -100,9 +100,8 @@ def programs_of(params: Any, loss_fn: Callable, batch: dict) -> dict[str, tuple[
     return found
 
 
-def base_alone(params: Any, batch: dict) -> dict[str, tuple[Callable, Any]]:
+def base_alone(model: Transformer, params: Any, batch: dict) -> dict[str, tuple[Callable, Any]]:
     """The gradient by the inputs of the plain model, for the tokens of all lanes at once and lane by lane."""
-    model = model_of(*batch["x"].shape[:2])
 
     def gradient(x, params):
         return jax.grad(lambda x: jnp.mean(jnp.square(model.apply(params, x))))(x)
@@ -128,10 +127,11 @@ Rows = list[list[str]]
 
 
 def steady(rounds: int) -> tuple[Title, Rows]:
-    rows = [["tokens per lane", "form", "per lane / separate run, clock", "processor"]]
-    for batch, tokens in ((4, 128), (1, 32)):
-        params, loss_fn, data = setting(batch, tokens)
-        found = programs_of(params, loss_fn, data) | base_alone(params, data)
+    rows = [["width", "layers", "tokens per lane", "form", "per lane / separate run, clock", "processor"]]
+    for batch, tokens, *sizes in ((4, 128, 384, 6), (1, 32, 384, 6), (1, 32, 1024, 2)):
+        params, loss_fn, data = setting(batch, tokens, *sizes)
+        model = model_of(batch, tokens, *sizes)
+        found = programs_of(params, loss_fn, data) | base_alone(model, params, data)
         states = {name: state for name, (_, state) in found.items()}
         taken: dict[str, list] = {name: [] for name in found}
         for i in range(-1, rounds):
@@ -142,7 +142,7 @@ def steady(rounds: int) -> tuple[Title, Rows]:
         base, apart = np.array(taken.pop(SEPARATE)), np.array(taken.pop(APART))
         for name, values in taken.items():
             ratio = np.array(values) / (apart if name == TOGETHER else base)
-            rows.append([str(batch * tokens), name, spread(ratio[:, 0]), spread(ratio[:, 1])])
+            rows.append([*map(str, (*sizes, batch * tokens)), name, spread(ratio[:, 0]), spread(ratio[:, 1])])
     return f"Steady time per lane of {len(RANKS)}, {rounds} rounds: median [quartiles]", rows
 
 

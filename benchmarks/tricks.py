@@ -1,13 +1,17 @@
 """What might make LoRA faster still: each idea, written by hand, beside the same model without it.
 
     python benchmarks/tricks.py            # the blocks a and b of peers.py
-    python benchmarks/tricks.py --save     # results/tricks.json
+    python benchmarks/tricks.py alone      # each product that LoRA adds, by itself
+    python benchmarks/tricks.py --save     # results/tricks.json; with alone, results/tricks_alone.json
 
 All are `by hand, flat tokens` of `peers.py` with one change. *h* is ``x @ A`` ``[tokens, r]``, which the
 gradient of B needs.
 
 - h recomputed: not kept for the backward pass, but computed again.
 - h saved: the checkpoint of block b saves it, where it saves nothing otherwise.
+
+*alone* compiles and times the products that LoRA adds to a step of block a one by one, each in its fastest
+form and with a warm cache: together, what no form of LoRA can do without, if XLA compiles it for a CPU.
 """
 
 import argparse
@@ -19,12 +23,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import results
 from jax.ad_checkpoint import checkpoint_name
 from libraries import linen
 from libraries.problem import Problem, arranged, factors, nested
 from peers import check_losses, timed
-from step import spread, table
+from step import in_turn, spread, table
+from step import timed as in_rounds
 
 PLAIN, KEPT, RECOMPUTED, SAVED = "by hand", "h kept", "h recomputed", "h saved by the checkpoint"
 BLOCKS = {
@@ -73,19 +79,84 @@ def made(problem: Problem, way: str) -> Any:
     return linen.peer(way, problem, lambda: apply, lora, linen.variables(problem))
 
 
+# Of a weight W [n, m]: each product as a function of x, y [tokens, n or m], h [tokens, r], W, A and B.
+ALONE = {
+    "x W": lambda x, y, h, w, a, b: x @ w,
+    "dy Wᵀ": lambda x, y, h, w, a, b: y @ w.T,
+    "x W + h B": lambda x, y, h, w, a, b: x @ w + h @ b,
+    "dy Wᵀ + dh Aᵀ": lambda x, y, h, w, a, b: y @ w.T + h @ a.T,
+    "h = x A": lambda x, y, h, w, a, b: x @ a,
+    "dh = dy Bᵀ": lambda x, y, h, w, a, b: y @ b.T,
+    "dA = (dhᵀ x)ᵀ": lambda x, y, h, w, a, b: h.T @ x,
+    "dB = hᵀ dy": lambda x, y, h, w, a, b: h.T @ y,
+}
+LIMIT, ADAM = "limit: forward and dx", "AdamW on A and B"
+
+
+def alone(problem: Problem, rounds: int) -> dict[str, list[float]]:
+    """The seconds of each product, summed over all weights of the model, and of the limit's whole step."""
+    draw, tokens = np.random.default_rng(0), problem.batch * problem.tokens
+
+    def normal(*shape):
+        return jnp.asarray(draw.normal(size=shape), jnp.float32)
+
+    limit = linen.limit(problem)
+    runs: dict[Any, Any] = {LIMIT: (jax.jit(limit.make_step()), (limit.start, limit.fixed))}
+    counts: dict[Any, int] = {}
+    for n, m in problem.shapes.values():
+        sizes = (tokens, n), (tokens, m), (tokens, problem.rank), (n, m), (n, problem.rank), (problem.rank, m)
+        if (n, m) not in counts:
+            args = [normal(*size) for size in sizes]
+            runs |= {(name, n, m): (jax.jit(product), args) for name, product in ALONE.items()}
+        counts[n, m] = counts.get((n, m), 0) + problem.layers
+    pairs = [(normal(n, problem.rank), normal(problem.rank, m)) for n, m in problem.shapes.values()]
+    tx = optax.adamw(1e-4)
+    lora = [pairs] * problem.layers
+    runs[ADAM] = jax.jit(lambda g, s, p: tx.update(g, s, p)), (lora, tx.init(lora), lora)
+    # Five calls in a row, of which all but the first find the cache warm.
+    taken: dict[Any, list[float]] = {key: [] for key in runs}
+    for i in range(rounds):
+        for key in in_turn(runs, i):
+            (seconds,) = in_rounds({key: runs[key]}, 5).values()
+            taken[key].append(np.median(seconds) if key == LIMIT else min(seconds))
+    sums = {
+        name: sum(count * np.array(taken[name, *shape]) for shape, count in counts.items()) for name in ALONE
+    }
+    sums = {name: seconds.tolist() for name, seconds in sums.items()}
+    return {LIMIT: taken[LIMIT], **sums, ADAM: taken[ADAM]}
+
+
+def added_table(taken: dict[str, list[float]]) -> str:
+    """What LoRA adds at its fastest; of products with an addition, what they take beyond the base product."""
+    best = {name: min(seconds) for name, seconds in taken.items()}
+    best["+ h B"] = best.pop("x W + h B") - best.pop("x W")
+    best["+ dh Aᵀ"] = best.pop("dy Wᵀ + dh Aᵀ") - best.pop("dy Wᵀ")
+    del best[LIMIT]
+    limit = np.median(taken[LIMIT])
+    rows = [[name, f"{1e3 * seconds:.1f}", f"{seconds / limit:.3f}"] for name, seconds in best.items()]
+    together = sum(best.values())
+    rows.append(["together", f"{1e3 * together:.1f}", f"{together / limit:.3f}"])
+    return table([["what LoRA adds", "ms", f"/ limit, {1e3 * limit:.0f} ms"], *rows])
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("blocks", nargs="*", help="a, b; default: both")
+    parser.add_argument("blocks", nargs="*", help="a, b; default: both; or: alone")
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--tiny", action="store_true", help="small sizes, to try it out")
     parser.add_argument("--save", action="store_true", help="write results/tricks.json")
     args = parser.parse_args()
     facts, found = results.facts(), {}
+    small = {"width": 64, "hidden": 128, "heads": 4, "layers": 2, "tokens": 16} if args.tiny else {}
+    if args.blocks == ["alone"]:
+        taken = alone(dataclasses.replace(Problem(), **small), args.rounds)
+        print(added_table(taken))
+        if args.save:
+            results.save("tricks_alone", {**facts, "seconds": taken})
+        return 0
     for block in args.blocks or BLOCKS:
         problem, ways = BLOCKS[block]
-        if args.tiny:
-            small = {"width": 64, "hidden": 128, "heads": 4, "layers": 2, "tokens": 16}
-            problem = dataclasses.replace(problem, **small)
+        problem = dataclasses.replace(problem, **small)
         peers = [made(problem, way) for way in (PLAIN, *ways)]
         for peer in peers:
             peer.compile()
