@@ -4,6 +4,7 @@ CI and a laptop run the same: hypothesis draws the same examples each time, keys
 name, and each pytest-xdist worker is a process of its own that reads this file before JAX starts.
 """
 
+import collections
 import itertools
 import os
 import zlib
@@ -55,6 +56,20 @@ def pytest_runtest_setup(item):
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item):
     return (yield from with_too_few_devices_skipped())
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m decides
+def pytest_collection_modifyitems(items):
+    """Of the variants of a test, ``sampled(n)`` leaves each n-th as it is; the others are slow."""
+    seen = collections.Counter()
+    for item in items:
+        sampled = item.get_closest_marker("sampled")
+        if sampled is None or item.get_closest_marker("slow"):
+            continue
+        test = item.nodeid.partition("[")[0]
+        if seen[test] % sampled.args[0]:
+            item.add_marker(pytest.mark.slow)
+        seen[test] += 1
 
 
 @pytest.fixture

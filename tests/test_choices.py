@@ -39,6 +39,7 @@ JOINED = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("other", ["dora", "lora"])
 @pytest.mark.parametrize("name", JOINED)
 def test_columns_go_along(name, other):

@@ -100,6 +100,7 @@ TRIMMED = [
 ]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "method, density, sign, svd",
     [("peft_linear", None, "total", ""), *((*x, y) for x in TRIMMED for y in ("", "_svd"))],

@@ -307,6 +307,7 @@ def test_leaves_that_train_whole_have_nothing_to_drop():
     assert lx.dropout(whole, 0.5, jax.random.key(0))["w"] is whole["w"]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("method", ["lora", "dora", "vera", "loha", "lokr", "lora_xs", "lora_fa"])
 def test_every_low_rank_method_drops_its_inputs(method):
     params, lora = lx.split({"kernel": normal(7, (8, 6))}, rank=2, method=method)

@@ -95,6 +95,7 @@ def test_error_raises_the_text_of_the_warning(name):
     assert str(raised.value) == message
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", FALLBACKS)
 def test_allow_is_silent_and_gradients_are_right(name):
     fn = FALLBACKS[name][0]

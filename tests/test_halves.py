@@ -155,6 +155,7 @@ def aliases():
     }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.filterwarnings("ignore:Specifying a key:UserWarning")  # optax's own, of noisy_sgd
 @pytest.mark.filterwarnings("ignore:.optimistic_adam. is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("name", aliases())

@@ -42,6 +42,7 @@ def _matches(owner, path):
     return re.fullmatch(re.sub(r"\{\w\}", r"\\d+", owner), path) is not None
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("family", MODELS)
 def test_logits_are_theirs_and_a_merged_model_goes_back(family, tmp_path):
     model = model_of(family)

@@ -49,6 +49,7 @@ def trained(lora):
     return jax.tree.map(lambda x, change: x + 0.2 * change, lora, moved(lora, seed=2))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", NAMES)
 def test_adapt_equals_merge_from_every_init(name):
     """At init, and moved: values and gradients, under jit, checkpoint and vmap."""

@@ -26,6 +26,7 @@ def bits(x):
     return np.asarray(x).tobytes()
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("method", METHODS)
 def test_a_float64_base_keeps_its_digits(method):
     with jax.enable_x64(True):

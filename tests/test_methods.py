@@ -70,6 +70,7 @@ def test_the_table_is_complete_and_every_row_adapts_all_layouts():
     assert set(METHODS) < set(ROWS)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("scaling", ["lora", "rslora"])
 @pytest.mark.parametrize("name", ROWS)
 def test_merged_weights_at_init_are_the_base(name, scaling):
@@ -125,6 +126,7 @@ def everything():
     return run
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", ROWS)
 def test_adapt_equals_merge_in_values_and_gradients_under_transformations(name):
     params, start = split(name)
@@ -145,6 +147,7 @@ def test_adapt_equals_merge_in_values_and_gradients_under_transformations(name):
         assert bool(np.asarray(gradient).any()) == flag  # a frozen field: exactly zero; every other: some
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", ROWS)
 def test_dtypes_are_kept_and_abstract_splits_agree(name):
     params = params_of(jnp.bfloat16)
@@ -164,6 +167,7 @@ def test_dtypes_are_kept_and_abstract_splits_agree(name):
     }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", ROWS)
 def test_training_moves_no_frozen_bit_and_goes_on_alike_after_save_and_load(name, tmp_path):
     params, lora = split(name)

@@ -60,6 +60,7 @@ def close(got, want, tolerance=1e-5):
         assert np.linalg.norm(a - b) <= tolerance * np.linalg.norm(b), jax.tree_util.keystr(path)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("form", DEFAULT + SLOW)
 @pytest.mark.parametrize("name", ENGINES)
 def test_the_same_losses_and_adapters_as_one_device(name, form):

@@ -75,6 +75,7 @@ def base_of(net):
     return base, {name: jnp.asarray(value(p)) for name, p in base.named_parameters()}
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", [*CASES, *MORE])
 def test_a_file_of_peft_gives_its_merged_weights_and_goes_back(name, tmp_path):
     model, (net, fn) = model_of(name)

@@ -92,6 +92,7 @@ def adapted_by_peft(model, skip):
     return model, names
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("family", MODELS)
 def test_a_preset_names_every_tensor_and_takes_the_adapters_of_peft(family, tmp_path):
     mapping, used = lx.mappings.preset(family), set()

@@ -16,7 +16,7 @@ from rule_cases import make_adapter, normal
 
 import lorax_fn as lx
 
-EXAMPLES = int(os.environ.get("LORAX_FN_EXAMPLES", "30"))
+EXAMPLES = int(os.environ.get("LORAX_FN_EXAMPLES", "15"))
 many = settings(max_examples=EXAMPLES, suppress_health_check=[HealthCheck.too_slow])
 some = settings(max_examples=max(EXAMPLES // 5, 1), suppress_health_check=[HealthCheck.too_slow])
 SIZES = dict(zip("abcdefgh", (2, 3, 3, 2, 1, 3, 2, 2), strict=True))

@@ -45,6 +45,7 @@ def both():
     return q, lx.dequantize(q)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("method", METHODS)
 def test_split_and_merge_as_on_the_weights_themselves(both, method):
     q, plain = both

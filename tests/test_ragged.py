@@ -26,6 +26,7 @@ def lanes_of(tree):
     return jax.tree.map(lambda leaf: jnp.stack([leaf * s for s in SPREAD]), tree)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("mapped", ["lora", "x", "params"])
 @pytest.mark.parametrize("fn", [plain, scanned])
 @pytest.mark.parametrize("method", ["lora", "dora", "vera"])

@@ -24,6 +24,7 @@ def tied(params, ids):
     return params["embed"]["embedding"][ids] @ params["embed"]["embedding"].T
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("old", [np.nan, np.inf, 1e6, 100.0, 1.0])
 @pytest.mark.parametrize("fn", [lookup, tied])

@@ -51,6 +51,7 @@ CASES = {
 SLOW = ("lora_fa", "loha", "scalings")
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in CASES]
 )

@@ -11,6 +11,7 @@ from rule_cases import RULE_CASES
 import lorax_fn as lx
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("case", RULE_CASES[::6], ids=lambda case: case.name)
 def test_bit_equal_op_by_op_and_within_4_ulp_compiled(case):
     params, adapter = {"w": case.weight}, case.adapter

@@ -101,6 +101,7 @@ def breaking(at, where):
     return lx.make_train_step(loss_fn, tx), state
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("where", ["nan", "inf", "extra"])
 @pytest.mark.parametrize(("at", "donates"), [(1, True), (4, True), (13, True), (13, False), (20, True)])
 def test_what_the_update_or_extra_breaks_is_never_kept(tmp_path, at, where, donates):

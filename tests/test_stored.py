@@ -121,6 +121,7 @@ def temp(model, params, lora):
     return compiled.memory_analysis().temp_size_in_bytes / (4 * D * D)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("format", ["nf4", "int8"])
 @pytest.mark.parametrize("checkpoint", [False, True], ids=["plain", "checkpointed"])
 @pytest.mark.parametrize("scan", [True, False], ids=["scanned", "unrolled"])

@@ -26,6 +26,7 @@ def small(shape=SHAPE, size=0.004):
     return size * a @ jnp.swapaxes(b, 1, 2)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("double", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("format", FORMATS)
 def test_unbiased_rounding_keeps_a_small_change_and_what_does_not_change(format, double):

@@ -23,6 +23,7 @@ FUNCTIONS = {
 }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("grads", [False, True])
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_a_symbolic_batch_exports(name, grads):

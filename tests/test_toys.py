@@ -96,6 +96,7 @@ def laws(module, row):
     return found
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("law", "arguments"), laws(test_methods, "gated") + laws(test_init_laws, "ones"))
 def test_a_toy_keeps_the_law(law, arguments, tmp_path):
     names = law.__code__.co_varnames[: law.__code__.co_argcount]

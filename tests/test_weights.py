@@ -66,6 +66,7 @@ def close(got, want):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), got, want)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("mask", ["11101011", "11110000", "11101110"])
 @pytest.mark.parametrize("kind", ["accumulate", "pmap", "pmap-accumulate", "shard_map", "mesh"])
 def test_the_parts_combine_to_the_mean_of_the_whole_batch(kind, mask):
