@@ -55,7 +55,7 @@ INSIDE = {
     "checkpoint": lambda fn: lambda p, x, on: jax.checkpoint(fn)(p, x),
     "cond": in_cond,
 }
-NESTED = {
+NESTED = {  # the same in fewer compilations
     "plain": INSIDE["plain"],
     "vmap": INSIDE["vmap"],
     "jit in scan": lambda fn: in_scan(jax.jit(fn)),
@@ -92,7 +92,6 @@ def oracle(name):
     return (y, *grads) if differentiable(case.input) else (y, grads, None)
 
 
-# NESTED is the same as INSIDE in fewer compilations.
 @pytest.mark.parametrize(
     ("dtype", "table"),
     [
