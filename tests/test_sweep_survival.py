@@ -236,7 +236,6 @@ def test_products_at_own_ranks(monkeypatch, side_by_side):
 
 
 def test_few_columns_lie_side_by_side_on_a_tpu(monkeypatch):
-    """Each lane multiplies the columns of all, so with many lanes this form would cost too much."""
     params = init(width=32)
     lanes = [{"rank": 8, "seed": i} for i in range(15)] + [{"rank": 16, "seed": i} for i in range(9)]
 
@@ -245,7 +244,7 @@ def test_few_columns_lie_side_by_side_on_a_tpu(monkeypatch):
         chunk = sweep_lanes.chunk(group, group.members, len(some), own=True)
         return {found.side_by_side for found in sweep_lanes.own_widths(chunk).values()}
 
-    assert forms(lanes[7:]) == {False}  # on a CPU
+    assert forms(lanes[7:]) == {False}
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     assert forms(lanes[7:]) == {True} and forms(lanes) == {False}
 
@@ -266,9 +265,8 @@ def test_a_lane_that_diverges_touches_no_other_at_own_ranks(monkeypatch, side_by
 
     lanes = [{"rank": 2, "lr": 1e-3}, {"rank": 20, "lr": rate}, {"rank": 9, "lr": 1e-3}]
     given = {"params": init(width=32), "data": batches(width=32)}
-    result = lx.sweep(
-        loss, given["params"], lanes, given["data"], steps=STEPS, tx=sgd, key=KEY, progress=False
-    )
+    options = {"steps": STEPS, "tx": sgd, "key": KEY, "progress": False}
+    result = lx.sweep(loss, given["params"], lanes, given["data"], **options)
     assert [r["diverged"] for r in result.records] == [None, None, 2]  # sorted by rank
     assert np.isnan(result.curves["loss"][1, 3:]).all()
     for i in (0, 2):
