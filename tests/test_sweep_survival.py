@@ -273,7 +273,10 @@ def test_a_lane_that_diverges_touches_no_other_at_own_ranks(monkeypatch, side_by
         assert_lane_is(result, i, *separate(lanes[i], sgd, loss=loss, **given))
 
 
-def test_a_rank_per_stack_entry_beside_a_single_one(monkeypatch):
+@pytest.mark.parametrize(
+    "tx", [constant, lambda lane: (optax.sgd if lane["rank"] == 9 else optax.adam)(1e-2)]
+)
+def test_a_rank_per_stack_entry_beside_a_single_one(monkeypatch, tx):
     monkeypatch.setattr(programs, "MANY", STEPS)
     params = {"experts": {"kernel": jnp.stack([layer["kernel"] for layer in init(width=32).values()])}}
     layout = {"experts/kernel": lx.Layout(stack=(0,), inputs=(1,), outputs=(2,))}
@@ -283,7 +286,7 @@ def test_a_rank_per_stack_entry_beside_a_single_one(monkeypatch):
         return jnp.mean((model(params, lora, batch["x"]) - batch["y"]) ** 2)
 
     given = {"params": params, "data": batches(width=32), "split": {"layout": layout}}
-    assert_lanes_are_runs([{"rank": (2, 20)}, {"rank": 9}], constant, loss=loss, **given)
+    assert_lanes_are_runs([{"rank": (2, 20)}, {"rank": 9}], tx, loss=loss, **given)
 
 
 def test_a_gradient_inside_of_the_loss(monkeypatch):

@@ -119,6 +119,8 @@ def stacked(chunk: Chunk) -> list[Lora]:
                 examples[path] = on_host(x)
     made = []
     scalings = {x.scaling for m in chunk.group.members for x in m.lora.values() if x.owns_factors}
+    owned = [pair for member in chunk.group.members for pair in member.lora.items() if pair[1].owns_factors]
+    several = {path for path, x in owned if isinstance(x.alpha, tuple) or isinstance(x.rank, tuple)}
     for part in parts_of(chunk):
         widths: dict[str, int] = {path: 1 for path, x in examples.items() if x.owns_factors}
         for member in part if chunk.own else chunk.group.members:
@@ -130,6 +132,7 @@ def stacked(chunk: Chunk) -> list[Lora]:
             lora = {path: own.get(path) or lacking(x) for path, x in examples.items()}
             if len(scalings) > 1 and chunk.own:
                 lora = {path: in_alpha(x) if path in widths else x for path, x in lora.items()}
+            lora = {path: per_entry(x) if path in several else x for path, x in lora.items()}
             loras.append({path: padded(x, widths[path]) if path in widths else x for path, x in lora.items()})
         made.append(stack(loras))
     return made
@@ -146,6 +149,15 @@ def on_host(x: PyTree) -> PyTree:
         return leaf if not local or jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else np.asarray(leaf)
 
     return jax.tree.map(moved, x)
+
+
+def per_entry(x: Any) -> Any:
+    """The same adapter with one alpha and one rank per stack entry, as another lane or part has them."""
+    count = int(np.prod(x.layout.shapes(x.shape)[0]))
+    facts = {name: getattr(x, name) for name in ("alpha", "rank")}
+    return dataclasses.replace(
+        x, **{n: v if isinstance(v, tuple) else (v,) * count for n, v in facts.items()}
+    )
 
 
 def in_alpha(x: Any) -> Any:
