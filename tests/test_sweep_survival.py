@@ -286,7 +286,7 @@ def test_a_rank_per_stack_entry_beside_a_single_one(monkeypatch, tx):
         return jnp.mean((model(params, lora, batch["x"]) - batch["y"]) ** 2)
 
     given = {"params": params, "data": batches(width=32), "split": {"layout": layout}}
-    assert_lanes_are_runs([{"rank": (2, 20)}, {"rank": 9}], tx, loss=loss, **given)
+    assert_lanes_are_runs([{"rank": (2, 20)}, {"rank": 9, "scaling": "rslora"}], tx, loss=loss, **given)
 
 
 def test_a_gradient_inside_of_the_loss(monkeypatch):

@@ -130,9 +130,9 @@ def stacked(chunk: Chunk) -> list[Lora]:
         for member in part:
             own = on_host(member.lora)
             lora = {path: own.get(path) or lacking(x) for path, x in examples.items()}
-            if len(scalings) > 1 and chunk.own:
-                lora = {path: in_alpha(x) if path in widths else x for path, x in lora.items()}
             lora = {path: per_entry(x) if path in several else x for path, x in lora.items()}
+            if len(scalings) > 1:  # parts are joined in the step, so all have the same scaling
+                lora = {path: in_alpha(x) if path in widths else x for path, x in lora.items()}
             loras.append({path: padded(x, widths[path]) if path in widths else x for path, x in lora.items()})
         made.append(stack(loras))
     return made
@@ -162,7 +162,8 @@ def per_entry(x: Any) -> Any:
 
 def in_alpha(x: Any) -> Any:
     """The same adapter with ``scaling="lora"`` and an alpha of the same scale."""
-    return dataclasses.replace(x, alpha=x.scale * x.rank, scaling="lora")
+    alpha = x.scale * x.rank if is_real(x.rank) else tuple((np.ravel(x.scale) * np.asarray(x.rank)).tolist())
+    return dataclasses.replace(x, alpha=alpha, scaling="lora")
 
 
 def start(chunk: Chunk, tx: Callable, extra: PyTree) -> tuple[TrainState, ...]:
