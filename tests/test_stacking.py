@@ -178,3 +178,23 @@ def test_what_does_not_go_side_by_side_is_named():
         lx.stack([trained(2), trained(3)], rank=2)
     with pytest.raises(lx.LoraError, match="not stacked alike"):
         lx.unstack(trained(2))
+
+
+def test_a_convolution_of_lanes_is_not_built_in_full():
+    """With alpha and rank as arrays, the scale of each lane is one number that is not static."""
+    params = {"conv": {"kernel": jax.random.normal(jax.random.key(0), (3, 4, 6)), "bias": jnp.zeros(6)}}
+    layout = {"conv/kernel": lx.Layout(inputs=(0, 1), outputs=(2,))}
+    x = jax.random.normal(jax.random.key(1), (2, 5, 4))
+
+    def conv(params, x):
+        w, names = params["conv"]["kernel"], ("NWC", "WIO", "NWC")
+        return jax.lax.conv_general_dilated(x, w, (1,), "SAME", dimension_numbers=names)
+
+    loras = [
+        lx.split(params, rank, targets="conv", layout=layout, key=jax.random.key(rank))[1] for rank in (1, 3)
+    ]
+    loras = [jax.tree.map(lambda leaf: leaf + 0.1, lora) for lora in loras]
+    apply = lx.adapt(conv, fallback="error")
+    made = jax.vmap(apply, (None, 0, None))(params, lx.stack(loras), x)
+    for lane, lora in zip(made, loras, strict=True):
+        np.testing.assert_allclose(lane, conv(lx.merge(params, lora), x), rtol=1e-5, atol=1e-5)

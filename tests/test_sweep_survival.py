@@ -10,10 +10,22 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from sweep_setup import KEY, STEPS, adam, assert_lanes_are_runs, batches, constant, init, loss_fn
+from sweep_setup import (
+    KEY,
+    STEPS,
+    adam,
+    assert_lane_is,
+    assert_lanes_are_runs,
+    batches,
+    constant,
+    init,
+    loss_fn,
+    separate,
+)
 
 import lorax_fn as lx
-from lorax_fn.sweeps import programs
+from lorax_fn.sweeps import groups, programs
+from lorax_fn.sweeps import lanes as sweep_lanes
 
 pytestmark = pytest.mark.slow
 LANES = lx.grid(rank=[1, 4], lr=[1e-3, 3e-2])
@@ -221,6 +233,60 @@ def test_products_at_own_ranks(monkeypatch, side_by_side):
     assert_lanes_are_runs(lanes, constant, params=init(width=32), data=batches(width=32))
     runs = {"layer_0/kernel": ((2, 2), (2, 24)), "layer_1/kernel": ((2, 3), (1, 20), (1, 9))}
     assert seen == [{path: (some, side_by_side) for path, some in runs.items()}]
+
+
+def test_few_columns_lie_side_by_side_on_a_tpu(monkeypatch):
+    params = init(width=32)
+    lanes = [{"rank": 8, "seed": i} for i in range(15)] + [{"rank": 16, "seed": i} for i in range(9)]
+
+    def forms(some):
+        (group,) = groups.group(params, groups.members(params, some, {}, KEY), constant)
+        chunk = sweep_lanes.chunk(group, group.members, len(some), own=True)
+        return {found.side_by_side for found in sweep_lanes.own_widths(chunk).values()}
+
+    assert forms(lanes[7:]) == {False}
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert forms(lanes[7:]) == {True} and forms(lanes) == {False}
+
+
+@pytest.mark.parametrize("rate", [float("nan"), 1e12], ids=["factors", "results"])
+@pytest.mark.parametrize("side_by_side", [False, True])
+def test_a_lane_that_diverges_touches_no_other_at_own_ranks(monkeypatch, side_by_side, rate):
+    """Neither its factors, which are NaN, nor finite factors whose results overflow reach other lanes."""
+    monkeypatch.setattr(programs, "MANY", STEPS)
+    monkeypatch.setattr(programs, "own_widths", partial(programs.own_widths, side_by_side=side_by_side))
+    linear = lx.adapt(lambda params, x: x @ params["layer_0"]["kernel"] @ params["layer_1"]["kernel"])
+
+    def loss(params, lora, batch, key):
+        return jnp.mean((linear(params, lora, batch["x"]) - batch["y"]) ** 2)
+
+    def sgd(lane):
+        return optax.sgd(lane["lr"])
+
+    lanes = [{"rank": 2, "lr": 1e-3}, {"rank": 20, "lr": rate}, {"rank": 9, "lr": 1e-3}]
+    given = {"params": init(width=32), "data": batches(width=32)}
+    options = {"steps": STEPS, "tx": sgd, "key": KEY, "progress": False}
+    result = lx.sweep(loss, given["params"], lanes, given["data"], **options)
+    assert [r["diverged"] for r in result.records] == [None, None, 2]  # sorted by rank
+    assert np.isnan(result.curves["loss"][1, 3:]).all()
+    for i in (0, 2):
+        assert_lane_is(result, i, *separate(lanes[i], sgd, loss=loss, **given))
+
+
+@pytest.mark.parametrize(
+    "tx", [constant, lambda lane: (optax.sgd if lane["rank"] == 9 else optax.adam)(1e-2)]
+)
+def test_a_rank_per_stack_entry_beside_a_single_one(monkeypatch, tx):
+    monkeypatch.setattr(programs, "MANY", STEPS)
+    params = {"experts": {"kernel": jnp.stack([layer["kernel"] for layer in init(width=32).values()])}}
+    layout = {"experts/kernel": lx.Layout(stack=(0,), inputs=(1,), outputs=(2,))}
+    model = lx.adapt(lambda params, x: jnp.einsum("bn,enm->ebm", x, params["experts"]["kernel"]).sum(0))
+
+    def loss(params, lora, batch, key):
+        return jnp.mean((model(params, lora, batch["x"]) - batch["y"]) ** 2)
+
+    given = {"params": params, "data": batches(width=32), "split": {"layout": layout}}
+    assert_lanes_are_runs([{"rank": (2, 20)}, {"rank": 9, "scaling": "rslora"}], tx, loss=loss, **given)
 
 
 def test_a_gradient_inside_of_the_loss(monkeypatch):

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lorax_fn.core.adapters import Factors, fact, is_number, register
+from lorax_fn.core.adapters import Factors, fact, is_real, register
 from lorax_fn.core.errors import error
 from lorax_fn.core.trees import PyTree
 from lorax_fn.many.stacking import stack
@@ -30,6 +30,7 @@ Lora = dict[str, Any]  # adapters by path; not `Adapter`, because the fields dif
 AXIS = "lanes"  # the mesh axis over which lanes are spread
 DROPOUT = 0x5EED  # folded into the key of a step to derive the key of dropout
 STEP = 8  # ranks that round up to the same multiple of this are multiplied together
+BESIDE = 256  # the most columns of factors side by side, because each lane multiplies those of all lanes
 
 
 @dataclasses.dataclass
@@ -96,7 +97,7 @@ def chunk(group: Group, slots: Sequence[Member], size: int, *, own: bool = False
 def _one_scale_each(group: Group) -> bool:
     """Whether each adapter has a single alpha and a single rank, rather than one per stack entry."""
     adapters: list[Any] = [x for member in group.members for x in member.lora.values() if x.owns_factors]
-    return all(is_number(x.alpha) and is_number(x.rank) for x in adapters)
+    return all(is_real(x.alpha) and is_real(x.rank) for x in adapters)
 
 
 def rounded(lora: Lora) -> tuple:
@@ -118,6 +119,8 @@ def stacked(chunk: Chunk) -> list[Lora]:
                 examples[path] = on_host(x)
     made = []
     scalings = {x.scaling for m in chunk.group.members for x in m.lora.values() if x.owns_factors}
+    owned = [pair for member in chunk.group.members for pair in member.lora.items() if pair[1].owns_factors]
+    several = {path for path, x in owned if isinstance(x.alpha, tuple) or isinstance(x.rank, tuple)}
     for part in parts_of(chunk):
         widths: dict[str, int] = {path: 1 for path, x in examples.items() if x.owns_factors}
         for member in part if chunk.own else chunk.group.members:
@@ -127,7 +130,8 @@ def stacked(chunk: Chunk) -> list[Lora]:
         for member in part:
             own = on_host(member.lora)
             lora = {path: own.get(path) or lacking(x) for path, x in examples.items()}
-            if len(scalings) > 1 and chunk.own:
+            lora = {path: per_entry(x) if path in several else x for path, x in lora.items()}
+            if len(scalings) > 1:  # parts are joined in the step, so all have the same scaling
                 lora = {path: in_alpha(x) if path in widths else x for path, x in lora.items()}
             loras.append({path: padded(x, widths[path]) if path in widths else x for path, x in lora.items()})
         made.append(stack(loras))
@@ -147,9 +151,19 @@ def on_host(x: PyTree) -> PyTree:
     return jax.tree.map(moved, x)
 
 
+def per_entry(x: Any) -> Any:
+    """The same adapter with one alpha and one rank per stack entry, as another lane or part has them."""
+    count = int(np.prod(x.layout.shapes(x.shape)[0]))
+    facts = {name: getattr(x, name) for name in ("alpha", "rank")}
+    return dataclasses.replace(
+        x, **{n: v if isinstance(v, tuple) else (v,) * count for n, v in facts.items()}
+    )
+
+
 def in_alpha(x: Any) -> Any:
     """The same adapter with ``scaling="lora"`` and an alpha of the same scale."""
-    return dataclasses.replace(x, alpha=x.scale * x.rank, scaling="lora")
+    alpha = x.scale * x.rank if is_real(x.rank) else tuple((np.ravel(x.scale) * np.asarray(x.rank)).tolist())
+    return dataclasses.replace(x, alpha=alpha, scaling="lora")
 
 
 def start(chunk: Chunk, tx: Callable, extra: PyTree) -> tuple[TrainState, ...]:
@@ -209,9 +223,8 @@ Widths = dict[str, Lanes]
 def own_widths(chunk: Chunk, *, side_by_side: bool | None = None) -> Widths:
     """For each `LoRA` whose lanes have several ranks: how many neighbors are multiplied at which width.
 
-    ``side_by_side`` is the form of their products, by default the better one of the backend in use.
+    ``side_by_side`` is the form of their products. By default, they have it on a TPU, up to `BESIDE` columns.
     """
-    side_by_side = jax.default_backend() == "tpu" if side_by_side is None else side_by_side
     found: dict[str, list[tuple[int, int]]] = {}
     kinds = {path: type(x) for member in chunk.group.members for path, x in member.lora.items()}
     for path in (path for path, kind in kinds.items() if kind is LoRA):
@@ -219,7 +232,13 @@ def own_widths(chunk: Chunk, *, side_by_side: bool | None = None) -> Widths:
         for _, same in itertools.groupby(ranks, key=lambda rank: -(-rank // STEP)):
             run = list(same)
             found.setdefault(path, []).append((len(run), max(run)))
-    return {path: Lanes(tuple(runs), side_by_side) for path, runs in found.items() if len(runs) > 1}
+
+    def beside(runs):
+        if side_by_side is not None:
+            return side_by_side
+        return jax.default_backend() == "tpu" and sum(count * rank for count, rank in runs) <= BESIDE
+
+    return {path: Lanes(tuple(runs), beside(runs)) for path, runs in found.items() if len(runs) > 1}
 
 
 def make_step(

@@ -54,8 +54,8 @@ def sweep(
     where, with ``lane["dropout"]``, ``loss_fn`` sees ``lx.dropout(lora, rate, fold_in(key, 0x5EED))``.
     Lower ranks are padded with zeros that stay zero, and a weight that a lane does not adapt has scale zero.
     On a CPU or a TPU, products leave the padding out in sweeps of 50 steps or more, where this is worth the
-    longer compilation: on a CPU neighbors of similar rank are multiplied together, on a TPU the factors of
-    all lanes lie side by side, so that it reads and writes less.
+    longer compilation: neighbors of similar rank are multiplied together. On a TPU, factors whose ranks sum
+    to no more than 256 lie side by side instead, so that it reads and writes less.
 
     Lanes that can't share a program run one program after the other. They have different methods, inits that
     move a part of W, or different ranks under an optimizer that looks at whole matrices (Muon, Adafactor);

@@ -10,12 +10,13 @@ it only renames axes.
 
 import dataclasses
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from lorax_fn.core.adapters import Adapter, Factors
 from lorax_fn.core.stored import is_stored
@@ -109,6 +110,14 @@ def folded(keys: Part, number: Any) -> Part:
     # There is one key per stack entry, and each is folded by itself.
     flat = jax.vmap(lambda key: jax.random.fold_in(key, number))(keys.array.reshape(-1))
     return Part(flat.reshape(keys.array.shape), keys.axes)
+
+
+def align(x: Any, names: Sequence[Any], out: Sequence[Any]) -> Any:
+    """``x`` transposed and expanded with axes of size 1, ready to broadcast over the axes ``out``."""
+    order = [list(names).index(n) for n in out if n in names]
+    if order != sorted(order):
+        x = lax.transpose(x, order)
+    return lax.expand_dims(x, [i for i, n in enumerate(out) if n not in names])
 
 
 def is_factored(x: object) -> bool:

@@ -3,7 +3,7 @@
 Lanes of different ranks are padded to the widest, and a `jax.vmap` of the product would multiply the padding
 too. Where the ranks are known, the padding is cut off. Then either lanes of similar rank form one product of
 that width, or the factors of all lanes lie side by side in one matrix, and a mask leaves each lane its own
-columns: more operations, but results that need not be put together, which on a TPU is the dearer part.
+columns: more operations, but results that need not be put together, which on a TPU takes longer.
 """
 
 from collections.abc import Callable
@@ -25,17 +25,38 @@ class Lanes(NamedTuple):
     side_by_side: bool = False
 
 
-def by_lane(product: Product, lanes: Lanes, axes: tuple[int, int], by_column: Product) -> Product:
+class Halves(NamedTuple):
+    """A product in steps: ``first(x, first) -> h``, ``scaled(h, columns, own) -> h``, ``second(h, second)``.
+
+    ``columns`` is a scale with a last axis, the rank, and ``own`` ``[rank]`` says which columns of ``h`` to
+    keep.
+    """
+
+    first: Callable[[Any, Any], Any]
+    scaled: Callable[[Any, Any, Any], Any]
+    second: Callable[[Any, Any], Any]
+
+    def over_examples(self) -> "Halves":
+        """The same for ``x`` with a leading axis."""
+        by_first = (0, None)
+        return Halves(
+            jax.vmap(self.first, by_first),
+            jax.vmap(self.scaled, (0, None, None)),
+            jax.vmap(self.second, by_first),
+        )
+
+
+def by_lane(product: Product, lanes: Lanes, axes: tuple[int, int], halves: Halves) -> Product:
     """``product(x, first, second, scale)`` that leaves the padding out under a `jax.vmap` over lanes.
 
     The `vmap` over lanes is the one that maps over ``scale``. It has to be inside `jax.grad`, as in
-    ``grad(lambda loras: vmap(loss)(loras).sum())``: JAX cannot differentiate what is not mapped yet.
+    ``grad(lambda lora: vmap(loss)(lora).sum())``; a gradient inside of it would not see the rule.
 
     Args:
       product: what a single lane computes.
       lanes: the lanes' ranks, and which form their products take.
       axes: the axis of the rank in ``first`` and in ``second``.
-      by_column: the same as ``product`` for a scale with a last axis, the rank.
+      halves: the same as ``product``, in steps.
     """
     mapped = custom_vmap(product)
     counts = [count for count, _ in lanes.runs]
@@ -44,15 +65,13 @@ def by_lane(product: Product, lanes: Lanes, axes: tuple[int, int], by_column: Pr
     def rule(size, batched, x, first, second, scale):
         at = tuple(0 if is_mapped else None for is_mapped in batched)
         if not any(batched[1:]):  # a vmap over examples, say: lanes may come later
-            inner = by_lane(jax.vmap(product, at), lanes, axes, jax.vmap(by_column, at))
+            inner = by_lane(jax.vmap(product, at), lanes, axes, halves.over_examples())
             return inner(x, first, second, scale), True
         if not all(batched[1:]) or size != sum(counts):
             return jax.vmap(product, at)(x, first, second, scale), True
         firsts, seconds = (cut(array, lanes, axis) for array, axis in ((first, axes[0]), (second, axes[1])))
         if lanes.side_by_side:
-            first, second = (_merged(runs, axis) for runs, axis in ((firsts, axes[0]), (seconds, axes[1])))
-            mapped_by = (at[0], None, None, 0)
-            return jax.vmap(by_column, mapped_by)(x, first, second, _columns(scale, lanes)), True
+            return _side_by_side(x, at[0], firsts, seconds, scale, lanes, axes, halves), True
         xs, scales = lax.split(x, counts) if batched[0] else [x] * len(counts), lax.split(scale, counts)
         made = []
         for x, first, second, by in zip(xs, firsts, seconds, scales, strict=True):
@@ -63,6 +82,55 @@ def by_lane(product: Product, lanes: Lanes, axes: tuple[int, int], by_column: Pr
         return jnp.concatenate(made), True
 
     return mapped
+
+
+def _side_by_side(x, at, firsts, seconds, scale, lanes, axes, halves):
+    """One product of all lanes with the factors of all. What diverges in one lane must not reach another.
+
+    A zero does not mask infinity or NaN, in a product or in its gradients. So columns of other lanes are
+    chosen away, not multiplied by zero; and where one product sums over lanes, what is not finite counts as
+    zero. A lane with such factors gets a scale of NaN instead. One with such inputs or results gets NaN from
+    the base, and in the gradient of its ``first``.
+    """
+    fine = _all_finite(firsts) & _all_finite(seconds)
+    first, second = (_merged(runs, axis) for runs, axis in ((firsts, axes[0]), (seconds, axes[1])))
+    scale = jnp.where(fine.reshape(-1, *[1] * (scale.ndim - 1)), scale, jnp.full((), jnp.nan, scale.dtype))
+    columns, own = _columns(scale, lanes)
+    # A shared x is the same for all lanes, so nothing of one lane can reach another by it.
+    shrink = halves.first if at is None else _guarded(jax.vmap(halves.first, (0, None)), inputs=True)
+    h = jax.vmap(halves.scaled, (at, 0, 0))(shrink(x, _finite(first)), columns, own)
+    return _guarded(jax.vmap(halves.second, (0, None)), inputs=False)(h, _finite(second))
+
+
+def _guarded(product: Callable[[Any, Any], Any], *, inputs: bool) -> Callable[[Any, Any], Any]:
+    """``product(x, factor)``, where what is not finite counts as zero in the gradient of ``factor``.
+
+    This is about ``x`` with ``inputs``, and otherwise about the cotangent of the product.
+    """
+    guarded = jax.custom_vjp(product)
+
+    def forward(x, factor):
+        return product(x, factor), (x, factor)
+
+    def backward(saved, cotangent):
+        x, factor = saved
+        (to_x,) = jax.vjp(lambda x: product(x, factor), x)[1](cotangent)
+        x, cotangent = (_finite(x), cotangent) if inputs else (x, _finite(cotangent))
+        (to_factor,) = jax.vjp(lambda factor: product(x, factor), factor)[1](cotangent)
+        return to_x, to_factor
+
+    guarded.defvjp(forward, backward)
+    return guarded
+
+
+def _finite(x: jax.Array) -> jax.Array:
+    """``x`` with zeros in place of what is not finite."""
+    return jnp.where(jnp.isfinite(x), x, jnp.zeros((), x.dtype))
+
+
+def _all_finite(runs: list[jax.Array]) -> jax.Array:
+    """Whether the factors of each lane are finite: ``[lanes]``."""
+    return jnp.concatenate([jnp.isfinite(x).all(range(1, x.ndim)) for x in runs])
 
 
 def cut(array: jax.Array, lanes: Lanes, axis: int) -> list[jax.Array]:
@@ -82,9 +150,9 @@ def _merged(runs: list[jax.Array], axis: int) -> jax.Array:
     return jnp.concatenate([merged(x) for x in runs], axis)
 
 
-def _columns(scale: jax.Array, lanes: Lanes) -> jax.Array:
-    """Each lane's scale for its own columns, and zero for those of the others: ``[lanes, ..., columns]``."""
+def _columns(scale: jax.Array, lanes: Lanes) -> tuple[jax.Array, np.ndarray]:
+    """Each lane's scale in its own columns, ``[lanes, ..., columns]``, and the mask of these columns."""
     ranks = np.repeat([rank for _, rank in lanes.runs], [count for count, _ in lanes.runs])
     own = np.repeat(np.arange(len(ranks)), ranks) == np.arange(len(ranks))[:, None]
-    own = own.reshape(len(ranks), *[1] * (scale.ndim - 1), -1)
-    return jnp.where(own, scale[..., None], jnp.zeros((), scale.dtype))
+    kept = own.reshape(len(ranks), *[1] * (scale.ndim - 1), -1)
+    return jnp.where(kept, scale[..., None], jnp.zeros((), scale.dtype)), own

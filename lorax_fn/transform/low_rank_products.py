@@ -13,8 +13,8 @@ from jax.custom_derivatives import SymbolicZero
 
 from lorax_fn.core.errors import LoraError, error
 from lorax_fn.transform import jaxpr as jx
-from lorax_fn.transform.factored import RANK, Factored, Part
-from lorax_fn.transform.lanes import by_lane
+from lorax_fn.transform.factored import RANK, Factored, Part, align
+from lorax_fn.transform.lanes import Halves, by_lane
 from lorax_fn.transform.meshes import axis_specs, explicit_mesh, result_sharding
 from lorax_fn.transform.picks import chosen, picked
 from lorax_fn.transform.stored import built
@@ -219,43 +219,51 @@ def low_rank_product(
 @partial(jax.jit, static_argnames=("scale", "axes", "dtype", "precision", "tap", "lanes"))
 def _two_products(x, first, second, stacked, scale, axes, dtype, precision, tap, lanes):
     """``scale * (x @ first) @ second``, jitted so that equal uses share one trace and lowered function."""
-    facts = {"scale": scale, "dtype": dtype, "precision": precision, "tap": tap}
-    product = partial(_product, axes=axes, **facts)
+    facts = {"dtype": dtype, "precision": precision, "tap": tap}
+    product = partial(_product, scale=scale, axes=axes, **facts)
     if lanes is not None and stacked is not None:
-        by_column = partial(_product, axes=(*axes[:3], (*axes[3], RANK), axes[4]), **facts)
-        product = by_lane(product, lanes, (axes[1].index(RANK), axes[2].index(RANK)), by_column)
+        by_column = (*axes[:3], (*axes[3], RANK), axes[4])
+        before, after = (partial(half, axes=by_column, **facts) for half in (_first, _second))
+        halves = Halves(before, partial(_scaled, axes=by_column), after)
+        product = by_lane(product, lanes, (axes[1].index(RANK), axes[2].index(RANK)), halves)
     return product(x, first, second, stacked)
 
 
-def _product(x, first, second, stacked, *, scale, axes, dtype, precision, tap):
-    xs, first_axes, second_axes, stacked_axes, out = axes
-    # The low-rank half computes in the dtype of the activations, as the base product does: float32 factors of
-    # a bfloat16 model are cast here, and their gradients are float32 again.
-    compute = x.dtype if jnp.issubdtype(x.dtype, jnp.floating) else dtype
+def _product(x, first, second, stacked, *, scale, axes, **facts):
+    h = _first(x, first, axes=axes, **facts)
+    h = h if stacked is None else _scaled(h, stacked, axes=axes)
+    # h [tokens, r] is the smallest array around, so the scale costs least here.
+    return _second(h if scale == 1.0 else h * scale, second, axes=axes, **facts)
+
+
+def _axes_of_h(xs, first_axes, second_axes, stacked_axes, out):
     # h is [tokens, r], with the stack axes if there are any. First come the axes of x that the result or the
     # second factor needs, then those that only the first factor has (the rank, and what x does not contract).
     later = {*out, *second_axes, *stacked_axes}
     h_axes = [n for n in xs if n in later] + [n for n in first_axes if n in later and n not in xs]
-    x, first, second = x.astype(compute), first.astype(compute), second.astype(compute)
-    h = contract(x, xs, first, first_axes, h_axes, dtype=compute, precision=precision)
-    h = echo(h) if tap else h
-    if stacked is not None:
-        # If A is shared and x has no stack axis, h has none either; the scale then adds it.
-        missing = [n for n in stacked_axes if n not in h_axes]
-        h, h_axes = lax.expand_dims(h, range(len(missing))), [*missing, *h_axes]
-        h = h * align(stacked.astype(compute), stacked_axes, h_axes)
-    # h [tokens, r] is the smallest array around, so the scale costs least here.
-    if scale != 1.0:
-        h = h * scale
-    return contract(h, h_axes, second, second_axes, out, dtype=dtype, precision=precision)
+    # If A is shared and x has no stack axis, h has none either; the scale then adds it.
+    return [n for n in stacked_axes if n not in h_axes], h_axes
 
 
-def align(x: Any, names: Sequence[Any], out: Sequence[Any]) -> Any:
-    """``x`` transposed and expanded with axes of size 1, ready to broadcast over the axes ``out``."""
-    order = [list(names).index(n) for n in out if n in names]
-    if order != sorted(order):
-        x = lax.transpose(x, order)
-    return lax.expand_dims(x, [i for i, n in enumerate(out) if n not in names])
+def _first(x, first, *, axes, dtype, precision, tap):
+    # The low-rank half computes in the dtype of the activations, as the base product does: float32 factors of
+    # a bfloat16 model are cast here, and their gradients are float32 again.
+    compute, (_, h_axes) = x.dtype if jnp.issubdtype(x.dtype, jnp.floating) else dtype, _axes_of_h(*axes)
+    x, first = x.astype(compute), first.astype(compute)
+    h = contract(x, axes[0], first, axes[1], h_axes, dtype=compute, precision=precision)
+    return echo(h) if tap else h
+
+
+def _scaled(h, stacked, own=None, *, axes):
+    missing, h_axes = _axes_of_h(*axes)
+    h, h_axes = lax.expand_dims(h, range(len(missing))), [*missing, *h_axes]
+    h = h * align(stacked.astype(h.dtype), axes[3], h_axes)
+    return h if own is None else jnp.where(align(own, (RANK,), h_axes), h, jnp.zeros((), h.dtype))
+
+
+def _second(h, second, *, axes, dtype, precision, **_):
+    h_axes = [name for some in _axes_of_h(*axes) for name in some]
+    return contract(h, h_axes, second.astype(h.dtype), axes[2], axes[4], dtype=dtype, precision=precision)
 
 
 def dropped(w: Factored, x: Any, xs: Sequence[Any], keys: Part) -> tuple[Any, list]:

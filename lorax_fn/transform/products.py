@@ -131,9 +131,9 @@ def _convolution(walk, eqn, values):
         x, _ = dropped(w, x, [("x", i) for i in range(x.ndim)], walk.drawn(w))
     x = inputs_of_tap(x) if w.tap else x
     groups, dtype = params["feature_group_count"], x.dtype
-    if "scale" in w.parts:  # one number per rank: no other scale has axes here
+    if "scale" in w.parts:  # one number, or one per rank: no other scale fits a kernel
         by = w.parts["scale"]
-        if by.axes != (RANK,):
+        if by.axes not in ((), (RANK,)):
             return NotImplemented
         point = Part(point.array * align(by.array.astype(point.array.dtype), by.axes, point.axes), point.axes)
     at_x, at_y = params["dimension_numbers"].lhs_spec[1], params["dimension_numbers"].out_spec[1]
