@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 import lorax_fn as lx
+from lorax_fn.sweeps.lanes import LaneLoRA
+from lorax_fn.transform.lanes import Lanes
 
 PARAMS = {
     "up": {"kernel": jax.random.normal(jax.random.key(0), (8, 6))},
@@ -198,3 +200,41 @@ def test_a_convolution_of_lanes_is_not_built_in_full():
     made = jax.vmap(apply, (None, 0, None))(params, lx.stack(loras), x)
     for lane, lora in zip(made, loras, strict=True):
         np.testing.assert_allclose(lane, conv(lx.merge(params, lora), x), rtol=1e-5, atol=1e-5)
+
+
+MODELS = {
+    "layers": model,
+    "turned and doubled": lambda params, x: x @ (2 * params["up"]["kernel"]) @ params["up"]["kernel"].T,
+}
+
+
+@pytest.mark.parametrize("broken", [None, "a", "b"])
+@pytest.mark.parametrize("name", MODELS)
+def test_lanes_side_by_side_are_each_its_own(name, broken):
+    """Also when a factor of one of them is not finite: then that one is NaN, and no other."""
+    loras, own = [trained(rank, seed=rank) for rank in (2, 3, 5)], Lanes(((1, 2), (1, 3), (1, 5)), True)
+    if broken:
+        bad = {path: dataclasses.replace(x, **{broken: x.a * jnp.nan if broken == "a" else x.b * jnp.nan})
+               for path, x in loras[1].items()}  # fmt: skip
+        loras[1] = bad
+    apply = lx.adapt(MODELS[name], fallback="error")
+    fields = [field.name for field in dataclasses.fields(lx.LoRA)]
+
+    def loss(lora, x):
+        lora = {p: LaneLoRA(**{n: getattr(y, n) for n in fields}, lanes=own) for p, y in lora.items()}
+        return jnp.sum(jnp.sin(apply(PARAMS, lora, x) / 50))
+
+    xs = jnp.stack([X, X[::-1], X + 1])
+    stacked = lx.stack(loras)
+    got = jax.jit(jax.grad(lambda lora: jax.vmap(loss)(lora, xs).sum(), allow_int=True))(stacked)
+    values = jax.vmap(loss)(stacked, xs)
+    for lane, (lora, x) in enumerate(zip(loras, xs, strict=True)):
+        value, want = jax.value_and_grad(lambda a, x=x: jnp.sum(jnp.sin(apply(PARAMS, a, x) / 50)))(lora)
+        np.testing.assert_allclose(values[lane], value, rtol=1e-5)
+        assert np.isfinite(value) == (lane != 1 or broken is None)
+        if np.isfinite(value):
+            for path, grads in want.items():
+                rank = grads.a.shape[-1]
+                a, b = got[path].a[lane][..., :rank], got[path].b[lane][..., :rank, :]
+                np.testing.assert_allclose(a, grads.a, rtol=2e-5, atol=1e-5)
+                np.testing.assert_allclose(b, grads.b, rtol=2e-5, atol=1e-5)

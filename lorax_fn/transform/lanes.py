@@ -89,33 +89,36 @@ def _side_by_side(x, at, firsts, seconds, scale, lanes, axes, halves):
 
     A zero does not mask infinity or NaN, in a product or in its gradients. So columns of other lanes are
     chosen away, not multiplied by zero; and where one product sums over lanes, what is not finite counts as
-    zero. A lane with such factors gets a scale of NaN instead. One with such inputs or results gets NaN from
-    the base, and in the gradient of its ``first``.
+    zero. A lane with such a ``second`` gets a scale of NaN instead; one with such a ``first``, or with such
+    inputs or results, gets NaN by itself.
     """
-    fine = _all_finite(firsts) & _all_finite(seconds)
-    first, second = (_merged(runs, axis) for runs, axis in ((firsts, axes[0]), (seconds, axes[1])))
+    fine = jnp.concatenate([jnp.isfinite(x).all(range(1, x.ndim)) for x in seconds])
     scale = jnp.where(fine.reshape(-1, *[1] * (scale.ndim - 1)), scale, jnp.full((), jnp.nan, scale.dtype))
     columns, own = _columns(scale, lanes)
-    # A shared x is the same for all lanes, so nothing of one lane can reach another by it.
-    shrink = halves.first if at is None else _guarded(jax.vmap(halves.first, (0, None)), inputs=True)
-    h = jax.vmap(halves.scaled, (at, 0, 0))(shrink(x, _finite(first)), columns, own)
-    return _guarded(jax.vmap(halves.second, (0, None)), inputs=False)(h, _finite(second))
+    shrink = _guarded(halves.first if at is None else jax.vmap(halves.first, (0, None)), first=True)
+    h = jax.vmap(halves.scaled, (at, 0, 0))(shrink(x, _merged(firsts, axes[0])), columns, own)
+    return _guarded(jax.vmap(halves.second, (0, None)), first=False)(h, _merged(seconds, axes[1]))
 
 
-def _guarded(product: Callable[[Any, Any], Any], *, inputs: bool) -> Callable[[Any, Any], Any]:
-    """``product(x, factor)``, where what is not finite counts as zero in the gradient of ``factor``.
+def _guarded(product: Callable[[Any, Any], Any], *, first: bool) -> Callable[[Any, Any], Any]:
+    """``product(x, factor)``, where what is not finite counts as zero in sums that go over all lanes.
 
-    This is about ``x`` with ``inputs``, and otherwise about the cotangent of the product.
+    Those are sums over the columns of a factor, which for a ``first`` are only in the gradient of ``x``, and
+    sums over tokens, in the gradient of a factor.
     """
-    guarded = jax.custom_vjp(product)
+
+    @jax.custom_vjp
+    def guarded(x, factor):
+        return product(x, factor if first else _finite(factor))
 
     def forward(x, factor):
-        return product(x, factor), (x, factor)
+        return guarded(x, factor), (x, factor)
 
     def backward(saved, cotangent):
         x, factor = saved
+        factor = _finite(factor)
         (to_x,) = jax.vjp(lambda x: product(x, factor), x)[1](cotangent)
-        x, cotangent = (_finite(x), cotangent) if inputs else (x, _finite(cotangent))
+        x, cotangent = (_finite(x), cotangent) if first else (x, _finite(cotangent))
         (to_factor,) = jax.vjp(lambda factor: product(x, factor), factor)[1](cotangent)
         return to_x, to_factor
 
@@ -126,11 +129,6 @@ def _guarded(product: Callable[[Any, Any], Any], *, inputs: bool) -> Callable[[A
 def _finite(x: jax.Array) -> jax.Array:
     """``x`` with zeros in place of what is not finite."""
     return jnp.where(jnp.isfinite(x), x, jnp.zeros((), x.dtype))
-
-
-def _all_finite(runs: list[jax.Array]) -> jax.Array:
-    """Whether the factors of each lane are finite: ``[lanes]``."""
-    return jnp.concatenate([jnp.isfinite(x).all(range(1, x.ndim)) for x in runs])
 
 
 def cut(array: jax.Array, lanes: Lanes, axis: int) -> list[jax.Array]:

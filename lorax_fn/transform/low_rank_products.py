@@ -224,16 +224,14 @@ def _two_products(x, first, second, stacked, scale, axes, dtype, precision, tap,
     if lanes is not None and stacked is not None:
         by_column = (*axes[:3], (*axes[3], RANK), axes[4])
         before, after = (partial(half, axes=by_column, **facts) for half in (_first, _second))
-        halves = Halves(before, partial(_scaled, axes=by_column), after)
+        halves = Halves(before, partial(_scaled, scale=scale, axes=by_column), after)
         product = by_lane(product, lanes, (axes[1].index(RANK), axes[2].index(RANK)), halves)
     return product(x, first, second, stacked)
 
 
 def _product(x, first, second, stacked, *, scale, axes, **facts):
-    h = _first(x, first, axes=axes, **facts)
-    h = h if stacked is None else _scaled(h, stacked, axes=axes)
-    # h [tokens, r] is the smallest array around, so the scale costs least here.
-    return _second(h if scale == 1.0 else h * scale, second, axes=axes, **facts)
+    h = _scaled(_first(x, first, axes=axes, **facts), stacked, scale=scale, axes=axes)
+    return _second(h, second, axes=axes, **facts)
 
 
 def _axes_of_h(xs, first_axes, second_axes, stacked_axes, out):
@@ -246,18 +244,20 @@ def _axes_of_h(xs, first_axes, second_axes, stacked_axes, out):
 
 
 def _first(x, first, *, axes, dtype, precision, tap):
-    # The low-rank half computes in the dtype of the activations, as the base product does: float32 factors of
-    # a bfloat16 model are cast here, and their gradients are float32 again.
+    # In the dtype of the activations, as the base product; gradients of float32 factors are float32 again.
     compute, (_, h_axes) = x.dtype if jnp.issubdtype(x.dtype, jnp.floating) else dtype, _axes_of_h(*axes)
-    x, first = x.astype(compute), first.astype(compute)
-    h = contract(x, axes[0], first, axes[1], h_axes, dtype=compute, precision=precision)
+    arrays = x.astype(compute), axes[0], first.astype(compute), axes[1]
+    h = contract(*arrays, h_axes, dtype=compute, precision=precision)
     return echo(h) if tap else h
 
 
-def _scaled(h, stacked, own=None, *, axes):
-    missing, h_axes = _axes_of_h(*axes)
-    h, h_axes = lax.expand_dims(h, range(len(missing))), [*missing, *h_axes]
-    h = h * align(stacked.astype(h.dtype), axes[3], h_axes)
+def _scaled(h, stacked, own=None, *, scale, axes):
+    # h [tokens, r] is the smallest array around, so the scale costs least here.
+    if stacked is not None:
+        missing, h_axes = _axes_of_h(*axes)
+        h, h_axes = lax.expand_dims(h, range(len(missing))), [*missing, *h_axes]
+        h = h * align(stacked.astype(h.dtype), axes[3], h_axes)
+    h = h if scale == 1.0 else h * scale
     return h if own is None else jnp.where(align(own, (RANK,), h_axes), h, jnp.zeros((), h.dtype))
 
 
