@@ -256,14 +256,14 @@ def make_step(
     batch. Weights in ``widths`` are multiplied at each lane's own rank.
     """
 
-    def own(path, x):
+    def in_lanes(path, x):
         held = {field.name: getattr(x, field.name) for field in dataclasses.fields(x)}
         return LaneLoRA(**held, lanes=widths[path]) if widths and path in widths else x
 
     def lane_loss(lora: Lora, key, extra, rate, batch, params):
         given = () if extra is None else (extra,)
         if widths:
-            lora = {path: own(path, x) for path, x in lora.items()}
+            lora = {path: in_lanes(path, x) for path, x in lora.items()}
         if rate is not None:
             lora = dropout(lora, rate, jax.random.fold_in(key, DROPOUT))
         value = loss_fn(params, lora, batch, key, *given)
@@ -279,9 +279,9 @@ def make_step(
         if seeded:
             batch = jax.tree.map(lambda x: x[which], batch)
 
-        # By the adapters of each part as they are: the joined ones have padding, and so have their gradients.
+        # The gradient is by the adapters of each part, because joined ones have padding, and so do gradients.
         def total(trained):
-            lora = joined_loras([with_trainable(s.lora, own) for s, own in zip(states, trained, strict=True)])
+            lora = joined_loras([with_trainable(s.lora, x) for s, x in zip(states, trained, strict=True)])
             axes = (0, 0, 0, 0, 0 if seeded else None, None)
             losses, new = jax.vmap(lane_loss, in_axes=axes)(lora, keys, extra, rates, batch, params)
             # losses: [lanes]. With their sum, each lane's adapters get the gradient of that lane's own loss.
@@ -292,16 +292,15 @@ def make_step(
         )
         metrics = {"loss": losses, "grad_norm": joined([jax.vmap(norm)(part) for part in grads])}
         after = []
-        for at, (fixed, size), state, part, own in zip(
-            offsets(parts), parts, states, grads, values, strict=True
-        ):
+        runs = zip(offsets(parts), parts, states, grads, values, strict=True)
+        for at, (fixed, size), state, part, numbers in runs:
 
             def update(state, grads, loss, values, extra, fixed=fixed):
                 new = apply_gradients(state, grads, optimizer(tx, {**fixed, **values}), value=loss)
                 return dataclasses.replace(new, extra=extra)
 
             loss, new = jax.tree.map(lambda x, at=at, size=size: x[at : at + size], (losses, extra))
-            after.append(jax.vmap(update)(state, part, loss, own, new))
+            after.append(jax.vmap(update)(state, part, loss, numbers, new))
         return tuple(after), metrics
 
     return step
