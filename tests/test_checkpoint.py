@@ -328,7 +328,8 @@ def test_damage_is_found(tmp_path):
     files = [file for file in arrays.rglob("*") if file.is_file() and file.parent.name == "d"]
     for file in files:
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    with pytest.raises(LoraError, match=rf"damaged(.|\n)*{files[0].name}"):
+    # The first of them by name, because of many damaged files the message names five.
+    with pytest.raises(LoraError, match=rf"damaged(.|\n)*{min(files).name}"):
         checkpoint.load(path)
     _, arrays = fresh()
     file = next(file for file in arrays.rglob("*") if file.is_file() and file.parent.name == "d")
