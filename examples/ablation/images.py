@@ -15,7 +15,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import study
 from models import minilm
 from models.vit import Block, ViT, ViTConfig, load_onnx
@@ -84,7 +83,7 @@ def with_head(params: dict) -> dict:
     head = minilm.ridge_regression(seen(images), np.eye(CLASSES)[labels])
     z = seen(further) @ head["kernel"] + head["bias"]
     factors = np.geomspace(1, 100, 201)
-    losses = [scores_of(float(factor) * z, known)["loss"] for factor in factors]
+    losses = [study.class_scores(float(factor) * z, known)["loss"] for factor in factors]
     return {**params, "head": jax.tree.map(lambda w: float(factors[np.argmin(losses)]) * w, head)}
 
 
@@ -101,14 +100,8 @@ def batches(seed: int) -> Iterator[Images]:
         yield {"image": np.asarray(pixels(images[chosen])), "label": labels[chosen].astype(np.int32)}
 
 
-def scores_of(z: jax.Array, labels: jax.Array) -> dict[str, jax.Array]:
-    """The cross-entropy, in nats, and how often the likeliest class is right."""
-    loss = optax.softmax_cross_entropy_with_integer_labels(z, labels).mean()
-    return {"loss": loss, "accuracy": jnp.mean(z.argmax(-1) == labels)}
-
-
 def loss_of(z: jax.Array, batch: Images) -> jax.Array:
-    return scores_of(z, batch["label"])["loss"]
+    return study.class_scores(z, batch["label"])["loss"]
 
 
 def tested(model: Callable) -> dict[str, jax.Array]:
@@ -116,8 +109,7 @@ def tested(model: Callable) -> dict[str, jax.Array]:
     images, labels = parts()["test"]
     rows = pixels(images).reshape(-1, BATCH, EDGE, EDGE, 3)
     each = {"image": rows, "label": jnp.int32(labels).reshape(-1, BATCH)}
-    found = jax.lax.map(lambda batch: scores_of(model(batch), batch["label"]), each)
-    return jax.tree.map(jnp.mean, found)
+    return study.mean_scores(lambda batch: study.class_scores(model(batch), batch["label"]), each)
 
 
 def facts() -> dict[str, Any]:

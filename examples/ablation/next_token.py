@@ -7,14 +7,13 @@ what all thirty layers give; it stays. So runs differ only in what they train in
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import study
 from models import minilm
 from models.llama import Block, LlamaConfig, load_gguf, rope_angles
@@ -83,17 +82,15 @@ def batches(seed: int) -> Iterator[np.ndarray]:
     return study.data.batches(texts()[0], BATCH, 100 + seed)
 
 
-def scores_of(z: jax.Array, rows: jax.Array) -> dict[str, jax.Array]:
-    """The loss per token, in nats, and how often the likeliest token is right."""
-    loss = optax.softmax_cross_entropy_with_integer_labels(z, rows[:, 1:]).mean()
-    return {"loss": loss, "accuracy": jnp.mean(z.argmax(-1) == rows[:, 1:])}
+def scores_of(model: Callable, rows: jax.Array) -> dict[str, jax.Array]:
+    """The scores of ``model(tokens) -> logits`` for each token of some rows after the first."""
+    return study.class_scores(model(rows[:, :-1]), rows[:, 1:])
 
 
-def tested(model: Any) -> dict[str, jax.Array]:
+def tested(model: Callable) -> dict[str, jax.Array]:
     """The mean scores of ``model(tokens) -> logits`` on the test rows, batch by batch."""
     parts = texts()[1].reshape(-1, BATCH, LENGTH + 1)
-    found = jax.lax.map(lambda rows: scores_of(model(rows[:, :-1]), rows), jnp.asarray(parts))
-    return jax.tree.map(jnp.mean, found)
+    return study.mean_scores(functools.partial(scores_of, model), jnp.asarray(parts))
 
 
 def facts() -> dict[str, Any]:
@@ -115,7 +112,7 @@ def sweep(name: str, lanes: Sequence[dict], **given: Any) -> Any:
     apply = lx.adapt(logits, fallback="error")
 
     def loss_fn(params, lora, rows, key):
-        return scores_of(apply(params, lora, rows[:, :-1]), rows)["loss"]
+        return scores_of(lambda tokens: apply(params, lora, tokens), rows)["loss"]
 
     def eval_fn(state, params):
         return tested(lambda tokens: apply(params, state.lora, tokens))

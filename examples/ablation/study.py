@@ -91,6 +91,17 @@ def scores_of(z: jax.Array, batch: Sentences) -> dict[str, jax.Array]:
     return {"loss": loss_of(z, batch), "accuracy": jnp.mean(batch["weight"] * right)}
 
 
+def class_scores(z: jax.Array, labels: jax.Array) -> dict[str, jax.Array]:
+    """The cross-entropy of logits ``[..., V]``, in nats, and how often the likeliest class is right."""
+    loss = optax.softmax_cross_entropy_with_integer_labels(z, labels).mean()
+    return {"loss": loss, "accuracy": jnp.mean(z.argmax(-1) == labels)}
+
+
+def mean_scores(scores: Callable, batches: Any) -> dict[str, jax.Array]:
+    """The mean of ``scores(batch)`` over batches along axis 0 of each array, one after another."""
+    return jax.tree.map(jnp.mean, jax.lax.map(scores, batches))
+
+
 def sweep(
     name: str, lanes: Sequence[dict], *, domain: str = DOMAIN, model: Callable = minilm.logits, **given: Any
 ) -> Any:
