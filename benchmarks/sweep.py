@@ -76,13 +76,19 @@ def chunk_of(params: Any, some: list[dict], own: bool = False) -> tuple[Any, lis
     return chunk, made
 
 
+def in_form(params: Any, form: dict | None) -> tuple[Any, list, Any]:
+    """The chunk of all ranks in one of `FORMS`, its members, and the widths of its products."""
+    chunk, made = chunk_of(params, [{"rank": r} for r in RANKS], form is not None)
+    return chunk, made, lanes.own_widths(chunk, **form) if form else None
+
+
 def programs_of(params: Any, loss_fn: Callable, batch: dict) -> dict[str, tuple[Callable, Any]]:
     """Of each form: a function that takes one step of all ranks, and the state that it starts from."""
     found: dict[str, tuple[Callable, Any]] = {}
     for name, form in FORMS.items():
-        chunk, made = chunk_of(params, [{"rank": r} for r in RANKS], form is not None)
+        chunk, made, widths = in_form(params, form)
         given = (params, batch, chunk.values(), chunk.rates(), None)
-        state, widths = lanes.start(chunk, tx, None), lanes.own_widths(chunk, **form) if form else None
+        state = lanes.start(chunk, tx, None)
         step = lanes.make_step(loss_fn, tx, chunk.parts, seeded=False, widths=widths)
         program = jax.jit(step, donate_argnums=0).lower(state, *given).compile()
         found[name] = (lambda state, program=program, given=given: program(state, *given)[0]), state
@@ -282,8 +288,7 @@ def tpu() -> tuple[Title, Rows]:
         ]
         each[SEPARATE] = float(np.mean(separate))
         for name, form in FORMS.items():
-            chunk, _ = chunk_of(params, [{"rank": r} for r in RANKS], form is not None)
-            widths = lanes.own_widths(chunk, **form) if form else None
+            chunk, _, widths = in_form(params, form)
             step = lanes.make_step(loss_fn, tx, chunk.parts, seeded=False, widths=widths)
             state = lanes.start(chunk, tx, None)
             each[name] = accessed(step, state, params, batch, chunk.values(), None, None) / len(RANKS)
