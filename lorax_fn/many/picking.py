@@ -14,8 +14,8 @@ from lorax_fn.core.stored import Stored, dense
 from lorax_fn.methods.lora import LoRA
 from lorax_fn.methods.low_rank import SCALINGS, LowRank
 from lorax_fn.methods.table import METHODS
-from lorax_fn.transform.factored import RANK, factor
-from lorax_fn.transform.low_rank_products import align, build
+from lorax_fn.transform.factored import RANK, align, factor
+from lorax_fn.transform.low_rank_products import build
 from lorax_fn.transform.picks import chosen
 
 # What a slot may hold. The bank says it by a number: 0 is an empty slot, i + 1 is KINDS[i].

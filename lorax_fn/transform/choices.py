@@ -11,9 +11,9 @@ from jax.extend.core import primitives as prims
 
 from lorax_fn.transform import jaxpr as jx
 from lorax_fn.transform.edits import EDITS
-from lorax_fn.transform.factored import RANK, Factored, Part, is_factored
+from lorax_fn.transform.factored import RANK, Factored, Part, align, is_factored
 from lorax_fn.transform.gathers import GATHERS
-from lorax_fn.transform.low_rank_products import absorbed, align
+from lorax_fn.transform.low_rank_products import absorbed
 from lorax_fn.transform.picks import chosen as one_adapter
 from lorax_fn.transform.rules import MOVES
 from lorax_fn.transform.stored import is_unbuilt

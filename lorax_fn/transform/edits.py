@@ -9,8 +9,8 @@ from jax import lax
 from jax.extend.core import primitives as prims
 
 from lorax_fn.transform import jaxpr as jx
-from lorax_fn.transform.factored import RANK, Factored, Part, is_factored
-from lorax_fn.transform.low_rank_products import absorbed, align, scale_absorbed, stack_into_rank
+from lorax_fn.transform.factored import RANK, Factored, Part, align, is_factored
+from lorax_fn.transform.low_rank_products import absorbed, scale_absorbed, stack_into_rank
 from lorax_fn.transform.rules import Rules, looked_up, one, without_axes
 from lorax_fn.transform.stored import is_unbuilt
 

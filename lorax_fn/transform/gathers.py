@@ -6,8 +6,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import primitives as prims
 
-from lorax_fn.transform.factored import Part, is_factored
-from lorax_fn.transform.low_rank_products import align
+from lorax_fn.transform.factored import Part, align, is_factored
 from lorax_fn.transform.rules import Rules, one, sliced
 from lorax_fn.transform.stored import lookup
 

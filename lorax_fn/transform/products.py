@@ -8,11 +8,10 @@ from jax import lax
 from jax.extend.core import primitives as prims
 
 from lorax_fn.transform import jaxpr as jx
-from lorax_fn.transform.factored import RANK, Factored, Part, Sum, is_factored
+from lorax_fn.transform.factored import RANK, Factored, Part, Sum, align, is_factored
 from lorax_fn.transform.low_rank_products import (
     Refused,
     absorbed,
-    align,
     build,
     contract,
     dropped,

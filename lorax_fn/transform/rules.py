@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import primitives as prims
 
-from lorax_fn.transform.factored import Factored, Part, is_factored
-from lorax_fn.transform.low_rank_products import align, scale_absorbed, stack_into_rank
+from lorax_fn.transform.factored import Factored, Part, align, is_factored
+from lorax_fn.transform.low_rank_products import scale_absorbed, stack_into_rank
 from lorax_fn.transform.picks import chosen
 from lorax_fn.transform.stored import is_unbuilt, moved
 
