@@ -94,9 +94,26 @@ def peers_table(block: str) -> str:
 def machine_line(run: dict) -> str:
     shown = sorted((name, version) for name, version in run["versions"].items() if name != "jaxlib")
     products = run.get("products of float32")  # said where they may be in TF32
+    memory = " Freed memory kept." if run.get("freed memory") else ""
     return (
         f"{run['date']}, {run['machine']}; " + ", ".join(f"{name} {version}" for name, version in shown) + "."
-    ) + (f" Products of float32 in {products}." if products else "")
+    ) + (f" Products of float32 in {products}." if products else memory)
+
+
+def memory_table() -> str:
+    """Steps of block a in memory that is kept, and in memory that comes from the system anew."""
+    kept, fresh = (
+        {row["name"]: row["seconds"] for row in results.load(f"peers_a_plain{which}")["rows"]}
+        for which in ("", "_fresh")
+    )
+    lines = [["", "kept, ms", "fresh, ms", "kept: time / by hand", "fresh: time / by hand"]]
+    for name in sorted(kept, key=lambda name: statistics.median(kept[name])):
+        of_hand = [spread(np.divide(run[name], run[HAND])) for run in (kept, fresh)]
+        own = name.startswith(ADAPT)
+        lines.append([
+            f"**{name}**" if own else name, milliseconds(kept[name]), milliseconds(fresh[name]), *of_hand
+        ])  # fmt: skip
+    return table(lines)
 
 
 def figures_table(name: str) -> str:
@@ -183,6 +200,7 @@ TABLES = {
     **{f"peers_{name}": lambda name=name: peers_table(name) for name in GPU},
     "gpu_run": lambda: machine_line(results.load("gpu_peers_a_tf32")),
     "gpu_bfloat16_run": lambda: machine_line(results.load("gpu_peers_a_more_bfloat16_batch64")),
+    "memory": memory_table,
     "startup": lambda: figures_table("startup"),
     "scaling": scaling_table,
     "qlora": qlora_table,

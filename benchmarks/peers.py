@@ -10,6 +10,7 @@
     python benchmarks/peers.py a --torch-python .venv-peft/bin/python   # and PEFT on torch
     python benchmarks/peers.py a --save          # results/peers_a.json, which draw.py draws
     python benchmarks/peers.py a --tiny          # small sizes, to try it out
+    python benchmarks/peers.py a --fresh-memory  # without what results.py tells malloc
     python benchmarks/peers.py a --dtype bfloat16 --batch 64   # other arithmetic, more examples
 
 Every way starts from the same arrays, and its losses must equal those of LoRA by hand to 1e-4 (products in
@@ -208,8 +209,13 @@ def main() -> int:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of all arrays")
     parser.add_argument("--batch", type=int, help="another number of examples")
     parser.add_argument("--tiny", action="store_true", help="small sizes, to try it out")
+    parser.add_argument(
+        "--fresh-memory", action="store_true", help="each step gets its memory from the system anew"
+    )
     parser.add_argument("--save", action="store_true", help="write results/*.json")
     args = parser.parse_args()
+    if not args.fresh_memory and args.only != "compiling":  # it would hold back XLA's threads
+        results.keep_memory()
     problem = BLOCKS[args.block]
     if args.tiny and problem.model != "transformer":
         layers = 2 if problem.model == "smollm2" else problem.layers
@@ -261,7 +267,7 @@ def main() -> int:
         worker.close()
     if args.save:
         parts = ["more" if args.ways else args.only, products.lower() if products != "float32" else None]
-        parts += [f"batch{args.batch}" if args.batch else None]
+        parts += [f"batch{args.batch}" if args.batch else None, "fresh" if args.fresh_memory else None]
         name = "_".join([f"peers_{args.block}", *(part for part in parts if part)])
         shape = dataclasses.asdict(problem)
         results.save(name, {**facts, "problem": shape, "rows": rows, "not timed": failed | wrong})

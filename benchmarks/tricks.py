@@ -11,7 +11,8 @@ gradient of B needs.
 - h saved: the checkpoint of block b saves it, where it saves nothing otherwise.
 
 *alone* compiles and times the products that LoRA adds to a step of block a one by one, each in its fastest
-form and with a warm cache: together, what no form of LoRA can do without, if XLA compiles it for a CPU.
+form and with a warm cache: together, what no form of LoRA can do without, if XLA compiles it for a CPU. The
+same for what DoRA adds to LoRA.
 """
 
 import argparse
@@ -31,6 +32,8 @@ from libraries.problem import Problem, arranged, factors, nested
 from peers import check_losses, timed
 from step import in_turn, spread, table
 from step import timed as in_rounds
+
+import lorax_fn as lx
 
 PLAIN, KEPT, RECOMPUTED, SAVED = "by hand", "h kept", "h recomputed", "h saved by the checkpoint"
 BLOCKS = {
@@ -90,11 +93,23 @@ ALONE = {
     "dA = (dhᵀ x)ᵀ": lambda x, y, h, w, a, b: h.T @ x,
     "dB = hᵀ dy": lambda x, y, h, w, a, b: h.T @ y,
 }
-LIMIT, ADAM = "limit: forward and dx", "AdamW on A and B"
+# The same for DoRA, whose output is c * (x W) + h (c B), with a column c [m].
+DORA = {
+    "norm of the columns": lambda x, y, h, w, a, b: adapted(w, a, b).norm(w),
+    "dc = sum of dy * (x W)": lambda x, y, h, w, a, b: jnp.sum(y * (2.0 * y), 0),
+    "c dy": lambda x, y, h, w, a, b: b[0] * y,
+}
+LIMIT, ADAM, LORA = "limit: forward and dx", "AdamW on A and B", "lx.adapt"
+
+
+def adapted(w: jax.Array, a: jax.Array, b: jax.Array) -> Any:
+    """The DoRA of a weight ``[n, m]``."""
+    layout = lx.Layout(inputs=(0,), outputs=(1,))
+    return lx.DoRA(a=a, b=b, alpha=1.0, rank=a.shape[1], scaling="lora", layout=layout, magnitude=b[0])
 
 
 def alone(problem: Problem, rounds: int) -> dict[str, list[float]]:
-    """The seconds of each product, summed over all weights of the model, and of the limit's whole step."""
+    """The seconds of each product, summed over all weights of the model; of the limit's and LoRA's step."""
     draw, tokens = np.random.default_rng(0), problem.batch * problem.tokens
 
     def normal(*shape):
@@ -102,41 +117,50 @@ def alone(problem: Problem, rounds: int) -> dict[str, list[float]]:
 
     limit = linen.limit(problem)
     runs: dict[Any, Any] = {LIMIT: (jax.jit(limit.make_step()), (limit.start, limit.fixed))}
+    lora = linen.adapt(problem)
+    runs[LORA] = jax.jit(lora.make_step()), (lora.start, lora.fixed)
     counts: dict[Any, int] = {}
     for n, m in problem.shapes.values():
         sizes = (tokens, n), (tokens, m), (tokens, problem.rank), (n, m), (n, problem.rank), (problem.rank, m)
         if (n, m) not in counts:
             args = [normal(*size) for size in sizes]
-            runs |= {(name, n, m): (jax.jit(product), args) for name, product in ALONE.items()}
+            runs |= {(name, n, m): (jax.jit(run), args) for name, run in {**ALONE, **DORA}.items()}
         counts[n, m] = counts.get((n, m), 0) + problem.layers
     pairs = [(normal(n, problem.rank), normal(problem.rank, m)) for n, m in problem.shapes.values()]
     tx = optax.adamw(1e-4)
-    lora = [pairs] * problem.layers
-    runs[ADAM] = jax.jit(lambda g, s, p: tx.update(g, s, p)), (lora, tx.init(lora), lora)
+    every = [pairs] * problem.layers
+    runs[ADAM] = jax.jit(lambda g, s, p: tx.update(g, s, p)), (every, tx.init(every), every)
     # Five calls in a row, of which all but the first find the cache warm.
     taken: dict[Any, list[float]] = {key: [] for key in runs}
     for i in range(rounds):
         for key in in_turn(runs, i):
             (seconds,) = in_rounds({key: runs[key]}, 5).values()
-            taken[key].append(np.median(seconds) if key == LIMIT else min(seconds))
+            taken[key].append(np.median(seconds) if key in (LIMIT, LORA) else min(seconds))
     sums = {
-        name: sum(count * np.array(taken[name, *shape]) for shape, count in counts.items()) for name in ALONE
+        name: sum(count * np.array(taken[name, *shape]) for shape, count in counts.items()).tolist()
+        for name in (*ALONE, *DORA)
     }
-    sums = {name: seconds.tolist() for name, seconds in sums.items()}
-    return {LIMIT: taken[LIMIT], **sums, ADAM: taken[ADAM]}
+    return {LIMIT: taken[LIMIT], LORA: taken[LORA], **sums, ADAM: taken[ADAM]}
 
 
 def added_table(taken: dict[str, list[float]]) -> str:
-    """What LoRA adds at its fastest; of products with an addition, what they take beyond the base product."""
+    """What LoRA adds to the limit, at its fastest, and DoRA to LoRA.
+
+    Of products with an addition, it is what they take beyond the base product.
+    """
     best = {name: min(seconds) for name, seconds in taken.items()}
     best["+ h B"] = best.pop("x W + h B") - best.pop("x W")
     best["+ dh Aᵀ"] = best.pop("dy Wᵀ + dh Aᵀ") - best.pop("dy Wᵀ")
-    del best[LIMIT]
-    limit = np.median(taken[LIMIT])
-    rows = [[name, f"{1e3 * seconds:.1f}", f"{seconds / limit:.3f}"] for name, seconds in best.items()]
-    together = sum(best.values())
-    rows.append(["together", f"{1e3 * together:.1f}", f"{together / limit:.3f}"])
-    return table([["what LoRA adds", "ms", f"/ limit, {1e3 * limit:.0f} ms"], *rows])
+    texts = []
+    for what, of in (("LoRA", LIMIT), ("DoRA", LORA)):
+        whole = np.median(taken[of])
+        added = {n: t for n, t in best.items() if n not in (LIMIT, LORA) and (n in DORA) == (what == "DoRA")}
+        added["together"] = sum(added.values())
+        rows = [[name, f"{1e3 * seconds:.1f}", f"{seconds / whole:.3f}"] for name, seconds in added.items()]
+        texts.append(
+            table([[f"what {what} adds", "ms", f"/ {of.split(':')[0]}, {1e3 * whole:.0f} ms"], *rows])
+        )
+    return "\n\n".join(texts)
 
 
 def main() -> int:
@@ -146,6 +170,7 @@ def main() -> int:
     parser.add_argument("--tiny", action="store_true", help="small sizes, to try it out")
     parser.add_argument("--save", action="store_true", help="write results/tricks.json")
     args = parser.parse_args()
+    results.keep_memory()
     facts, found = results.facts(), {}
     small = {"width": 64, "hidden": 128, "heads": 4, "layers": 2, "tokens": 16} if args.tiny else {}
     if args.blocks == ["alone"]:
@@ -160,7 +185,7 @@ def main() -> int:
         peers = [made(problem, way) for way in (PLAIN, *ways)]
         for peer in peers:
             peer.compile()
-        peers, wrong, _ = check_losses(peers)
+        peers, wrong, _ = check_losses(peers, results.TOLERANCES["float32"])
         if wrong:
             raise SystemExit(f"other losses than by hand: {wrong}")
         for peer in peers:

@@ -1,5 +1,6 @@
 """A way to train on JAX: a jitted step, its compilation and the compiler's own counts."""
 
+import gc
 import time
 from collections.abc import Callable
 from typing import Any
@@ -55,6 +56,7 @@ class JaxPeer:
         """Seconds to trace and to compile, with cleared caches."""
         carried = jax.block_until_ready(self.fresh())
         jax.clear_caches()
+        gc.collect()  # or what the way before left behind is collected here, in this one's time
         jitted = jax.jit(self.make_step(), donate_argnums=0)
         start = time.perf_counter()
         lowered = jitted.lower(carried, self.fixed)
