@@ -17,8 +17,9 @@ from jax.sharding import PartitionSpec
 
 from lorax_fn.transform import jaxpr as jx
 from lorax_fn.transform.choices import cond
+from lorax_fn.transform.dropping import Refused
 from lorax_fn.transform.factored import Factored, Part, folded, is_factored
-from lorax_fn.transform.low_rank_products import Refused, scale_absorbed
+from lorax_fn.transform.low_rank_products import scale_absorbed
 from lorax_fn.transform.picks import chosen
 from lorax_fn.transform.stored import Later, along_axes, is_unbuilt, local, restacked, scanned
 

@@ -8,15 +8,9 @@ from jax import lax
 from jax.extend.core import primitives as prims
 
 from lorax_fn.transform import jaxpr as jx
+from lorax_fn.transform.dropping import Refused, dropped
 from lorax_fn.transform.factored import RANK, Factored, Part, Sum, align, is_factored
-from lorax_fn.transform.low_rank_products import (
-    Refused,
-    absorbed,
-    build,
-    contract,
-    dropped,
-    low_rank_product,
-)
+from lorax_fn.transform.low_rank_products import absorbed, build, contract, low_rank_product
 from lorax_fn.transform.meshes import explicit_mesh, sharding_without
 from lorax_fn.transform.rules import Rules
 from lorax_fn.transform.stored import moved, product
