@@ -44,8 +44,7 @@ def jit(walk, eqn, values):
     asked = jx.jit_shardings(eqn, "in"), jx.jit_shardings(eqn, "out")
 
     def make():
-        # The walk of this function waits: its reports and draws are passed on once per call of `fn`, under
-        # the names of the weights in that call.
+        # The walk inside waits: its reports and draws are passed on once per call of `fn`, under its names.
         jaxpr, consts = jx.opened(closed)
         notes: dict[Hashable, Any] = {}
 
