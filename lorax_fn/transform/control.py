@@ -17,8 +17,9 @@ from jax.sharding import PartitionSpec
 
 from lorax_fn.transform import jaxpr as jx
 from lorax_fn.transform.choices import cond
+from lorax_fn.transform.dropping import Refused
 from lorax_fn.transform.factored import Factored, Part, folded, is_factored
-from lorax_fn.transform.low_rank_products import Refused, scale_absorbed
+from lorax_fn.transform.low_rank_products import scale_absorbed
 from lorax_fn.transform.picks import chosen
 from lorax_fn.transform.stored import Later, along_axes, is_unbuilt, local, restacked, scanned
 
@@ -43,8 +44,7 @@ def jit(walk, eqn, values):
     asked = jx.jit_shardings(eqn, "in"), jx.jit_shardings(eqn, "out")
 
     def make():
-        # The walk of this function waits: its reports and draws are passed on once per call of `fn`, under
-        # the names of the weights in that call.
+        # The walk inside waits: its reports and draws are passed on once per call of `fn`, under its names.
         jaxpr, consts = jx.opened(closed)
         notes: dict[Hashable, Any] = {}
 

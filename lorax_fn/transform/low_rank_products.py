@@ -11,9 +11,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
-from lorax_fn.core.errors import LoraError, error
 from lorax_fn.transform import jaxpr as jx
+from lorax_fn.transform.dropping import Refused, dropped
 from lorax_fn.transform.factored import RANK, Factored, Part, align
+from lorax_fn.transform.holes import change_around
 from lorax_fn.transform.lanes import Halves, by_lane
 from lorax_fn.transform.meshes import axis_specs, explicit_mesh, result_sharding
 from lorax_fn.transform.picks import chosen, picked
@@ -266,37 +267,6 @@ def _second(h, second, *, axes, dtype, precision, **_):
     return contract(h, h_axes, second.astype(h.dtype), axes[2], axes[4], dtype=dtype, precision=precision)
 
 
-def dropped(w: Factored, x: Any, xs: Sequence[Any], keys: Part) -> tuple[Any, list]:
-    """Drops entries of ``x``: one mask per stack entry, drawn from the entry's key."""
-    stack = [n for n in keys.axes if n in w.parts["a"].axes]
-    xs = list(xs)
-    # For a stack W [s, n, m] and x [B, n] without s, each entry draws its own mask, so x becomes [s, B, n].
-    missing = [n for n in stack if n not in xs]
-    x = jnp.broadcast_to(x, (*[w.shape[n] for n in missing], *x.shape))
-    xs = missing + xs
-    rate = w.parts["rate"].array if "rate" in w.parts else w.rate
-    return _dropped(x, keys.array, rate, tuple(xs), keys.axes, tuple(stack)), xs
-
-
-@partial(jax.jit, static_argnames=("xs", "names", "stack"))
-def _dropped(x, keys, rate, xs, names, stack):
-    """``x * keep / (1 - rate)``, jitted so that equal uses share one trace and lowered function."""
-    # The rate may be traced. The share is float32 whatever the dtype of x: bfloat16 would round 0.9 to
-    # 0.8984.
-    keep_share = jnp.float32(1.0) - jnp.asarray(rate, jnp.float32)
-    rest = [n for n in xs if n not in stack]
-    shape = tuple(x.shape[xs.index(n)] for n in rest)
-
-    def draw(key):
-        return jax.random.bernoulli(key, keep_share, shape)
-
-    # A batch of keys, even a batch of one, compiles to a larger program than a single key.
-    keep = draw(keys) if keys.ndim == 0 else jax.vmap(draw)(keys.reshape(-1))
-    # The mask [*stack, *rest] is put into the order of x's axes; stack axes without keys share one mask.
-    keep = align(keep.reshape(*keys.shape, *shape), [*names, *rest], xs)
-    return jnp.where(keep, x * (1.0 / keep_share).astype(x.dtype), jnp.zeros((), x.dtype))
-
-
 def absorbed(w: Factored, dtype: Any) -> tuple[Part, Part]:
     """``a`` and ``b`` in ``dtype``, with the scale in ``b`` if ``b`` has all its axes, else in ``a``.
 
@@ -357,26 +327,6 @@ def stack_into_rank(w: Factored, axis: int, side: str) -> Factored | None:
     return dataclasses.replace(w, parts={"a": mine, "b": other} if side == "a" else {"a": other, "b": mine})
 
 
-class Refused(LoraError):
-    """Dropout was asked for on a weight that is used where nothing can be dropped."""
-
-    def __init__(self, what: str, paths: Sequence[str]):
-        self.what, self.paths = what, tuple(paths)
-        do = (
-            f"leave {', '.join(map(repr, paths))} out: "
-            "lx.dropout({p: a for p, a in lora.items() if p not in left_out}, rate, key) | "
-            "{p: lora[p] for p in left_out}."
-        )
-        super().__init__(str(error(what, path=list(paths), do=do)))
-
-    def of(self, paths: dict[str, tuple[str, ...]]) -> "Refused":
-        """The same error about the caller's weight: inside a jit, weights are named by operand position."""
-        return Refused(self.what, [outer for inner in self.paths for outer in paths[inner]])
-
-    def __reduce__(self):
-        return Refused, (self.what, self.paths)
-
-
 def build(w: Factored) -> Any:
     """The whole array: ``base + a @ b`` in float32 for a weight, in the base's dtype for looked-up rows."""
     if "key" in w.parts:
@@ -392,7 +342,11 @@ def build(w: Factored) -> Any:
     # Axes that neither factor has are broadcast by the last align: the change is the same along them.
     out = [i for i in range(w.ndim) if i in a.axes or i in b.axes]
     precision = None if w.lookup else lax.Precision.HIGHEST
-    change = contract(a.array, a.axes, b.array, b.axes, out, dtype=compute, precision=precision)
+
+    def product(left, right):
+        return contract(left, a.axes, right, b.axes, out, dtype=compute, precision=precision)
+
+    change = change_around(w, product, a, b, out)
     whole = built(w.base).astype(compute) + align(change, out, range(w.ndim))
     column = w.parts.get("column")
     if column is not None:
