@@ -255,39 +255,3 @@ def test_a_bfloat16_weight_is_built_under_strict_promotion():
     params, lora = lx.split({"kernel": jnp.full((3, 2), 0.5, jnp.bfloat16)}, rank=1)
     got = lx.adapt(lambda params: jnp.sin(params["kernel"]), fallback="allow")(params, lora)
     assert got.dtype == jnp.bfloat16 and bool((got == jnp.sin(params["kernel"])).all())
-
-
-def rooted(axis):
-    """The norms along an axis: the gradient of a row (or column) of zeros is NaN."""
-    return lambda w: jnp.sqrt(jnp.sum(jnp.square(w), axis))
-
-
-# name -> (what gives a weight [8, 6] rows or columns of zeros, the axis along which norms are taken)
-FILLED = {
-    "padded rows": (lambda w: jnp.pad(w, ((1, 2), (0, 0))), 1),
-    "padded columns": (lambda w: jnp.pad(w, ((0, 0), (2, 0))), 0),
-    "padded, then turned": (lambda w: jnp.pad(w, ((0, 2), (0, 0))).T * 2.0, 0),
-    "beside zeros": (lambda w: jnp.concatenate([w, jnp.zeros((2, 6))]), 1),
-    "stacked on zeros": (lambda w: jnp.stack([w, jnp.zeros((8, 6))]), 2),
-    "written into zeros": (lambda w: lax.dynamic_update_slice(jnp.zeros((12, 6)), w, (2, 0)), 1),
-    "overwritten": (lambda w: w.at[2:4].set(0.0), 1),
-    "rows out of bounds": (lambda w: w.at[jnp.array([1, 9, 3])].get(mode="fill", fill_value=0.0), 1),
-}
-
-
-@pytest.mark.parametrize("name", FILLED)
-def test_the_gradient_of_an_entry_that_was_filled_in_reaches_no_factor(name):
-    """Its NaN is dropped with the entry, in JAX as in the walk; zeros in a factor would not hide it."""
-    fill, axis = FILLED[name]
-
-    def fn(params, x):
-        return jnp.sum(x) * jnp.sum(rooted(axis)(fill(params["layer"]["w"])))
-
-    def loss(lora):
-        return lx.adapt(fn, fallback="allow")(PARAMS, lora, X)
-
-    found = jax.grad(loss)(LORA)
-    wanted = jax.grad(lambda lora: fn(lx.merge(PARAMS, lora), X))(LORA)
-    for got, want in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
-        assert np.all(np.isfinite(want))
-        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)

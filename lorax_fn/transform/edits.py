@@ -10,7 +10,6 @@ from jax.extend.core import primitives as prims
 
 from lorax_fn.transform import jaxpr as jx
 from lorax_fn.transform.factored import RANK, Factored, Part, align, is_factored
-from lorax_fn.transform.holes import with_holes
 from lorax_fn.transform.low_rank_products import absorbed, scale_absorbed, stack_into_rank
 from lorax_fn.transform.rules import Rules, looked_up, one, without_axes
 from lorax_fn.transform.stored import is_unbuilt
@@ -86,8 +85,7 @@ def _add(walk, eqn, values):
         array = align(other.array, other.axes, one_part.axes)
         parts[name] = Part(lax.concatenate([one_part.array, array], one_part.axes.index(RANK)), one_part.axes)
     paths = tuple(dict.fromkeys((*first.paths, *second.paths)))
-    joined = dataclasses.replace(first, base=base, parts=parts, scale=1.0, paths=paths)
-    return [with_holes(joined, second.holes)]
+    return [dataclasses.replace(first, base=base, parts=parts, scale=1.0, paths=paths)]
 
 
 @EDITS.of(prims.pad_p)
@@ -110,8 +108,7 @@ def _pad(walk, eqn, values):
         value = jnp.asarray(1 if part is column else 0, part.array.dtype)
         return Part(lax.pad(part.array, value, _of(part, edges, (0, 0, 0))), part.axes)
 
-    holes = [name for name in w.parts if any(w.has(name, i) for i in padded)]
-    return [with_holes(w.with_parts(one(eqn, w.base, fill), grown), holes)]
+    return [w.with_parts(one(eqn, w.base, fill), grown)]
 
 
 def _of(part: Part, by_axis: Sequence[Any], of_rank: Any) -> list[Any]:
@@ -146,7 +143,7 @@ def _dynamic_update_slice(walk, eqn, values):
             at = [starts[i] if i in cut else zero for i in part.axes]
             return Part(lax.dynamic_update_slice(zeros, part.array, at), part.axes) if part.axes else part
 
-        return [with_holes(w.with_parts(base, placed), [n for n in "ab" if any(w.has(n, i) for i in cut)])]
+        return [w.with_parts(base, placed)]
     # For rows [k, m] written into W [n, m]: those rows of a become zero, and W's own rows are replaced in the
     # base.
     for name in "ab":  # zeros over whole rows of one factor
@@ -157,6 +154,5 @@ def _dynamic_update_slice(walk, eqn, values):
             ]
             at = [starts[i] if i in cut else zero for i in part.axes]
             zeros = jnp.zeros(sizes, part.array.dtype)
-            rows = Part(lax.dynamic_update_slice(part.array, zeros, at), part.axes)
-            return [with_holes(w.with_part(base, name, rows), (name,))]
+            return [w.with_part(base, name, Part(lax.dynamic_update_slice(part.array, zeros, at), part.axes))]
     return NotImplemented

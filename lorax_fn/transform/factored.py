@@ -52,7 +52,7 @@ class Factored:
     ``a``, ``b`` and ``scale`` run along `PICK`, and ``pick`` is a number: see `transform/picks.py`. A stored
     weight without an adapter has no parts. ``lookup`` marks rows that were picked by an index: they are an
     activation as much as a weight, so nothing is lost by building them. ``tap`` is explained in
-    `transform/taps.py`, ``lanes`` in `transform/lanes.py`, ``holes`` in `transform/holes.py`.
+    `transform/taps.py`, ``lanes`` in `transform/lanes.py`.
     """
 
     base: Any
@@ -63,7 +63,6 @@ class Factored:
     lookup: bool = dataclasses.field(default=False, metadata={"static": True})
     tap: bool = dataclasses.field(default=False, metadata={"static": True})
     lanes: Any = dataclasses.field(default=None, metadata={"static": True})
-    holes: tuple[str, ...] = dataclasses.field(default=(), metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -7,7 +7,6 @@ from jax import lax
 from jax.extend.core import primitives as prims
 
 from lorax_fn.transform.factored import Part, align, is_factored
-from lorax_fn.transform.holes import with_holes
 from lorax_fn.transform.rules import Rules, one, sliced
 from lorax_fn.transform.stored import lookup
 
@@ -71,10 +70,7 @@ def _gather(walk, eqn, values):
     stacked = all(w.has("a", axis) and w.has("b", axis) for axis in cut)
     base = one(eqn, w.base, indices) if stacked else lookup(eqn, [w.base, indices])[0]
     rows = w.with_parts(base, gathered, lookup=w.lookup or not stacked)
-    if not fills:
-        return [rows]
-    rows = with_holes(rows, [name for name in w.parts if any(w.has(name, i) for i in dims.start_index_map)])
-    return [_no_change_outside(w, rows, indices, dims.start_index_map, sizes, index_place)]
+    return [_no_change_outside(w, rows, indices, dims.start_index_map, sizes, index_place) if fills else rows]
 
 
 def _no_change_outside(w, rows, indices, indexed, sizes, index_place):
@@ -89,5 +85,4 @@ def _no_change_outside(w, rows, indices, indexed, sizes, index_place):
     a = rows.parts["a"]
     axes = (*index_place, *(i for i in a.axes if i not in index_place))
     within = align(functools.reduce(jnp.logical_and, inside).astype(a.array.dtype), index_place, axes)
-    part = Part(align(a.array, a.axes, axes) * within, axes)
-    return with_holes(rows.with_part(rows.base, "a", part), ("a",))
+    return rows.with_part(rows.base, "a", Part(align(a.array, a.axes, axes) * within, axes))

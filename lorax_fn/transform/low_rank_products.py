@@ -14,7 +14,6 @@ from jax.custom_derivatives import SymbolicZero
 from lorax_fn.transform import jaxpr as jx
 from lorax_fn.transform.dropping import Refused, dropped
 from lorax_fn.transform.factored import RANK, Factored, Part, align
-from lorax_fn.transform.holes import change_around
 from lorax_fn.transform.lanes import Halves, by_lane
 from lorax_fn.transform.meshes import axis_specs, explicit_mesh, result_sharding
 from lorax_fn.transform.picks import chosen, picked
@@ -342,11 +341,7 @@ def build(w: Factored) -> Any:
     # Axes that neither factor has are broadcast by the last align: the change is the same along them.
     out = [i for i in range(w.ndim) if i in a.axes or i in b.axes]
     precision = None if w.lookup else lax.Precision.HIGHEST
-
-    def product(left, right):
-        return contract(left, a.axes, right, b.axes, out, dtype=compute, precision=precision)
-
-    change = change_around(w, product, a, b, out)
+    change = contract(a.array, a.axes, b.array, b.axes, out, dtype=compute, precision=precision)
     whole = built(w.base).astype(compute) + align(change, out, range(w.ndim))
     column = w.parts.get("column")
     if column is not None:

@@ -10,7 +10,6 @@ from jax.extend.core import primitives as prims
 from lorax_fn.transform import jaxpr as jx
 from lorax_fn.transform.dropping import Refused, dropped
 from lorax_fn.transform.factored import RANK, Factored, Part, Sum, align, is_factored
-from lorax_fn.transform.holes import with_holes
 from lorax_fn.transform.low_rank_products import absorbed, build, contract, low_rank_product
 from lorax_fn.transform.meshes import explicit_mesh, sharding_without
 from lorax_fn.transform.rules import Rules
@@ -267,9 +266,7 @@ def _side_by_side(walk, eqn, values):
     ]
     join = _stacked if in_a == in_b else _blocks
     a, b = join(factors, [v.shape[axis] for v in values], axis, "a" if in_a else "b")
-    joined = Factored(base, {"a": a, "b": b, **parts}, 1.0, 0.0, paths, tap=weights[0].tap)
-    holes = [name for name, has in (("a", in_a), ("b", in_b)) if has or in_a == in_b]
-    return [with_holes(joined, [] if None not in factors else holes)]
+    return [Factored(base, {"a": a, "b": b, **parts}, 1.0, 0.0, paths, tap=weights[0].tap)]
 
 
 def _columns(values: list, weights: list[Factored], axis: int) -> Part:
