@@ -5,6 +5,7 @@ name, and each pytest-xdist worker is a process of its own that reads this file 
 """
 
 import collections
+import gc
 import itertools
 import os
 import zlib
@@ -30,6 +31,9 @@ if not ON_CPU:  # tolerances are those of float32, where a GPU would round opera
 # A silent cast or broadcast is a wrong answer waiting for its day.
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# JAX keeps every trace, and a full collection walks through all of them. Few of them are garbage.
+gc.set_threshold(50_000, 20, 100)
 
 # No deadline: an example's first run compiles. Few examples: each one may compile.
 hypothesis.settings.register_profile(
