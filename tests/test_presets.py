@@ -242,4 +242,4 @@ def test_the_logits_that_other_code_must_reproduce_are_those_of_transformers(cas
     model.load_state_dict(state)
     with torch.no_grad():
         got = model(torch.tensor(TOKENS, dtype=torch.int64)).logits.numpy()
-    np.testing.assert_allclose(got, logits_of(case), atol=1e-5)
+    np.testing.assert_allclose(got, logits_of(case), atol=5e-6)
