@@ -67,13 +67,18 @@ def milliseconds(seconds: list[float]) -> str:
     return f"{middle:,.0f}" if middle >= 100 else f"{middle:.1f}" if middle >= 5 else f"{middle:.2f}"
 
 
+def shown(name: str) -> str:
+    """The name of a way, in bold if it is ours."""
+    return f"**{name}**" if name.startswith(ADAPT) else name
+
+
 def peers_table(block: str) -> str:
     lines = [["", "ms", "time / by hand", "time / lx.adapt", "FLOPs / by hand", "MB accessed", "temp MB",
               "temp / by hand", "trace + compile, s", "trained"]]  # fmt: skip
     for row in peer_rows(block):
-        ours, own = row["build"][0], row["name"].startswith(ADAPT)
+        ours = row["build"][0]
         lines.append([
-            f"**{row['name']}**" if own else row["name"],
+            shown(row["name"]),
             milliseconds(row["seconds"]),
             spread(row["relative"][HAND]), spread(row["relative"][ADAPT]),
             f"{row['counts']['flops']:.4f}" if "flops" in row["counts"] else "-",
@@ -92,12 +97,11 @@ def peers_table(block: str) -> str:
 
 
 def machine_line(run: dict) -> str:
-    shown = sorted((name, version) for name, version in run["versions"].items() if name != "jaxlib")
-    products = run.get("products of float32")  # said where they may be in TF32
-    memory = " Freed memory kept." if run.get("freed memory") else ""
-    return (
-        f"{run['date']}, {run['machine']}; " + ", ".join(f"{name} {version}" for name, version in shown) + "."
-    ) + (f" Products of float32 in {products}." if products else memory)
+    versions = sorted((name, version) for name, version in run["versions"].items() if name != "jaxlib")
+    line = f"{run['date']}, {run['machine']}; {', '.join(map(' '.join, versions))}."
+    if products := run.get("products of float32"):  # said where they may be in TF32
+        line += f" Products of float32 in {products}."
+    return line + (" Freed memory kept." if run.get("freed memory") else "")
 
 
 def memory_table() -> str:
@@ -109,10 +113,7 @@ def memory_table() -> str:
     lines = [["", "kept, ms", "fresh, ms", "kept: time / by hand", "fresh: time / by hand"]]
     for name in sorted(kept, key=lambda name: statistics.median(kept[name])):
         of_hand = [spread(np.divide(run[name], run[HAND])) for run in (kept, fresh)]
-        own = name.startswith(ADAPT)
-        lines.append([
-            f"**{name}**" if own else name, milliseconds(kept[name]), milliseconds(fresh[name]), *of_hand
-        ])  # fmt: skip
+        lines.append([shown(name), milliseconds(kept[name]), milliseconds(fresh[name]), *of_hand])
     return table(lines)
 
 

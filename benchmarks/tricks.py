@@ -11,8 +11,8 @@ gradient of B needs.
 - h saved: the checkpoint of block b saves it, where it saves nothing otherwise.
 
 *alone* compiles and times the products that LoRA adds to a step of block a one by one, each in its fastest
-form and with a warm cache: together, what no form of LoRA can do without, if XLA compiles it for a CPU. The
-same for what DoRA adds to LoRA.
+form and with a warm cache, if XLA compiles it for a CPU. The same for what DoRA adds to LoRA. Within a step,
+XLA runs some of them beside others, so their sum is no bound.
 """
 
 import argparse
@@ -29,7 +29,7 @@ import results
 from jax.ad_checkpoint import checkpoint_name
 from libraries import linen
 from libraries.problem import Problem, arranged, factors, nested
-from peers import check_losses, timed
+from peers import ADAPT, check_losses, timed
 from step import in_turn, spread, table
 from step import timed as in_rounds
 
@@ -82,24 +82,25 @@ def made(problem: Problem, way: str) -> Any:
     return linen.peer(way, problem, lambda: apply, lora, linen.variables(problem))
 
 
-# Of a weight W [n, m]: each product as a function of x, y [tokens, n or m], h [tokens, r], W, A and B.
+# Of a weight W [n, m]: each product as a function of x [tokens, n], y and u [tokens, m], h [tokens, r], W, A
+# and B.
 ALONE = {
-    "x W": lambda x, y, h, w, a, b: x @ w,
-    "dy Wᵀ": lambda x, y, h, w, a, b: y @ w.T,
-    "x W + h B": lambda x, y, h, w, a, b: x @ w + h @ b,
-    "dy Wᵀ + dh Aᵀ": lambda x, y, h, w, a, b: y @ w.T + h @ a.T,
-    "h = x A": lambda x, y, h, w, a, b: x @ a,
-    "dh = dy Bᵀ": lambda x, y, h, w, a, b: y @ b.T,
-    "dA = (dhᵀ x)ᵀ": lambda x, y, h, w, a, b: h.T @ x,
-    "dB = hᵀ dy": lambda x, y, h, w, a, b: h.T @ y,
+    "x W": lambda x, y, u, h, w, a, b: x @ w,
+    "dy Wᵀ": lambda x, y, u, h, w, a, b: y @ w.T,
+    "x W + h B": lambda x, y, u, h, w, a, b: x @ w + h @ b,
+    "dy Wᵀ + dh Aᵀ": lambda x, y, u, h, w, a, b: y @ w.T + h @ a.T,
+    "h = x A": lambda x, y, u, h, w, a, b: x @ a,
+    "dh = dy Bᵀ": lambda x, y, u, h, w, a, b: y @ b.T,
+    "dA = (dhᵀ x)ᵀ": lambda x, y, u, h, w, a, b: h.T @ x,
+    "dB = hᵀ dy": lambda x, y, u, h, w, a, b: h.T @ y,
 }
 # The same for DoRA, whose output is c * (x W) + h (c B), with a column c [m].
 DORA = {
-    "norm of the columns": lambda x, y, h, w, a, b: adapted(w, a, b).norm(w),
-    "dc = sum of dy * (x W)": lambda x, y, h, w, a, b: jnp.sum(y * (2.0 * y), 0),
-    "c dy": lambda x, y, h, w, a, b: b[0] * y,
+    "norm of the columns": lambda x, y, u, h, w, a, b: adapted(w, a, b).norm(w),
+    "dc = sum of dy * (x W)": lambda x, y, u, h, w, a, b: jnp.sum(y * u, 0),
+    "c dy": lambda x, y, u, h, w, a, b: b[0] * y,
 }
-LIMIT, ADAM, LORA = "limit: forward and dx", "AdamW on A and B", "lx.adapt"
+LIMIT, ADAM = "limit: forward and dx", "AdamW on A and B"
 
 
 def adapted(w: jax.Array, a: jax.Array, b: jax.Array) -> Any:
@@ -118,12 +119,12 @@ def alone(problem: Problem, rounds: int) -> dict[str, list[float]]:
     limit = linen.limit(problem)
     runs: dict[Any, Any] = {LIMIT: (jax.jit(limit.make_step()), (limit.start, limit.fixed))}
     lora = linen.adapt(problem)
-    runs[LORA] = jax.jit(lora.make_step()), (lora.start, lora.fixed)
+    runs[ADAPT] = jax.jit(lora.make_step()), (lora.start, lora.fixed)
     counts: dict[Any, int] = {}
     for n, m in problem.shapes.values():
-        sizes = (tokens, n), (tokens, m), (tokens, problem.rank), (n, m), (n, problem.rank), (problem.rank, m)
         if (n, m) not in counts:
-            args = [normal(*size) for size in sizes]
+            activations = [normal(tokens, size) for size in (n, m, m, problem.rank)]
+            args = [*activations, normal(n, m), normal(n, problem.rank), normal(problem.rank, m)]
             runs |= {(name, n, m): (jax.jit(run), args) for name, run in {**ALONE, **DORA}.items()}
         counts[n, m] = counts.get((n, m), 0) + problem.layers
     pairs = [(normal(n, problem.rank), normal(problem.rank, m)) for n, m in problem.shapes.values()]
@@ -135,12 +136,12 @@ def alone(problem: Problem, rounds: int) -> dict[str, list[float]]:
     for i in range(rounds):
         for key in in_turn(runs, i):
             (seconds,) = in_rounds({key: runs[key]}, 5).values()
-            taken[key].append(np.median(seconds) if key in (LIMIT, LORA) else min(seconds))
+            taken[key].append(np.median(seconds) if key in (LIMIT, ADAPT) else min(seconds))
     sums = {
         name: sum(count * np.array(taken[name, *shape]) for shape, count in counts.items()).tolist()
         for name in (*ALONE, *DORA)
     }
-    return {LIMIT: taken[LIMIT], LORA: taken[LORA], **sums, ADAM: taken[ADAM]}
+    return {LIMIT: taken[LIMIT], ADAPT: taken[ADAPT], **sums, ADAM: taken[ADAM]}
 
 
 def added_table(taken: dict[str, list[float]]) -> str:
@@ -152,9 +153,9 @@ def added_table(taken: dict[str, list[float]]) -> str:
     best["+ h B"] = best.pop("x W + h B") - best.pop("x W")
     best["+ dh Aᵀ"] = best.pop("dy Wᵀ + dh Aᵀ") - best.pop("dy Wᵀ")
     texts = []
-    for what, of in (("LoRA", LIMIT), ("DoRA", LORA)):
+    for what, of, names in (("LoRA", LIMIT, best.keys() - DORA.keys()), ("DoRA", ADAPT, DORA.keys())):
         whole = np.median(taken[of])
-        added = {n: t for n, t in best.items() if n not in (LIMIT, LORA) and (n in DORA) == (what == "DoRA")}
+        added = {name: seconds for name, seconds in best.items() if name in names - {LIMIT, ADAPT}}
         added["together"] = sum(added.values())
         rows = [[name, f"{1e3 * seconds:.1f}", f"{seconds / whole:.3f}"] for name, seconds in added.items()]
         texts.append(
