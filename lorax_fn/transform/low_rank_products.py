@@ -15,7 +15,7 @@ from lorax_fn.transform import jaxpr as jx
 from lorax_fn.transform.dropping import Refused, dropped
 from lorax_fn.transform.factored import RANK, Factored, Part, align
 from lorax_fn.transform.lanes import Halves, by_lane
-from lorax_fn.transform.meshes import axis_specs, explicit_mesh, result_sharding
+from lorax_fn.transform.meshes import axis_specs, explicit_mesh, may_be_sharded, result_sharding
 from lorax_fn.transform.picks import chosen, picked
 from lorax_fn.transform.stored import built
 from lorax_fn.transform.taps import EXACT, echo, inputs_of_tap
@@ -56,7 +56,7 @@ def contract(
     x_free = [name for name in xs if name not in ys]
     y_free = [name for name in ys if name not in xs]
     axes = tuple(map(tuple, (xs, ys, batch, summed, x_free, y_free)))
-    if not explicit_mesh(x, y) and _can_be_flat(x, y, axes):
+    if not may_be_sharded(x, y) and _can_be_flat(x, y, axes):
         result = _flat_in_gradient(x, y, axes, 0 if swapped else 1, dtype, precision)
     else:
         result = _plain_product(x, y, axes, dtype, precision)
