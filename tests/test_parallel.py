@@ -126,6 +126,39 @@ def test_a_lora_step_gathers_no_weight_that_the_base_does_not():
     assert max(map(np.prod, more)) <= 2 * 16
 
 
+@pytest.mark.parametrize("method", ["lora", "dora"])
+@pytest.mark.parametrize("context", [False, True], ids=["arrays", "context"])
+def test_tokens_that_are_sharded_along_both_axes_are_gathered_by_nothing(method, context):
+    """Sequence parallelism: the gradients of the factors sum over both axes where the tokens are."""
+    mesh = mesh_of((4, 2), "auto")
+
+    def model(params, x):
+        return jnp.sin(jnp.tanh(x @ params["up"]["kernel"]) @ params["down"]["kernel"])
+
+    params = {"up": {"kernel": np.ones((16, 64))}, "down": {"kernel": np.ones((64, 16))}}
+    params = jax.tree.map(lambda w: np.float32(0.1) * w.astype(np.float32), params)
+    params, lora = lx.split(params, rank=2, method=method)
+    lora = jax.tree.map(lambda leaf: leaf + 0.1, lora)
+    x = np.linspace(-1.0, 1.0, 8 * 6 * 16, dtype=np.float32).reshape(8, 6, 16)
+    adapted = lx.adapt(model, fallback="error")
+    grad = jax.grad(lambda lora, params, x: jnp.mean(adapted(params, lora, x)))
+    want = jax.jit(grad)(lora, params, x)
+    rows = jax.device_put(x, NamedSharding(mesh, P("data", "fsdp")))
+    whole = NamedSharding(mesh, P())
+    step = jax.jit(grad, out_shardings=whole)
+    if context:
+        with jax.set_mesh(mesh):
+            program = step.lower(lora, params, rows).compile()
+            got = program(lora, params, rows)
+    else:
+        held = jax.device_put((lora, params), whole)
+        program = step.lower(*held, rows).compile()
+        got = program(*held, rows)
+    assert not gathered(program.as_text())
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+
+
 def test_each_device_and_step_of_pmap_has_a_key_of_its_own_and_a_mesh_one_key_a_step():
     tx, lora = optax.sgd(0.1), {"b": lx.Full(jnp.zeros(4))}
     state = lx.TrainState.create(lora=lora, tx=tx, key=jax.random.key(7))

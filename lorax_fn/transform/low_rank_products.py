@@ -15,7 +15,7 @@ from lorax_fn.transform import jaxpr as jx
 from lorax_fn.transform.dropping import Refused, dropped
 from lorax_fn.transform.factored import RANK, Factored, Part, align
 from lorax_fn.transform.lanes import Halves, by_lane
-from lorax_fn.transform.meshes import axis_specs, explicit_mesh, result_sharding
+from lorax_fn.transform.meshes import axis_specs, explicit_mesh, may_be_sharded, result_sharding
 from lorax_fn.transform.picks import chosen, picked
 from lorax_fn.transform.stored import built
 from lorax_fn.transform.taps import EXACT, echo, inputs_of_tap
@@ -30,6 +30,7 @@ def contract(
     *,
     dtype: Any,
     precision: Any = None,
+    flat: bool = True,
 ) -> Any:
     """``einsum`` over named axes as one dot product; ``y`` is the small factor, where there is one.
 
@@ -56,7 +57,7 @@ def contract(
     x_free = [name for name in xs if name not in ys]
     y_free = [name for name in ys if name not in xs]
     axes = tuple(map(tuple, (xs, ys, batch, summed, x_free, y_free)))
-    if not explicit_mesh(x, y) and _can_be_flat(x, y, axes):
+    if flat and not may_be_sharded(x, y) and _can_be_flat(x, y, axes):
         result = _flat_in_gradient(x, y, axes, 0 if swapped else 1, dtype, precision)
     else:
         result = _plain_product(x, y, axes, dtype, precision)
@@ -192,6 +193,12 @@ def low_rank_product(
     ``x @ A`` first where inputs are contracted, ``x @ B`` first where outputs are: the factor that
     shrinks ``x`` to the rank goes first, and neither ``a @ b`` nor anything of the weight's size is built.
     """
+    arrays, facts = operands(w, x, xs, out, dtype=dtype, precision=precision, walk=walk)
+    return _two_products(*arrays, **facts, tap=w.tap, lanes=w.lanes)
+
+
+def operands(w: Factored, x: Any, xs: Sequence, out: Sequence, *, dtype, precision, walk) -> tuple:
+    """``(x, first, second, scale)``, the factors in the order of their products, and the static facts."""
     w = picked(w, x)
     a, b = w.parts["a"], w.parts["b"]
     contracted = set(xs) - set(out)
@@ -211,9 +218,8 @@ def low_rank_product(
     x, precision = (inputs_of_tap(x), EXACT) if w.tap else (x, precision)
     stacked = w.parts.get("scale")
     axes = tuple(xs), first.axes, second.axes, stacked.axes if stacked else (), tuple(out)
-    arrays = x, first.array, second.array, stacked.array if stacked else None
     facts = {"scale": w.scale, "axes": axes, "dtype": jnp.dtype(dtype), "precision": precision}
-    return _two_products(*arrays, **facts, tap=w.tap, lanes=w.lanes)
+    return (x, first.array, second.array, stacked.array if stacked else None), facts
 
 
 @partial(jax.jit, static_argnames=("scale", "axes", "dtype", "precision", "tap", "lanes"))
@@ -227,6 +233,19 @@ def _two_products(x, first, second, stacked, scale, axes, dtype, precision, tap,
         halves = Halves(before, partial(_scaled, scale=scale, axes=by_column), after)
         product = by_lane(product, lanes, (axes[1].index(RANK), axes[2].index(RANK)), halves)
     return product(x, first, second, stacked)
+
+
+@partial(jax.jit, static_argnames=("scale", "axes", "dtype", "precision", "flat"))
+def first_product(x, first, stacked, scale, axes, dtype, precision, flat=True):
+    """``h = scale * x @ first``, the first half of `low_rank_product`."""
+    h = _first(x, first, axes=axes, dtype=dtype, precision=precision, tap=False, flat=flat)
+    return _scaled(h, stacked, scale=scale, axes=axes)
+
+
+@partial(jax.jit, static_argnames=("axes", "dtype", "precision", "flat"))
+def second_product(h, second, axes, dtype, precision, flat=True):
+    """``h @ second``, the other half."""
+    return _second(h, second, axes=axes, dtype=dtype, precision=precision, flat=flat)
 
 
 def _product(x, first, second, stacked, *, scale, axes, **facts):
@@ -243,11 +262,11 @@ def _axes_of_h(xs, first_axes, second_axes, stacked_axes, out):
     return [n for n in stacked_axes if n not in h_axes], h_axes
 
 
-def _first(x, first, *, axes, dtype, precision, tap):
+def _first(x, first, *, axes, dtype, precision, tap, flat=True):
     # In the dtype of the activations, as the base product; gradients of float32 factors are float32 again.
     compute, (_, h_axes) = x.dtype if jnp.issubdtype(x.dtype, jnp.floating) else dtype, _axes_of_h(*axes)
     arrays = x.astype(compute), axes[0], first.astype(compute), axes[1]
-    h = contract(*arrays, h_axes, dtype=compute, precision=precision)
+    h = contract(*arrays, h_axes, dtype=compute, precision=precision, flat=flat)
     return echo(h) if tap else h
 
 
@@ -261,9 +280,10 @@ def _scaled(h, stacked, own=None, *, scale, axes):
     return h if own is None else jnp.where(align(own, (RANK,), h_axes), h, jnp.zeros((), h.dtype))
 
 
-def _second(h, second, *, axes, dtype, precision, **_):
+def _second(h, second, *, axes, dtype, precision, flat=True, **_):
     h_axes = [name for some in _axes_of_h(*axes) for name in some]
-    return contract(h, h_axes, second.astype(h.dtype), axes[2], axes[4], dtype=dtype, precision=precision)
+    arrays = h, h_axes, second.astype(h.dtype), axes[2]
+    return contract(*arrays, axes[4], dtype=dtype, precision=precision, flat=flat)
 
 
 def absorbed(w: Factored, dtype: Any) -> tuple[Part, Part]:

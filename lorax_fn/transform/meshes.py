@@ -1,6 +1,6 @@
-"""Explicit mesh axes: how the result of a product of sharded operands is sharded."""
+"""Sharded operands: when their axes must not be merged, and how the result of their product is sharded."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -8,12 +8,25 @@ import jax
 
 def explicit_mesh(*arrays: Any) -> bool:
     """Whether any operand's type carries explicit mesh axes; if so, a reshape must not merge them blindly."""
+    return any(not mesh.are_all_axes_auto for mesh in _meshes(arrays))
+
+
+def may_be_sharded(*arrays: Any) -> bool:
+    """Whether merging two axes of an operand might move it between devices.
+
+    Along which automatic axes it is sharded is not known while it is traced, but its type has their mesh.
+    """
+    context = jax.sharding.get_abstract_mesh()
+    around = [] if context is None or context.empty else [context]
+    return any(mesh.size > 1 or not mesh.are_all_axes_auto for mesh in (*around, *_meshes(arrays)))
+
+
+def _meshes(arrays: Sequence[Any]) -> Iterator[Any]:
     for array in arrays:
         # Not every type has a sharding, and outside of a mesh the sharding's own mesh is empty.
         mesh = getattr(getattr(jax.typeof(array), "sharding", None), "mesh", None)
-        if mesh is not None and not mesh.empty and not mesh.are_all_axes_auto:
-            return True
-    return False
+        if mesh is not None and not mesh.empty:
+            yield mesh
 
 
 def axis_specs(x: Any, names: Sequence) -> dict:

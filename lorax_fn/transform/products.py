@@ -8,6 +8,7 @@ from jax import lax
 from jax.extend.core import primitives as prims
 
 from lorax_fn.transform import jaxpr as jx
+from lorax_fn.transform.columns import in_b, pays, scaled_product
 from lorax_fn.transform.dropping import Refused, dropped
 from lorax_fn.transform.factored import RANK, Factored, Part, Sum, align, is_factored
 from lorax_fn.transform.low_rank_products import absorbed, build, contract, low_rank_product
@@ -57,12 +58,15 @@ def _dot_general(walk, eqn, values):
     # The frozen half is the program's own product, with its precision and output dtype. It is never fused
     # with the change, so the gradient with respect to lora needs no W-sized array.
     base = product(eqn, (w.base, x) if w_first else (x, w.base))[0]
+    known = [n for n in out if not isinstance(n, int) or w.has("a", n) or w.has("b", n) or n in xs]
     if after is not None and set(after.axes) <= set(w.parts["b"].axes):
+        if known == out and pays(w, x, out, w_sum, base):
+            precision = eqn.params["precision"]
+            return [scaled_product(w, x, xs, out, base, precision=precision, walk=walk)]
         # Its gradient then needs base alone; for column * (base + change), XLA would keep all three arrays.
         base = base * align(after.array.astype(base.dtype), after.axes, out)
-        w, after = _column_in_b(w, after), None
+        w, after = in_b(w, after), None
     change = low_rank_product(w, x, xs, out, dtype=base.dtype, precision=eqn.params["precision"], walk=walk)
-    known = [n for n in out if not isinstance(n, int) or w.has("a", n) or w.has("b", n) or n in xs]
     # An axis that W repeats (a vmapped copy) is in no factor: the change is the same along it.
     change = _placed_like(base, align(change, known, out) if known != out else change)
     if after is None:
@@ -79,15 +83,6 @@ def _placed_like(base: Any, change: Any) -> Any:
     # An axis along which the change is broadcast has size 1 there and can't be sharded.
     spec = [entry if change.shape[i] == base.shape[i] else None for i, entry in enumerate(asked.spec)]
     return jax.sharding.reshard(change, jax.NamedSharding(asked.mesh, jax.P(*spec)))
-
-
-def _column_in_b(w: Factored, column: Part) -> Factored:
-    """``a @ (column * b)``, which is ``column * (a @ b)`` but scales only the small factor."""
-    b = w.parts["b"]
-    # The column is float32 and b may be bfloat16: they are multiplied in the wider dtype, as in a merge.
-    wide = jnp.promote_types(b.array.dtype, column.array.dtype)
-    scaled = b.array.astype(wide) * align(column.array.astype(wide), column.axes, b.axes)
-    return w.with_part(w.base, "b", Part(scaled, b.axes))
 
 
 @PRODUCTS.of(prims.conv_general_dilated_p)
