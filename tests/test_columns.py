@@ -28,7 +28,7 @@ def layer(x, w):
 
 
 def with_heads(params, x):
-    """Outputs of two axes, in another order than in the weight, and of two tokens in another place."""
+    """Outputs of two axes, which the program transposes after the product."""
     y = jnp.einsum("btn,nhk->bkth", x, params["up"]["kernel"].reshape(N, 2, M // 2))
     return jnp.tanh(y).transpose(0, 2, 3, 1).reshape(*x.shape[:2], M) @ params["down"]["kernel"]
 

@@ -41,6 +41,9 @@ class Form(NamedTuple):
     def second(self, h: Any, b: Any, flat: bool = True) -> Any:
         return second_product(h, b, self.axes, self.dtype, self.precision, flat)
 
+    def on_b(self, b: Any, column: Any) -> Any:
+        return b * align(column, self.along, range(b.ndim))
+
 
 def pays(w: Factored, x: Any, out: Sequence, contracted: Sequence[int], base: Any) -> bool:
     """Whether these rules apply, and save time: all arrays of one wide dtype, on one CPU."""
@@ -88,7 +91,7 @@ def _(primals, tangents):
 @partial(jax.custom_jvp, nondiff_argnums=(6,))
 def _scaled_change(x, a, b, scale, column, held, form):
     del held
-    return form.second(form.first(x, a, scale), b * align(column, form.along, range(b.ndim)))
+    return form.second(form.first(x, a, scale), form.on_b(b, column))
 
 
 @partial(_scaled_change.defjvp, symbolic_zeros=True)
@@ -97,13 +100,13 @@ def _(form, primals, tangents):
     d_x, d_a, d_b, d_scale, d_column, _ = tangents
     h, d_h = _with_tangent(form.first, (x, a, scale), (d_x, d_a, d_scale))
     # A plain product, because the policy of a checkpoint around this one asks for a dot_general.
-    y = form.second(h, b * align(column, form.along, range(b.ndim)), flat=False)
+    y = form.second(h, form.on_b(b, column), flat=False)
     terms = []
     if not (_still(d_h) and _still(d_b)):
         terms.append(_scaled(_with_tangent(form.second, (h, b), (d_h, d_b))[1], held))
     if not _still(d_column):
         # c * h (dc / c * B): a change of the column is one of B.
-        by_column = b * align(_rate(held, d_column), form.along, range(b.ndim))
+        by_column = form.on_b(b, _rate(held, d_column))
         moved = _with_tangent(form.second, (h, b), (None, by_column))[1]
         terms.append(_scaled_by_constant(moved, held))
     return y, _total(terms, y)
