@@ -91,6 +91,11 @@ def register(cls: type[T]) -> type[T]:
     either = tuple(f.name for f in fields if f.metadata.get("number"))
     facts = tuple(f.name for f in fields if f.metadata.get("static") and not f.metadata.get("number"))
 
+    def in_order(live, still):
+        return (*arrays, *live, *facts, *still, "_static", "_flat")
+
+    usual = in_order((), either)
+
     def structure(x):
         """Which `number` fields are leaves, and the values of all static fields: ``(live, values)``.
 
@@ -118,13 +123,10 @@ def register(cls: type[T]) -> type[T]:
 
     def unflatten(static, leaves):
         live, values = static
-        still = either if not live else tuple(name for name in either if name not in live)
+        names = usual if not live else in_order(live, tuple(name for name in either if name not in live))
         x = object.__new__(made)
-        x.__dict__.update(zip(arrays + live, leaves, strict=True))
-        x.__dict__.update(zip(facts + still, values, strict=True))
         # tree_map may put a Python number where an array was. It stays a leaf, so that structures agree.
-        x.__dict__["_static"] = static
-        x.__dict__["_flat"] = tuple(leaves), static
+        x.__dict__.update(zip(names, (*leaves, *values, static, (tuple(leaves), static)), strict=True))
         return x
 
     jax.tree_util.register_pytree_with_keys(made, flatten_with_keys, unflatten, flatten)
