@@ -346,3 +346,15 @@ def test_the_forward_pass_merges_no_tokens():
     """On a TPU, a reshape keeps the change from being fused with what it is added to."""
     text = str(jax.make_jaxpr(lx.adapt(layer, fallback="error"))({"w": W}, layer_lora(), X))
     assert "dot_general" in text and "reshape" not in text
+
+
+@pytest.mark.parametrize(("backend", "tokens", "barriers"), [("cpu", 96, 1), ("tpu", 97, 1), ("gpu", 98, 0)])
+def test_a_gpu_transposes_no_tangent(monkeypatch, backend, tokens, barriers):
+    """The barrier that makes the gradient of A quick on a CPU would cost two copies there."""
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    # JAX keeps traces by shape, so each case has its own.
+    x, w = jax.ShapeDtypeStruct((tokens, 80), jnp.float32), jax.ShapeDtypeStruct((80, 64), jnp.float32)
+    _, lora = lx.split({"w": w}, rank=4)
+    run = lx.adapt(lambda params, x: x @ params["w"], fallback="error")
+    gradient = jax.grad(lambda lora, params, x: squared(run(params, lora, x)))
+    assert str(jax.make_jaxpr(gradient)(lora, {"w": w}, x)).count("optimization_barrier") == barriers
