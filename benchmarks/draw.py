@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import results
-from peers import compiling_table
+from peers import compiling_table, counting_table, replay_table
 from step import spread, table
 from tricks import added_table
 
@@ -172,6 +172,17 @@ def tpu_table(name: str) -> str:
     return table(lines)
 
 
+def barrier_table() -> str:
+    lines = [["on a GPU", "", "ms", "time / by hand", "copies in the program"]]
+    for program, rows in results.load("gpu_barrier")["programs"].items():
+        for row in rows:
+            low, middle, high = row["time / by hand"]
+            spread_text = f"{middle:.3f} [{low:.3f}, {high:.3f}]"
+            name = f"**{ADAPT}**" if row["name"] == ADAPT else row["name"]
+            lines.append([program, name, f"{row['ms']:.2f}", spread_text, str(row["copies"])])
+    return table(lines)
+
+
 def tricks_table() -> str:
     lines = [["block", "", "time / h kept", "FLOPs / h kept", "temp / h kept"]]
     for block, rows in results.load("tricks")["blocks"].items():
@@ -201,6 +212,8 @@ TABLES = {
     **{f"peers_{name}": lambda name=name: peers_table(name) for name in GPU},
     "gpu_run": lambda: machine_line(results.load("gpu_peers_a_tf32")),
     "gpu_bfloat16_run": lambda: machine_line(results.load("gpu_peers_a_more_bfloat16_batch64")),
+    "gpu_barrier": barrier_table,
+    "gpu_barrier_run": lambda: machine_line(results.load("gpu_barrier")),
     "memory": memory_table,
     "startup": lambda: figures_table("startup"),
     "scaling": scaling_table,
@@ -208,7 +221,10 @@ TABLES = {
     "guards": guards_table,
     "tricks": tricks_table,
     "tricks_alone": lambda: added_table(results.load("tricks_alone")["seconds"]),
+    "tricks_alone_d": lambda: added_table(results.load("tricks_alone_d")["seconds"]),
     "compiling": lambda: compiling_table(results.load("peers_compiling")),
+    "replayed": lambda: replay_table(results.load("peers_compiling")["e"]["seconds"]),
+    "counting": lambda: counting_table(results.load("peers_counting")),
     "tpu_a": lambda: tpu_table("a, bfloat16"),
     "tpu_b": lambda: tpu_table("b, bfloat16"),
 }  # fmt: skip

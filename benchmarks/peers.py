@@ -7,6 +7,7 @@
     python benchmarks/peers.py e                 # decoding: one token through 4 layers
     python benchmarks/peers.py a --only plain    # or libraries: half of the ways
     python benchmarks/peers.py a --only compiling --compiles 9  # nothing but the time to compile two of them
+    python benchmarks/peers.py a --only counting # the compiler's counts for these two, by version of JAX
     python benchmarks/peers.py a --torch-python .venv-peft/bin/python   # and PEFT on torch
     python benchmarks/peers.py a --save          # results/peers_a.json, which draw.py draws
     python benchmarks/peers.py a --tiny          # small sizes, to try it out
@@ -68,6 +69,8 @@ LIBRARIES = {
     "quax": quax_lora.quax,
     "jax-lorax": jax_lorax,
 }
+# Only if asked for by --ways.
+FORMS = {"lx.adapt, barrier": linen.with_barrier}
 # Of the plain ways, those that decode.
 FORWARD = {"full fine-tuning", "by hand, flat tokens", "limit: forward and dx"}
 TORCH = {
@@ -152,6 +155,28 @@ def compiling_table(found: dict[str, dict]) -> str:
     return table(lines)
 
 
+def replay_table(seconds: dict[str, list]) -> str:
+    """Milliseconds to trace, and to compile, of every way to decode."""
+    lines = [["way", "trace, ms", "compile, ms"]]
+    for name, taken in seconds.items():
+        lines.append([name, *(f"{1e3 * x:.0f}" for x in np.median(taken, 0))])
+    return table(lines)
+
+
+def counting_table(found: dict[str, dict]) -> str:
+    """By block and version of JAX, FLOPs and temporaries of `adapt` over those of LoRA by hand."""
+    lines = [["block", "JAX", "by hand: GFLOP, temp MB", "lx.adapt: GFLOP, temp MB", "FLOPs", "temp"]]
+    for block, versions in sorted(found.items()):
+        for version, row in versions.items():
+            hand, adapt = row[HAND], row[ADAPT]
+            sizes = [f"{way['flops'] / 1e9:.2f}, {way['temp bytes'] / 1e6:.1f}" for way in (hand, adapt)]
+            ratios = [
+                f"{adapt[of] / hand[of]:.{digits}f}" for of, digits in (("flops", 4), ("temp bytes", 3))
+            ]
+            lines.append([block, version, *sizes, *ratios])
+    return table(lines)
+
+
 def rows_of(peers: list[Any], seconds: dict, compiling: dict, losses: dict) -> list[dict]:
     return [
         {
@@ -194,9 +219,9 @@ def printed(rows: list[dict]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("block", choices=BLOCKS)
-    halves = ("plain", "libraries", "compiling")
+    parts = ("plain", "libraries", "compiling", "counting")
     parser.add_argument(
-        "--only", choices=halves, help="half of the ways, or the times to compile two of them"
+        "--only", choices=parts, help="half of the ways, or what it takes to compile two of them"
     )
     parser.add_argument("--ways", nargs="*", help="names of ways, beside the references; saved as ..._more")
     parser.add_argument("--rounds", type=int, default=12)
@@ -231,15 +256,26 @@ def main() -> int:
     makers = REFERENCES | (plain if args.only != "libraries" else {})
     makers |= libraries if args.only != "plain" else {}
     if args.ways:
-        makers = REFERENCES | {name: make for name, make in makers.items() if name in args.ways}
+        makers = REFERENCES | {name: make for name, make in (makers | FORMS).items() if name in args.ways}
     failed: dict[str, str] = {}
     if args.only == "compiling":
-        taken = compile_times(made(problem, REFERENCES, failed), args.compiles)
+        others = {"merged": linen.full, "replayed": linen.replayed} if problem.decode else {}
+        taken = compile_times(made(problem, REFERENCES | others, failed), args.compiles)
         print(compiling_table({args.block: {"seconds": taken}}))
+        print(f"\n{replay_table(taken)}")
         if args.save:
             path = results.FOLDER / "peers_compiling.json"
             held = results.load("peers_compiling") if path.exists() else {}
             results.save("peers_compiling", {**held, args.block: {**facts, "seconds": taken}})
+        return 0
+    if args.only == "counting":
+        counted = {peer.name: peer.costs() for peer in made(problem, REFERENCES, failed)}
+        path = results.FOLDER / "peers_counting.json"
+        held = results.load("peers_counting") if args.save and path.exists() else {}
+        held[args.block] = held.get(args.block, {}) | {jax.__version__: counted | {"date": facts["date"]}}
+        print(counting_table(held))
+        if args.save:
+            results.save("peers_counting", held)
         return 0
     peers = made(problem, makers, failed)
     worker = None

@@ -35,9 +35,9 @@ def keep_memory() -> None:
 
     XLA asks for a step's temporaries anew each time. Memory that was returned to the system then comes back
     page by page, each cleared first: about a tenth of a second in each step of `peers.py a`. Elsewhere than
-    on Linux, nothing happens.
+    on Linux, nothing happens; nor with a GPU, whose compiler's threads would wait for each other's memory.
     """
-    if sys.platform == "linux" and not keeps_memory():
+    if sys.platform == "linux" and not keeps_memory() and not on_gpu():
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **KEEPING})
 
 

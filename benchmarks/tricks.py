@@ -2,7 +2,8 @@
 
     python benchmarks/tricks.py            # the blocks a and b of peers.py
     python benchmarks/tricks.py alone      # each product that LoRA adds, by itself
-    python benchmarks/tricks.py --save     # results/tricks.json; with alone, results/tricks_alone.json
+    python benchmarks/tricks.py alone d    # what DoRA adds to the block d
+    python benchmarks/tricks.py --save     # results/tricks.json; with alone, tricks_alone.json or ..._d.json
 
 All are `by hand, flat tokens` of `peers.py` with one change. *h* is ``x @ A`` ``[tokens, r]``, which the
 gradient of B needs.
@@ -11,8 +12,9 @@ gradient of B needs.
 - h saved: the checkpoint of block b saves it, where it saves nothing otherwise.
 
 *alone* compiles and times the products that LoRA adds to a step of block a one by one, each in its fastest
-form and with a warm cache, if XLA compiles it for a CPU. The same for what DoRA adds to LoRA. Within a step,
-XLA runs some of them beside others, so their sum is no bound.
+form and with a warm cache, if XLA compiles it for a CPU. The same for what DoRA adds to LoRA; in the scanned
+layers of block d, the norms of a stack are computed at once, and ``x W`` is kept for the gradient. Within a
+step, XLA runs some of them beside others, so their sum is no bound.
 """
 
 import argparse
@@ -30,6 +32,7 @@ from jax.ad_checkpoint import checkpoint_name
 from libraries import linen
 from libraries.problem import Problem, arranged, factors, nested
 from peers import ADAPT, check_losses, timed
+from peers import BLOCKS as EVERY
 from step import in_turn, spread, table
 from step import timed as in_rounds
 
@@ -95,53 +98,67 @@ ALONE = {
     "dB = hᵀ dy": lambda x, y, u, h, w, a, b: h.T @ y,
 }
 # The same for DoRA, whose output is c * (x W) + h (c B), with a column c [m].
+NORM = "norm of the columns"
 DORA = {
-    "norm of the columns": lambda x, y, u, h, w, a, b: adapted(w, a, b).norm(w),
+    NORM: lambda x, y, u, h, w, a, b: adapted(w, a, b).norm(w),
     "dc = sum of dy * (x W)": lambda x, y, u, h, w, a, b: jnp.sum(y * u, 0),
     "c dy": lambda x, y, u, h, w, a, b: b[0] * y,
 }
+# What scanned layers add to that: their gradient finds x W in an array of all layers.
+KEEP = {"keeping x W": lambda x, y, u, h, w, a, b: jnp.copy(y)}
 LIMIT, ADAM = "limit: forward and dx", "AdamW on A and B"
 
 
 def adapted(w: jax.Array, a: jax.Array, b: jax.Array) -> Any:
-    """The DoRA of a weight ``[n, m]``."""
-    layout = lx.Layout(inputs=(0,), outputs=(1,))
-    return lx.DoRA(a=a, b=b, alpha=1.0, rank=a.shape[1], scaling="lora", layout=layout, magnitude=b[0])
+    """The DoRA of a weight ``[n, m]``, or of a stack of them."""
+    *stack, _, rank = range(a.ndim)
+    layout = lx.Layout(stack=tuple(stack), inputs=(a.ndim - 2,), outputs=(rank,))
+    magnitude = b[..., 0, :]
+    return lx.DoRA(a=a, b=b, alpha=1.0, rank=a.shape[-1], scaling="lora", layout=layout, magnitude=magnitude)
 
 
 def alone(problem: Problem, rounds: int) -> dict[str, list[float]]:
-    """The seconds of each product, summed over all weights of the model; of the limit's and LoRA's step."""
+    """The seconds of each product, summed over all weights of the model; of the limit's and LoRA's step.
+
+    Of scanned layers, what DoRA adds alone.
+    """
     draw, tokens = np.random.default_rng(0), problem.batch * problem.tokens
+    scanned, pieces = problem.scanned, {**DORA, **KEEP} if problem.scanned else {**ALONE, **DORA}
 
     def normal(*shape):
         return jnp.asarray(draw.normal(size=shape), jnp.float32)
 
-    limit = linen.limit(problem)
-    runs: dict[Any, Any] = {LIMIT: (jax.jit(limit.make_step()), (limit.start, limit.fixed))}
-    lora = linen.adapt(problem)
-    runs[ADAPT] = jax.jit(lora.make_step()), (lora.start, lora.fixed)
+    whole = {ADAPT: linen.adapt(problem)} | ({} if scanned else {LIMIT: linen.limit(problem)})
+    runs: dict[Any, Any] = {
+        name: (jax.jit(way.make_step()), (way.start, way.fixed)) for name, way in whole.items()
+    }
     counts: dict[Any, int] = {}
     for n, m in problem.shapes.values():
         if (n, m) not in counts:
             activations = [normal(tokens, size) for size in (n, m, m, problem.rank)]
             args = [*activations, normal(n, m), normal(n, problem.rank), normal(problem.rank, m)]
-            runs |= {(name, n, m): (jax.jit(run), args) for name, run in {**ALONE, **DORA}.items()}
+            runs |= {(name, n, m): (jax.jit(run), args) for name, run in pieces.items()}
+            if scanned:
+                stacks = [jnp.broadcast_to(x, (problem.layers, *x.shape)) + 0 for x in args[4:]]
+                runs[NORM, n, m] = runs[NORM, n, m][0], [*activations, *stacks]
         counts[n, m] = counts.get((n, m), 0) + problem.layers
     pairs = [(normal(n, problem.rank), normal(problem.rank, m)) for n, m in problem.shapes.values()]
     tx = optax.adamw(1e-4)
     every = [pairs] * problem.layers
-    runs[ADAM] = jax.jit(lambda g, s, p: tx.update(g, s, p)), (every, tx.init(every), every)
+    if not scanned:
+        runs[ADAM] = jax.jit(lambda g, s, p: tx.update(g, s, p)), (every, tx.init(every), every)
     # Five calls in a row, of which all but the first find the cache warm.
     taken: dict[Any, list[float]] = {key: [] for key in runs}
     for i in range(rounds):
         for key in in_turn(runs, i):
             (seconds,) = in_rounds({key: runs[key]}, 5).values()
-            taken[key].append(np.median(seconds) if key in (LIMIT, ADAPT) else min(seconds))
-    sums = {
-        name: sum(count * np.array(taken[name, *shape]) for shape, count in counts.items()).tolist()
-        for name in (*ALONE, *DORA)
-    }
-    return {LIMIT: taken[LIMIT], ADAPT: taken[ADAPT], **sums, ADAM: taken[ADAM]}
+            taken[key].append(np.median(seconds) if key in whole else min(seconds))
+    sums = {}
+    for name in pieces:
+        per_call = problem.layers if scanned and name == NORM else 1
+        added = (count / per_call * np.array(taken[name, *shape]) for shape, count in counts.items())
+        sums[name] = sum(added).tolist()
+    return {name: taken[name] for name in whole} | sums | ({} if scanned else {ADAM: taken[ADAM]})
 
 
 def added_table(taken: dict[str, list[float]]) -> str:
@@ -150,10 +167,13 @@ def added_table(taken: dict[str, list[float]]) -> str:
     Of products with an addition, it is what they take beyond the base product.
     """
     best = {name: min(seconds) for name, seconds in taken.items()}
-    best["+ h B"] = best.pop("x W + h B") - best.pop("x W")
-    best["+ dh Aᵀ"] = best.pop("dy Wᵀ + dh Aᵀ") - best.pop("dy Wᵀ")
+    parts = [("DoRA", ADAPT, best.keys() & {*DORA, *KEEP})]
+    if LIMIT in best:
+        best["+ h B"] = best.pop("x W + h B") - best.pop("x W")
+        best["+ dh Aᵀ"] = best.pop("dy Wᵀ + dh Aᵀ") - best.pop("dy Wᵀ")
+        parts.insert(0, ("LoRA", LIMIT, best.keys() - DORA.keys()))
     texts = []
-    for what, of, names in (("LoRA", LIMIT, best.keys() - DORA.keys()), ("DoRA", ADAPT, DORA.keys())):
+    for what, of, names in parts:
         whole = np.median(taken[of])
         added = {name: seconds for name, seconds in best.items() if name in names - {LIMIT, ADAPT}}
         added["together"] = sum(added.values())
@@ -166,7 +186,7 @@ def added_table(taken: dict[str, list[float]]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("blocks", nargs="*", help="a, b; default: both; or: alone")
+    parser.add_argument("blocks", nargs="*", help="a, b; default: both; or: alone, or: alone d")
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--tiny", action="store_true", help="small sizes, to try it out")
     parser.add_argument("--save", action="store_true", help="write results/tricks.json")
@@ -174,11 +194,14 @@ def main() -> int:
     results.keep_memory()
     facts, found = results.facts(), {}
     small = {"width": 64, "hidden": 128, "heads": 4, "layers": 2, "tokens": 16} if args.tiny else {}
-    if args.blocks == ["alone"]:
-        taken = alone(dataclasses.replace(Problem(), **small), args.rounds)
+    if args.blocks[:1] == ["alone"]:
+        (block,) = args.blocks[1:] or ["a"]
+        taken = alone(dataclasses.replace(EVERY[block], **small), args.rounds)
         print(added_table(taken))
         if args.save:
-            results.save("tricks_alone", {**facts, "seconds": taken})
+            results.save(
+                "tricks_alone" if block == "a" else f"tricks_alone_{block}", {**facts, "seconds": taken}
+            )
         return 0
     for block in args.blocks or BLOCKS:
         problem, ways = BLOCKS[block]

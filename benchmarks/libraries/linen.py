@@ -5,11 +5,13 @@ import functools
 from collections.abc import Callable
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.extend.core import jaxpr_as_fun
 
 import lorax_fn as lx
 from libraries import llama
@@ -193,6 +195,24 @@ def full(problem: Problem) -> JaxPeer:
     return peer("full fine-tuning", problem, lambda: apply, merged, {}, exact=False)
 
 
+def replayed(problem: Problem) -> JaxPeer:
+    """The merged model, traced and then replayed by JAX: what a transform of a trace takes at least."""
+    merged = full(problem)
+    make_step = merged.make_step
+
+    def make_replayed():
+        step = make_step()
+
+        def run(*args):
+            jaxpr, shapes = jax.make_jaxpr(step, return_shape=True)(*args)
+            return jax.tree.unflatten(jax.tree.structure(shapes), jaxpr_as_fun(jaxpr)(*jax.tree.leaves(args)))
+
+        return run
+
+    merged.name, merged.make_step = "merged, replayed by JAX", make_replayed
+    return merged
+
+
 def merge_in_loss(problem: Problem) -> JaxPeer:
     model, (params, lora) = model_of(problem), adapters(problem)
     apply = lambda lora, params, *x: model.apply(lx.merge(params, lora), *x)  # noqa: E731
@@ -225,6 +245,22 @@ def adapt(problem: Problem, method: str = "lora") -> JaxPeer:
 
     name = "lx.adapt" if method == "lora" else f"lx.adapt, {method}"
     return peer(name, problem, make_apply, lora, params, kind=method)
+
+
+def with_barrier(problem: Problem) -> JaxPeer:
+    """`adapt` with the barrier before the gradient of a factor that it leaves out on a GPU."""
+    model, (params, lora) = model_of(problem), adapters(problem)
+
+    def make_apply():
+        run = lx.adapt(model.apply, fallback="error")
+
+        def apply(lora, params, *x):
+            with mock.patch.object(jax, "default_backend", lambda: "cpu"):
+                return run(params, lora, *x)
+
+        return apply
+
+    return peer("lx.adapt, barrier", problem, make_apply, lora, params)
 
 
 def dora(problem: Problem) -> JaxPeer:
