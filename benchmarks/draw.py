@@ -173,13 +173,14 @@ def tpu_table(name: str) -> str:
 
 
 def barrier_table() -> str:
-    lines = [["on a GPU", "", "ms", "time / by hand", "copies in the program"]]
+    lines = [["on a GPU", "", "ms", "time / by hand", "copies", "MB accessed", "temp MB"]]
     for program, rows in results.load("gpu_barrier")["programs"].items():
         for row in rows:
             low, middle, high = row["time / by hand"]
             spread_text = f"{middle:.3f} [{low:.3f}, {high:.3f}]"
             name = f"**{ADAPT}**" if row["name"] == ADAPT else row["name"]
-            lines.append([program, name, f"{row['ms']:.2f}", spread_text, str(row["copies"])])
+            counts = [f"{row[of]:,}" for of in ("copies", "MB accessed", "temp MB")]
+            lines.append([program, name, f"{row['ms']:.2f}", spread_text, *counts])
     return table(lines)
 
 
@@ -208,7 +209,8 @@ def guards_table() -> str:
 TABLES = {
     **{f"peers_{block}": lambda block=block: peers_table(block) for block in PEERS},
     **{f"{name}_run": lambda name=name: machine_line(results.load(name)) for name in
-       ("peers_a_libraries", "peers_b", "peers_c", "peers_d", "peers_e", "startup", "scaling", "qlora")},
+       ("peers_a_plain", "peers_a_libraries", "peers_b", "peers_c", "peers_d", "peers_e",
+        "startup", "scaling", "qlora")},
     **{f"peers_{name}": lambda name=name: peers_table(name) for name in GPU},
     "gpu_run": lambda: machine_line(results.load("gpu_peers_a_tf32")),
     "gpu_bfloat16_run": lambda: machine_line(results.load("gpu_peers_a_more_bfloat16_batch64")),

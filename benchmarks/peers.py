@@ -69,8 +69,7 @@ LIBRARIES = {
     "quax": quax_lora.quax,
     "jax-lorax": jax_lorax,
 }
-# Only if asked for by --ways.
-FORMS = {"lx.adapt, barrier": linen.with_barrier}
+ON_REQUEST = {"lx.adapt, barrier": linen.with_barrier}
 # Of the plain ways, those that decode.
 FORWARD = {"full fine-tuning", "by hand, flat tokens", "limit: forward and dx"}
 TORCH = {
@@ -156,7 +155,7 @@ def compiling_table(found: dict[str, dict]) -> str:
 
 
 def replay_table(seconds: dict[str, list]) -> str:
-    """Milliseconds to trace, and to compile, of every way to decode."""
+    """Milliseconds to trace, and to compile, of each way timed."""
     lines = [["way", "trace, ms", "compile, ms"]]
     for name, taken in seconds.items():
         lines.append([name, *(f"{1e3 * x:.0f}" for x in np.median(taken, 0))])
@@ -168,7 +167,7 @@ def counting_table(found: dict[str, dict]) -> str:
     lines = [["block", "JAX", "by hand: GFLOP, temp MB", "lx.adapt: GFLOP, temp MB", "FLOPs", "temp"]]
     for block, versions in sorted(found.items()):
         for version, row in versions.items():
-            hand, adapt = row[HAND], row[ADAPT]
+            hand, adapt = row["ways"][HAND], row["ways"][ADAPT]
             sizes = [f"{way['flops'] / 1e9:.2f}, {way['temp bytes'] / 1e6:.1f}" for way in (hand, adapt)]
             ratios = [
                 f"{adapt[of] / hand[of]:.{digits}f}" for of, digits in (("flops", 4), ("temp bytes", 3))
@@ -216,12 +215,31 @@ def printed(rows: list[dict]) -> str:
     return table(lines)
 
 
+def of_references(args: argparse.Namespace, problem: Problem, facts: dict) -> None:
+    """Times to compile the references, to decode also the model without LoRA; or the compiler's counts."""
+    name = f"peers_{args.only}"
+    found = results.held(name) if args.save else {}
+    if args.only == "compiling":
+        others = {"merged": linen.full, "replayed": linen.replayed} if problem.decode else {}
+        taken = compile_times(made(problem, REFERENCES | others, {}), args.compiles)
+        found[args.block] = {**facts, "seconds": taken}
+        print(f"{compiling_table({args.block: found[args.block]})}\n\n{replay_table(taken)}")
+    else:
+        counted = {peer.name: peer.costs() for peer in made(problem, REFERENCES, {})}
+        found[args.block] = found.get(args.block, {}) | {jax.__version__: {**facts, "ways": counted}}
+        print(counting_table(found))
+    if args.save:
+        results.save(name, found)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("block", choices=BLOCKS)
     parts = ("plain", "libraries", "compiling", "counting")
     parser.add_argument(
-        "--only", choices=parts, help="half of the ways, or what it takes to compile two of them"
+        "--only",
+        choices=parts,
+        help="half of the ways; or of the two references the times to compile, or the compiler's counts",
     )
     parser.add_argument("--ways", nargs="*", help="names of ways, beside the references; saved as ..._more")
     parser.add_argument("--rounds", type=int, default=12)
@@ -235,11 +253,17 @@ def main() -> int:
     parser.add_argument("--batch", type=int, help="another number of examples")
     parser.add_argument("--tiny", action="store_true", help="small sizes, to try it out")
     parser.add_argument(
-        "--fresh-memory", action="store_true", help="each step gets its memory from the system anew"
+        "--fresh-memory", action="store_true", help="on a CPU, each step gets its memory from the system anew"
     )
     parser.add_argument("--save", action="store_true", help="write results/*.json")
     args = parser.parse_args()
-    if not args.fresh_memory and args.only != "compiling":  # it would hold back XLA's threads
+    alone = args.only in ("compiling", "counting")  # of the references, and without their times
+    if alone and (args.ways or (args.save and (args.tiny or args.dtype != "float32" or args.batch))):
+        parser.error(f"--only {args.only} takes no --ways, and saves no figures of other sizes or dtypes")
+    unknown = set(args.ways or ()) - {*REFERENCES, *PLAIN, *LIBRARIES, *ON_REQUEST}
+    if unknown:
+        parser.error(f"--ways: {sorted(unknown)} are not among {[*PLAIN, *LIBRARIES, *ON_REQUEST]}")
+    if not args.fresh_memory and not alone:  # it would hold back XLA's threads
         results.keep_memory()
     problem = BLOCKS[args.block]
     if args.tiny and problem.model != "transformer":
@@ -256,26 +280,11 @@ def main() -> int:
     makers = REFERENCES | (plain if args.only != "libraries" else {})
     makers |= libraries if args.only != "plain" else {}
     if args.ways:
-        makers = REFERENCES | {name: make for name, make in (makers | FORMS).items() if name in args.ways}
+        makers |= ON_REQUEST
+        makers = REFERENCES | {name: make for name, make in makers.items() if name in args.ways}
     failed: dict[str, str] = {}
-    if args.only == "compiling":
-        others = {"merged": linen.full, "replayed": linen.replayed} if problem.decode else {}
-        taken = compile_times(made(problem, REFERENCES | others, failed), args.compiles)
-        print(compiling_table({args.block: {"seconds": taken}}))
-        print(f"\n{replay_table(taken)}")
-        if args.save:
-            path = results.FOLDER / "peers_compiling.json"
-            held = results.load("peers_compiling") if path.exists() else {}
-            results.save("peers_compiling", {**held, args.block: {**facts, "seconds": taken}})
-        return 0
-    if args.only == "counting":
-        counted = {peer.name: peer.costs() for peer in made(problem, REFERENCES, failed)}
-        path = results.FOLDER / "peers_counting.json"
-        held = results.load("peers_counting") if args.save and path.exists() else {}
-        held[args.block] = held.get(args.block, {}) | {jax.__version__: counted | {"date": facts["date"]}}
-        print(counting_table(held))
-        if args.save:
-            results.save("peers_counting", held)
+    if alone:
+        of_references(args, problem, facts)
         return 0
     peers = made(problem, makers, failed)
     worker = None

@@ -97,6 +97,11 @@ def load(name: str) -> dict[str, Any]:
     return json.loads((FOLDER / f"{name}.json").read_text())
 
 
+def held(name: str) -> dict[str, Any]:
+    """What is in this platform's file, if it exists."""
+    return load(named(name)) if (FOLDER / f"{named(name)}.json").exists() else {}
+
+
 def rounded(x: Any) -> Any:
     """Floats to six digits, which is more than a clock can tell, and as much as a loss needs."""
     if isinstance(x, dict):

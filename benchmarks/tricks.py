@@ -111,8 +111,8 @@ LIMIT, ADAM = "limit: forward and dx", "AdamW on A and B"
 
 def adapted(w: jax.Array, a: jax.Array, b: jax.Array) -> Any:
     """The DoRA of a weight ``[n, m]``, or of a stack of them."""
-    *stack, _, rank = range(a.ndim)
-    layout = lx.Layout(stack=tuple(stack), inputs=(a.ndim - 2,), outputs=(rank,))
+    *stack, n, m = range(a.ndim)
+    layout = lx.Layout(stack=tuple(stack), inputs=(n,), outputs=(m,))
     magnitude = b[..., 0, :]
     return lx.DoRA(a=a, b=b, alpha=1.0, rank=a.shape[-1], scaling="lora", layout=layout, magnitude=magnitude)
 
@@ -189,13 +189,15 @@ def main() -> int:
     parser.add_argument("blocks", nargs="*", help="a, b; default: both; or: alone, or: alone d")
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--tiny", action="store_true", help="small sizes, to try it out")
-    parser.add_argument("--save", action="store_true", help="write results/tricks.json")
+    parser.add_argument("--save", action="store_true", help="write results/tricks*.json")
     args = parser.parse_args()
     results.keep_memory()
     facts, found = results.facts(), {}
     small = {"width": 64, "hidden": 128, "heads": 4, "layers": 2, "tokens": 16} if args.tiny else {}
     if args.blocks[:1] == ["alone"]:
-        (block,) = args.blocks[1:] or ["a"]
+        block = " ".join(args.blocks[1:]) or "a"
+        if block not in ("a", "d") or (block == "d" and args.tiny):
+            parser.error("alone takes the block a or d; d has real weights, which are not tiny")
         taken = alone(dataclasses.replace(EVERY[block], **small), args.rounds)
         print(added_table(taken))
         if args.save:

@@ -350,7 +350,7 @@ def test_the_forward_pass_merges_no_tokens():
 
 @pytest.mark.parametrize(("backend", "tokens", "barriers"), [("cpu", 96, 1), ("tpu", 97, 1), ("gpu", 98, 0)])
 def test_a_gpu_transposes_no_tangent(monkeypatch, backend, tokens, barriers):
-    """The barrier that makes the gradient of A quick on a CPU would cost two copies there."""
+    """The barrier that makes the gradient of A quick on a CPU would only cost copies there."""
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     # JAX keeps traces by shape, so each case has its own.
     x, w = jax.ShapeDtypeStruct((tokens, 80), jnp.float32), jax.ShapeDtypeStruct((80, 64), jnp.float32)

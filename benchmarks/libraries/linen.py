@@ -196,7 +196,7 @@ def full(problem: Problem) -> JaxPeer:
 
 
 def replayed(problem: Problem) -> JaxPeer:
-    """The merged model, traced and then replayed by JAX: what a transform of a trace takes at least."""
+    """The merged model, traced and then replayed by JAX: the least that a transform of a trace costs."""
     merged = full(problem)
     make_step = merged.make_step
 
@@ -248,7 +248,10 @@ def adapt(problem: Problem, method: str = "lora") -> JaxPeer:
 
 
 def with_barrier(problem: Problem) -> JaxPeer:
-    """`adapt` with the barrier before the gradient of a factor that it leaves out on a GPU."""
+    """`adapt` with the barrier before the gradient of A that it leaves out on a GPU; elsewhere, just `adapt`.
+
+    JAX keeps traces, so that it has to forget those of `adapt` first, as `JaxPeer.compile` makes it do.
+    """
     model, (params, lora) = model_of(problem), adapters(problem)
 
     def make_apply():

@@ -125,7 +125,7 @@ def _turned(tangent: Any, other: Any) -> Any:
     On a CPU, ``x^T @ dh`` with its ``r`` columns takes four to eight times as long as ``dh^T @ x`` with its
     ``r`` rows. XLA turns the second into the first when it sees the transpose, hence the barrier. Small or
     batched products are left alone: they gain nothing, and the XLA of JAX 0.10 aborts on some batched ones of
-    3 tokens. On a GPU both take the same time, and the barrier adds two copies to each product.
+    3 tokens. On a GPU both take the same time, and outside of loops the barrier adds two copies.
     """
     if tangent.ndim != 2 or other.ndim != 2 or jax.default_backend() == "gpu":
         return tangent
