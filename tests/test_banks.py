@@ -63,7 +63,7 @@ METHODS = {
 
 
 @pytest.mark.parametrize(
-    "name", ["lora", "dora", *(pytest.param(name, marks=pytest.mark.slow) for name in ("others", "cores"))]
+    "name", ["lora", *(pytest.param(name, marks=pytest.mark.slow) for name in ("dora", "others", "cores"))]
 )
 def test_rows_of_a_model_equal_single_runs_and_so_do_gradients(name):
     loras = [drawn(seed=i, **options) for i, options in enumerate(METHODS[name])]
@@ -215,7 +215,7 @@ def test_ids_and_weights_per_token_under_scan_and_in_decode():
             near(steps[b, t], out)
 
 
-@pytest.mark.parametrize("method", ["lora", "dora"])
+@pytest.mark.parametrize("method", [pytest.param("lora", marks=pytest.mark.slow), "dora"])
 def test_mixtures_are_exact_and_one_hot_is_one_adapter(method):
     loras = [drawn(2, i, method=method) for i in range(3)]
     bank, weights = lx.bank(loras), jnp.array([0.5, -0.25, 1.5])

@@ -118,7 +118,9 @@ def test_adapters_of_a_batch_and_of_a_vmap():
     close(gradients(lambda lora, x: adapted(params, lora, x)), merged, 2e-5)
 
 
-@pytest.mark.parametrize(("dtype", "share"), [(jnp.bfloat16, 0.03), (jnp.float16, 0.004)])
+@pytest.mark.parametrize(
+    ("dtype", "share"), [pytest.param(jnp.bfloat16, 0.03, marks=pytest.mark.slow), (jnp.float16, 0.004)]
+)
 def test_half_precision(dtype, share):
     """Errors are those of sums of rounded products."""
     params, lora, x = made(without_bias, dtype)

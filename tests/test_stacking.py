@@ -50,7 +50,7 @@ CASES = {
 }
 
 
-SLOW = ("lora_fa", "loha", "scalings")
+SLOW = ("lora_fa", "dora", "loha", "scalings")
 
 
 @pytest.mark.sampled(2)
@@ -208,7 +208,7 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("broken", [None, "a", "b"])
+@pytest.mark.parametrize("broken", [None, "a", pytest.param("b", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", MODELS)
 def test_lanes_side_by_side_are_each_its_own(name, broken):
     """Also when a factor of one of them is not finite: then that one is NaN, and no other."""

@@ -46,7 +46,7 @@ def test_unbiased_rounding_keeps_a_small_change_and_what_does_not_change(format,
     jax.tree.map(np.testing.assert_array_equal, same, q)
 
 
-@pytest.mark.parametrize("format", ["nf4", "int4", "int8"])
+@pytest.mark.parametrize("format", [pytest.param("nf4", marks=pytest.mark.slow), "int4", "int8"])
 def test_the_mean_over_many_weights_is_the_number(format):
     """A constant added to 98 thousand weights: their mean moves by it, within four standard errors."""
     q = stored(format, (1, 256, 384))
