@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import results
 from peers import compiling_table, counting_table, replay_table
-from step import spread, table
+from step import spread, table, with_quartiles
 from tricks import added_table
 
 ROOT = Path(__file__).parents[1]
@@ -129,9 +129,8 @@ def scaling_table() -> str:
         for row in rows:
             low, high = row["quartiles"]
             paper = f"{row['on paper']:.3f}" if "on paper" in row else "-"
-            lines.append(
-                [str(row["at"]), f"{row['time']:.3f} [{low:.3f}, {high:.3f}]", f"{row['flops']:.3f}", paper]
-            )
+            time = with_quartiles(low, row["time"], high)
+            lines.append([str(row["at"]), time, f"{row['flops']:.3f}", paper])
         texts.append(table(lines))
     return "\n\n".join(texts)
 
@@ -176,11 +175,10 @@ def barrier_table() -> str:
     lines = [["on a GPU", "", "ms", "time / by hand", "copies", "MB accessed", "temp MB"]]
     for program, rows in results.load("gpu_barrier")["programs"].items():
         for row in rows:
-            low, middle, high = row["time / by hand"]
-            spread_text = f"{middle:.3f} [{low:.3f}, {high:.3f}]"
             name = f"**{ADAPT}**" if row["name"] == ADAPT else row["name"]
             counts = [f"{row[of]:,}" for of in ("copies", "MB accessed", "temp MB")]
-            lines.append([program, name, f"{row['ms']:.2f}", spread_text, *counts])
+            time = with_quartiles(*row["time / by hand"])
+            lines.append([program, name, f"{row['ms']:.2f}", time, *counts])
     return table(lines)
 
 

@@ -69,7 +69,8 @@ LIBRARIES = {
     "quax": quax_lora.quax,
     "jax-lorax": jax_lorax,
 }
-ON_REQUEST = {"lx.adapt, barrier": linen.with_barrier}
+BARRIER = "lx.adapt, barrier"
+ON_REQUEST = {BARRIER: lambda problem: linen.as_on("cpu", problem, BARRIER)}
 # Of the plain ways, those that decode.
 FORWARD = {"full fine-tuning", "by hand, flat tokens", "limit: forward and dx"}
 TORCH = {
@@ -169,10 +170,8 @@ def counting_table(found: dict[str, dict]) -> str:
         for version, row in versions.items():
             hand, adapt = row["ways"][HAND], row["ways"][ADAPT]
             sizes = [f"{way['flops'] / 1e9:.2f}, {way['temp bytes'] / 1e6:.1f}" for way in (hand, adapt)]
-            ratios = [
-                f"{adapt[of] / hand[of]:.{digits}f}" for of, digits in (("flops", 4), ("temp bytes", 3))
-            ]
-            lines.append([block, version, *sizes, *ratios])
+            flops, temp = (adapt[of] / hand[of] for of in ("flops", "temp bytes"))
+            lines.append([block, version, *sizes, f"{flops:.4f}", f"{temp:.3f}"])
     return table(lines)
 
 

@@ -284,7 +284,10 @@ def costs(program: Any) -> dict[str, float]:
 
 
 def spread(ratios: np.ndarray) -> str:
-    low, middle, high = np.percentile(ratios, [25, 50, 75])
+    return with_quartiles(*np.percentile(ratios, [25, 50, 75]))
+
+
+def with_quartiles(low: float, middle: float, high: float) -> str:
     return f"{middle:.3f} [{low:.3f}, {high:.3f}]"
 
 

@@ -123,7 +123,9 @@ def alone(problem: Problem, rounds: int) -> dict[str, list[float]]:
     Of scanned layers, what DoRA adds alone.
     """
     draw, tokens = np.random.default_rng(0), problem.batch * problem.tokens
-    scanned, pieces = problem.scanned, {**DORA, **KEEP} if problem.scanned else {**ALONE, **DORA}
+    scanned = problem.scanned
+    pieces = {**DORA, **KEEP} if scanned else {**ALONE, **DORA}
+    layers_of_a_call = {NORM: problem.layers} if scanned else {}  # of the other pieces, one
 
     def normal(*shape):
         return jnp.asarray(draw.normal(size=shape), jnp.float32)
@@ -142,10 +144,9 @@ def alone(problem: Problem, rounds: int) -> dict[str, list[float]]:
                 stacks = [jnp.broadcast_to(x, (problem.layers, *x.shape)) + 0 for x in args[4:]]
                 runs[NORM, n, m] = runs[NORM, n, m][0], [*activations, *stacks]
         counts[n, m] = counts.get((n, m), 0) + problem.layers
-    pairs = [(normal(n, problem.rank), normal(problem.rank, m)) for n, m in problem.shapes.values()]
-    tx = optax.adamw(1e-4)
-    every = [pairs] * problem.layers
     if not scanned:
+        pairs = [(normal(n, problem.rank), normal(problem.rank, m)) for n, m in problem.shapes.values()]
+        tx, every = optax.adamw(1e-4), [pairs] * problem.layers
         runs[ADAM] = jax.jit(lambda g, s, p: tx.update(g, s, p)), (every, tx.init(every), every)
     # Five calls in a row, of which all but the first find the cache warm.
     taken: dict[Any, list[float]] = {key: [] for key in runs}
@@ -153,12 +154,13 @@ def alone(problem: Problem, rounds: int) -> dict[str, list[float]]:
         for key in in_turn(runs, i):
             (seconds,) = in_rounds({key: runs[key]}, 5).values()
             taken[key].append(np.median(seconds) if key in whole else min(seconds))
-    sums = {}
-    for name in pieces:
-        per_call = problem.layers if scanned and name == NORM else 1
-        added = (count / per_call * np.array(taken[name, *shape]) for shape, count in counts.items())
-        sums[name] = sum(added).tolist()
-    return {name: taken[name] for name in whole} | sums | ({} if scanned else {ADAM: taken[ADAM]})
+    sums = {
+        name: sum(count * np.array(taken[name, *shape]) for shape, count in counts.items())
+        / layers_of_a_call.get(name, 1)
+        for name in pieces
+    }
+    whole_steps = {name: seconds for name, seconds in taken.items() if isinstance(name, str)}
+    return {name: seconds.tolist() for name, seconds in sums.items()} | whole_steps
 
 
 def added_table(taken: dict[str, list[float]]) -> str:

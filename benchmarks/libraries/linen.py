@@ -195,22 +195,24 @@ def full(problem: Problem) -> JaxPeer:
     return peer("full fine-tuning", problem, lambda: apply, merged, {}, exact=False)
 
 
+def with_step(way: JaxPeer, name: str, around: Callable) -> JaxPeer:
+    """The way with ``around(step)`` for its step."""
+    make_step = way.make_step
+    way.name, way.make_step = name, lambda: around(make_step())
+    return way
+
+
 def replayed(problem: Problem) -> JaxPeer:
     """The merged model, traced and then replayed by JAX: the least that a transform of a trace costs."""
-    merged = full(problem)
-    make_step = merged.make_step
 
-    def make_replayed():
-        step = make_step()
-
+    def around(step):
         def run(*args):
             jaxpr, shapes = jax.make_jaxpr(step, return_shape=True)(*args)
             return jax.tree.unflatten(jax.tree.structure(shapes), jaxpr_as_fun(jaxpr)(*jax.tree.leaves(args)))
 
         return run
 
-    merged.name, merged.make_step = "merged, replayed by JAX", make_replayed
-    return merged
+    return with_step(full(problem), "merged, replayed by JAX", around)
 
 
 def merge_in_loss(problem: Problem) -> JaxPeer:
@@ -247,23 +249,20 @@ def adapt(problem: Problem, method: str = "lora") -> JaxPeer:
     return peer(name, problem, make_apply, lora, params, kind=method)
 
 
-def with_barrier(problem: Problem) -> JaxPeer:
-    """`adapt` with the barrier before the gradient of A that it leaves out on a GPU; elsewhere, just `adapt`.
+def as_on(backend: str, problem: Problem, name: str) -> JaxPeer:
+    """`adapt` in the form it has on another backend: without the barrier on a GPU, with it elsewhere.
 
     JAX keeps traces, so that it has to forget those of `adapt` first, as `JaxPeer.compile` makes it do.
     """
-    model, (params, lora) = model_of(problem), adapters(problem)
 
-    def make_apply():
-        run = lx.adapt(model.apply, fallback="error")
+    def around(step):
+        def run(*args):
+            with mock.patch.object(jax, "default_backend", lambda: backend):
+                return step(*args)
 
-        def apply(lora, params, *x):
-            with mock.patch.object(jax, "default_backend", lambda: "cpu"):
-                return run(params, lora, *x)
+        return run
 
-        return apply
-
-    return peer("lx.adapt, barrier", problem, make_apply, lora, params)
+    return with_step(adapt(problem), name, around)
 
 
 def dora(problem: Problem) -> JaxPeer:
